@@ -1,0 +1,162 @@
+"""Aggregators G: from the embeddings of one person's photos to the embeddings the IP-Adapter sees.
+
+Every ``G`` maps ``(B, N, D) -> (B, M, D)``; each of the M vectors becomes four image tokens. The order of the photos
+never matters: what is pooled is invariant, and what keeps a row per photo permutes its rows with the photos (which
+cross-attention, being permutation-invariant itself, does not see). ``First`` alone reads the order it is given.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Aggregator(nn.Module, ABC):
+    """Base of all aggregators: checks the input, then leaves the work to ``aggregate``.
+
+    Args:
+        dim: width D of an image embedding, read from the image encoder's weights.
+
+    Raises:
+        ValueError: ``dim`` is not positive.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"an embedding has at least one dimension, got dim={dim}: pass the image encoder's width")
+        self.dim = dim
+
+    def forward(self, embeds: Tensor) -> Tensor:
+        """Aggregate one person's photo embeddings.
+
+        Args:
+            embeds: image embeddings, (B, N, D), N >= 1. Dropped or negative conditions are zeros AFTER aggregation.
+
+        Returns:
+            (B, M, D); M is 1 for First, MaxPool and AvgPool, and N for Concat and SelfAttention.
+
+        Raises:
+            ValueError: ``embeds`` is not (B, N, D) with this aggregator's D, or N is 0.
+        """
+        self._check(embeds)
+        return self.aggregate(embeds)
+
+    @abstractmethod
+    def aggregate(self, embeds: Tensor) -> Tensor:
+        """Map checked embeddings (B, N, D) to (B, M, D)."""
+
+    def _check(self, embeds: Tensor) -> None:
+        name, shape = type(self).__name__, tuple(embeds.shape)
+        if embeds.ndim != 3:
+            raise ValueError(f"{name} takes embeddings of shape (B, N, D), got {shape}: add the missing dimensions")
+        if embeds.shape[2] != self.dim:
+            raise ValueError(
+                f"{name} was built for embeddings of width {self.dim}, got width {embeds.shape[2]}: "
+                "use the image encoder it was built for"
+            )
+        if embeds.shape[1] == 0:
+            raise ValueError(f"{name} got no photo, shape {shape}: pass at least one reference, or drop the condition")
+
+    def extra_repr(self) -> str:
+        """Show the width in ``print(module)``."""
+        return f"dim={self.dim}"
+
+
+class First(Aggregator):
+    """The first photo as given, (B, N, D) -> (B, 1, D): the IP-Adapter as published, with one reference."""
+
+    def aggregate(self, embeds: Tensor) -> Tensor:
+        """Take row 0."""
+        return embeds[:, :1]  # (B, 1, D)
+
+
+class MaxPool(Aggregator):
+    """Element-wise maximum over the photos, (B, N, D) -> (B, 1, D)."""
+
+    def aggregate(self, embeds: Tensor) -> Tensor:
+        """Take the maximum over N."""
+        return embeds.amax(dim=1, keepdim=True)  # (B, 1, D)
+
+
+class AvgPool(Aggregator):
+    """Mean over the photos, (B, N, D) -> (B, 1, D)."""
+
+    def aggregate(self, embeds: Tensor) -> Tensor:
+        """Take the mean over N."""
+        return embeds.mean(dim=1, keepdim=True)  # (B, 1, D)
+
+
+class Concat(Aggregator):
+    """Identity, (B, N, D) -> (B, N, D): every photo brings its own tokens, as diffusers does with several photos."""
+
+    def aggregate(self, embeds: Tensor) -> Tensor:
+        """Return the embeddings as they are."""
+        return embeds  # (B, N, D)
+
+
+class SelfAttention(Aggregator):
+    """Self-attention over the photos, Z = softmax(Q K^T / sqrt(d)) V, Q = x W_q, K = x W_k, V = x W_v (Algorithm 1).
+
+    No biases, so zeros stay zeros. It starts as something known, with a gradient to leave it by:
+
+    * default: W_v = I, W_q = 0, W_k = I. All logits are 0, so that every row is the mean of the photos: untrained, it
+      is ``AvgPool``. W_q receives a gradient because W_k is not 0 (with both at 0 neither would ever move).
+    * ``residual``: x + Z with W_v = 0, W_q = 0, W_k = I. Untrained, it is ``Concat``. W_v moves with the first step,
+      W_q with the second.
+
+    Args:
+        dim: width D of an embedding.
+        heads: number of heads; d = D / heads. The paper uses one.
+        residual: add the input, x + Z.
+
+    Raises:
+        ValueError: ``heads`` is not a positive divisor of ``dim``.
+    """
+
+    def __init__(self, dim: int, heads: int = 1, residual: bool = False) -> None:
+        super().__init__(dim)
+        if heads < 1 or dim % heads:
+            raise ValueError(f"heads={heads} does not divide the embedding width {dim}: choose a divisor of {dim}")
+        self.heads = heads
+        self.residual = residual
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(dim, dim, bias=False)
+        self.to_v = nn.Linear(dim, dim, bias=False)
+        nn.init.zeros_(self.to_q.weight)
+        nn.init.eye_(self.to_k.weight)
+        if residual:
+            nn.init.zeros_(self.to_v.weight)
+        else:
+            nn.init.eye_(self.to_v.weight)
+
+    def aggregate(self, embeds: Tensor) -> Tensor:
+        """Attend: row n of the (B, N, D) result is what photo n takes from all N."""
+        query, key, value = (self._split(layer(embeds)) for layer in (self.to_q, self.to_k, self.to_v))  # (B, h, N, d)
+        mixed = F.scaled_dot_product_attention(query, key, value)  # (B, h, N, d)
+        mixed = mixed.transpose(1, 2).flatten(2)  # (B, N, D)
+        return embeds + mixed if self.residual else mixed  # (B, N, D)
+
+    def attention_weights(self, embeds: Tensor) -> Tensor:
+        """Weights softmax(Q K^T / sqrt(d)) for inspection.
+
+        Args:
+            embeds: image embeddings, (B, N, D).
+
+        Returns:
+            (B, heads, N, N); row n holds photo n's weights over all N and sums to one.
+        """
+        self._check(embeds)
+        query, key = self._split(self.to_q(embeds)), self._split(self.to_k(embeds))  # (B, h, N, d)
+        logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (B, h, N, N)
+        return torch.softmax(logits, dim=-1)
+
+    def _split(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, D) -> (B, h, N, d)
+
+    def extra_repr(self) -> str:
+        """Show the options in ``print(module)``."""
+        return f"dim={self.dim}, heads={self.heads}, residual={self.residual}"

@@ -1,0 +1,469 @@
+"""The frozen backbone: any diffusers Stable Diffusion folder or hub id, with the IP-Adapter's modules installed.
+
+A backbone is what diffusers calls a pipeline: unet/, vae/, text_encoder/, tokenizer/, scheduler/ and model_index.json,
+plus image_encoder/ and, optionally, feature_extractor/ and ip_adapter/. All sizes come from the loaded weights.
+
+The IP-Adapter's modules are diffusers' own and go in through its public ``load_ip_adapter``. Their published names,
+used throughout, are ``image_proj.proj.{weight,bias}`` (Linear), ``image_proj.norm.{weight,bias}`` (LayerNorm) and
+``ip_adapter.{1,3,5,...}.to_{k,v}_ip.weight`` (K', V'), the odd numbers being the cross-attention layers' places among
+all of ``unet.attn_processors``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+import math
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders import IPAdapterMixin
+from diffusers.models import UNet2DConditionModel
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import CLIPImageProcessor, CLIPVisionConfig
+
+TOKENS = 4  # image tokens per embedding; diffusers' loader knows no other number for this layout
+COMPONENTS = (
+    "unet",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "scheduler",
+    "image_encoder",
+    "feature_extractor",
+)
+
+# Pipelines published before their IP-Adapter do not list these two in model_index.json.
+_UNLISTED = {
+    "image_encoder": ("transformers", "CLIPVisionModelWithProjection"),
+    "feature_extractor": ("transformers", "CLIPImageProcessor"),
+}
+_RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}  # transformers 5 dropped the name that SD1.5 was saved with
+
+# A key that only the image projection of another adapter family has -> that family's name. The order matters.
+_OTHER_LAYOUTS = {
+    "latents": "IP-Adapter Plus (resampler)",
+    "perceiver_resampler.proj_in.weight": "IP-Adapter FaceID Plus",
+    "proj.3.weight": "IP-Adapter Full Face",
+    "proj.0.weight": "IP-Adapter FaceID",
+}
+
+State = dict[str, dict[str, Tensor]]
+
+
+class BackboneError(ValueError):
+    """A backbone or adapter that cannot be used; the message names it and the remedy."""
+
+
+class _Host(IPAdapterMixin):
+    """The least that diffusers' public adapter methods work on: a thing with a ``unet``.
+
+    A whole pipeline would do the same and warn about the components it was not given.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        self.unet = unet
+
+
+# ---- components -------------------------------------------------------------------------------------------------
+
+
+def resolve_backbone(backbone: str) -> str:
+    """Find what a backbone's name stands for.
+
+    Args:
+        backbone: ``mini`` (the miniature in this package), an existing folder, or a hub id ``org/name``.
+
+    Returns:
+        The folder's path, or the hub id unchanged. Idempotent.
+
+    Raises:
+        BackboneError: it is none of the three, or the package lacks its miniature.
+    """
+    if backbone == "mini":
+        mini = Path(str(resources.files("lit_multiip"))) / "mini" / "weights"
+        if not mini.is_dir():
+            raise BackboneError(f"the miniature's weights are not at '{mini}': reinstall the package")
+        return str(mini)
+    folder = Path(backbone).expanduser()
+    if backbone and folder.is_dir():
+        return str(folder)
+    if backbone.count("/") == 1 and not folder.exists():
+        try:
+            validate_repo_id(backbone)
+        except HFValidationError:
+            pass
+        else:
+            return backbone
+    raise BackboneError(f"backbone '{backbone}' is not an existing folder, a hub id such as 'org/name', or 'mini'")
+
+
+def load_component(backbone: str, name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Load one component of a pipeline; modules come frozen and in eval mode.
+
+    Weights are read from safetensors only, and no code from the backbone is run.
+
+    Args:
+        backbone: anything ``resolve_backbone`` takes.
+        name: one of ``COMPONENTS``. Without feature_extractor/, CLIP's preprocessing at the image encoder's own side is
+            returned, as diffusers does.
+        dtype: of the weights.
+
+    Raises:
+        BackboneError: the backbone is not a pipeline, lacks the component, or the component cannot be read.
+    """
+    if name not in COMPONENTS:
+        raise BackboneError(f"a backbone has no component '{name}': choose one of {', '.join(COMPONENTS)}")
+    backbone = resolve_backbone(backbone)
+    try:
+        index = DiffusionPipeline.load_config(backbone)
+    except (OSError, ValueError) as error:
+        raise BackboneError(
+            f"backbone '{backbone}' has no readable model_index.json ({_first_line(error)}): "
+            "give a folder written by a diffusers pipeline's save_pretrained, or a hub id that can be reached"
+        ) from error
+
+    library, class_name = index.get(name) or (None, None)
+    local = Path(backbone).is_dir()
+    if not (Path(backbone, name).is_dir() if local else class_name or name == "image_encoder"):
+        if name == "feature_extractor":
+            side = load_image_side(backbone)
+            return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        raise BackboneError(_lacks(backbone, name))
+    if class_name is None:
+        library, class_name = _UNLISTED.get(name, (None, None))
+    if library is None or class_name is None:
+        raise BackboneError(_lacks(backbone, name))
+    cls = _component_class(library, class_name, backbone)
+
+    options: dict[str, Any] = {"subfolder": name}
+    if issubclass(cls, nn.Module):
+        options |= {"torch_dtype" if library == "diffusers" else "dtype": dtype, "use_safetensors": True}
+    try:
+        component = cls.from_pretrained(backbone, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise BackboneError(
+            f"component '{name}' of backbone '{backbone}' cannot be read ({_first_line(error)}): "
+            "it needs its configuration and whole safetensors weights; convert .bin weights, or fetch the folder again"
+        ) from error
+    return component.requires_grad_(False).eval() if isinstance(component, nn.Module) else component
+
+
+def load_image_side(backbone: str) -> int:
+    """Side in pixels of the square photo that the backbone's image encoder sees."""
+    backbone = resolve_backbone(backbone)
+    try:
+        config: Any = CLIPVisionConfig.from_pretrained(backbone, subfolder="image_encoder")
+        return int(config.image_size)
+    except (OSError, ValueError) as error:
+        raise BackboneError(_lacks(backbone, "image_encoder")) from error
+
+
+def fingerprint(backbone: str, component: str) -> str:
+    """Name a component by its content, for use in cache keys.
+
+    A local component is named by its files (configuration and weights); one on the hub by its id and the commit that
+    the local hub cache holds, or by the id alone before it was ever fetched. A feature_extractor that the folder lacks
+    is named after the image encoder, which then determines it.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    backbone = resolve_backbone(backbone)
+    digest = hashlib.sha256()
+    if not Path(backbone).is_dir():
+        index = try_to_load_from_cache(backbone, "model_index.json")
+        commit = Path(index).parent.name if isinstance(index, str) else "unresolved"
+        digest.update(f"{backbone}@{commit}/{component}".encode())
+        return digest.hexdigest()[:16]
+
+    folder = Path(backbone) / component
+    if component == "feature_extractor" and not folder.is_dir():
+        return fingerprint(backbone, "image_encoder")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if not files:
+        raise BackboneError(_lacks(backbone, component))
+    for path in files:
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def _component_class(library: str, class_name: str, backbone: str) -> Any:
+    cls = None
+    if library in ("diffusers", "transformers"):
+        cls = getattr(importlib.import_module(library), _RENAMED.get(class_name, class_name), None)
+    if not isinstance(cls, type):
+        raise BackboneError(
+            f"backbone '{backbone}' wants the class '{library}.{class_name}', which is not one that the installed "
+            "diffusers or transformers has: use a pipeline made of their own classes"
+        )
+    return cls
+
+
+def _lacks(backbone: str, name: str) -> str:
+    remedy = f"add {name}/"
+    if name == "image_encoder":
+        remedy = "put the CLIP vision model that the IP-Adapter was trained with into a local copy's image_encoder/"
+    return (
+        f"backbone '{backbone}' lacks the component '{name}': {remedy} (a backbone has model_index.json, unet/, vae/, "
+        "text_encoder/, tokenizer/, scheduler/ and image_encoder/)"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+# ---- IP-Adapter: states -----------------------------------------------------------------------------------------
+
+
+def ip_adapter_from_text(unet: UNet2DConditionModel, embed_dim: int, *, seed: int = 0) -> State:
+    """Make a fresh IP-Adapter as published: K' and V' copy the text K and V, Linear and LayerNorm start at random.
+
+    Args:
+        unet: the UNet whose text projections are copied.
+        embed_dim: width D of an image embedding.
+        seed: of the Linear's initialisation. The global random state is left as it was.
+
+    Returns:
+        ``{"image_proj": {...}, "ip_adapter": {...}}`` in float32 on the CPU, ready for ``install_ip_adapter``.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        projection = ImageProjection(
+            image_embed_dim=embed_dim, cross_attention_dim=_context_dim(unet), num_image_text_embeds=TOKENS
+        )
+    return _nested({**_projection_parameters(projection), **text_kv(unet)})
+
+
+def read_ip_adapter(path: str) -> State:
+    """Read adapter weights as published (.safetensors with flat keys, or .bin); nothing is unpickled.
+
+    Returns:
+        ``{"image_proj": {...}, "ip_adapter": {...}}`` and any other sections, such as ``aggregator``.
+
+    Raises:
+        BackboneError: the file is missing or broken, holds a pickled object, or is of another adapter family.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise BackboneError(f"there is no IP-Adapter file '{path}': give a .safetensors or .bin file")
+    try:
+        if file.suffix == ".safetensors":
+            state: Any = _nested(load_file(file), copy=False)
+        elif file.suffix == ".bin":
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            raise BackboneError(f"IP-Adapter file '{path}' is neither .safetensors nor .bin: convert it")
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"the pickled object '{found[1]}'" if found else "something other than tensors"
+        raise BackboneError(
+            f"IP-Adapter file '{path}' holds {what}, which could run code: refused; give it as .safetensors"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise BackboneError(f"IP-Adapter file '{path}' is broken ({_first_line(error)}): fetch it again") from error
+    _check_layout(state, f"IP-Adapter file '{path}'")
+    return state
+
+
+def find_ip_adapter(backbone: str) -> str | None:
+    """Path of the one .safetensors file in a local backbone's ip_adapter/; None if there is none (or for a hub id).
+
+    Raises:
+        BackboneError: there are several to choose from.
+    """
+    found = sorted(Path(resolve_backbone(backbone), "ip_adapter").glob("*.safetensors"))
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise BackboneError(
+            f"backbone '{backbone}' has several adapters in ip_adapter/ ({names}): name one by its path"
+        )
+    return str(found[0]) if found else None
+
+
+def ip_adapter_state(unet: UNet2DConditionModel) -> State:
+    """Copy the installed IP-Adapter out, float32 on the CPU: the inverse of ``install_ip_adapter``."""
+    return _nested(ip_adapter_parameters(unet))
+
+
+# ---- IP-Adapter: in the UNet ------------------------------------------------------------------------------------
+
+
+def install_ip_adapter(unet: UNet2DConditionModel, state: Mapping[str, Any], embed_dim: int | None = None) -> None:
+    """Install diffusers' IP-Adapter modules, Z + lambda * Attention(Q, K', V') (eq. 3/16/19), with lambda = 1.
+
+    Afterwards the UNet is frozen but for the adapter, whose parameters are float32 whatever the UNet's own precision:
+    under a half-precision UNet, run it in autocast. ``state`` is copied, never shared.
+
+    Args:
+        unet: of SD or SDXL. An adapter already there is replaced.
+        state: ``{"image_proj": {...}, "ip_adapter": {...}}``; further sections are ignored.
+        embed_dim: width of the image encoder's embeddings, to be checked against the adapter's.
+
+    Raises:
+        BackboneError: ``state`` is incomplete, of another family, or made for another UNet or image encoder.
+    """
+    _check_layout(state, "the adapter")
+    _check_fit(unet, state, embed_dim)
+    own = _nested(_flat(state))
+    weights: dict[str, Any] = {section: dict(tensors) for section, tensors in own.items()}
+    with _quiet_cast():
+        _Host(unet).load_ip_adapter(weights, subfolder="", weight_name="", image_encoder_folder=None)
+    unet.requires_grad_(False)
+    for key, parameter in ip_adapter_parameters(unet).items():
+        section, _, name = key.partition(".")
+        # The loader cast the values to the UNet's dtype; the originals undo that without loss.
+        parameter.data = own[section][name].to(unet.device)
+        parameter.requires_grad_(True)
+
+
+def ip_adapter_parameters(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
+    """The adapter's own parameters under their published keys: Linear, LayerNorm, then K' and V' layer by layer.
+
+    Raises:
+        BackboneError: no adapter of this kind is installed.
+    """
+    _require_installed(unet)
+    parameters = _projection_parameters(unet.encoder_hid_proj.image_projection_layers[0])
+    for number, attention in _cross_attention(unet).items():
+        parameters[f"ip_adapter.{number}.to_k_ip.weight"] = attention.processor.to_k_ip[0].weight
+        parameters[f"ip_adapter.{number}.to_v_ip.weight"] = attention.processor.to_v_ip[0].weight
+    return parameters
+
+
+def set_ip_scale(unet: UNet2DConditionModel, scale: float) -> None:
+    """Set lambda of eq. (3)/(19), the weight of the image attention, in every layer; 0 gives the plain backbone.
+
+    Raises:
+        ValueError: ``scale`` is not finite.
+        BackboneError: no adapter is installed.
+    """
+    if not math.isfinite(scale):
+        raise ValueError(f"ip_scale must be finite, got {scale}: 0 ignores the photos, 1 is the published weight")
+    _require_installed(unet)
+    _Host(unet).set_ip_adapter_scale(float(scale))
+
+
+@contextmanager
+def _quiet_cast() -> Iterator[None]:
+    """Keep diffusers from warning that a cast may hurt the float32 layers ``[]``: there are none."""
+
+    def harmful(record: logging.LogRecord) -> bool:
+        return "should be kept in float32: []" not in record.getMessage()
+
+    log = logging.getLogger("diffusers.models.modeling_utils")
+    log.addFilter(harmful)
+    try:
+        yield
+    finally:
+        log.removeFilter(harmful)
+
+
+def text_kv(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
+    """The text projections K and V under the published keys of the K' and V' that stand beside them."""
+    layers = _cross_attention(unet).items()
+    return {f"ip_adapter.{i}.to_{kv}_ip.weight": getattr(a, f"to_{kv}").weight for i, a in layers for kv in "kv"}
+
+
+def _cross_attention(unet: UNet2DConditionModel) -> dict[int, Any]:
+    """Cross-attention layers by their published numbers 1, 3, 5, ...; diffusers' rule: whatever is not ``attn1``."""
+    names = [name for name in unet.attn_processors if not name.endswith("attn1.processor")]
+    return {2 * i + 1: unet.get_submodule(name.removesuffix(".processor")) for i, name in enumerate(names)}
+
+
+def _context_dim(unet: UNet2DConditionModel) -> int:
+    return next(iter(text_kv(unet).values())).shape[1]
+
+
+def _projection_parameters(projection: ImageProjection) -> dict[str, nn.Parameter]:
+    """Diffusers calls the Linear ``image_embeds``, the published files call it ``proj``."""
+    return {f"image_proj.{k.replace('image_embeds', 'proj')}": p for k, p in projection.named_parameters()}
+
+
+def _require_installed(unet: UNet2DConditionModel) -> None:
+    layers = getattr(unet, "encoder_hid_proj", None)
+    if not isinstance(layers, MultiIPAdapterImageProjection) or not isinstance(
+        layers.image_projection_layers[0], ImageProjection
+    ):
+        raise BackboneError("this UNet has no IP-Adapter of the plain kind: call install_ip_adapter first")
+
+
+def _nested(flat: Mapping[str, Tensor], copy: bool = True) -> State:
+    """``{"a.b.c": tensor} -> {"a": {"b.c": tensor}}``; a copy is float32 on the CPU and shares no memory."""
+    state: State = {}
+    for key, tensor in flat.items():
+        section, _, name = key.partition(".")
+        value = tensor.detach().to("cpu", torch.float32, copy=True) if copy else tensor
+        state.setdefault(section, {})[name] = value
+    return state
+
+
+def _flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {f"{section}.{k}": v for section in ("image_proj", "ip_adapter") for k, v in state[section].items()}
+
+
+def _check_layout(state: Any, what: str) -> None:
+    """Refuse, by name, whatever is not the plain IP-Adapter."""
+    projection, attention = (
+        state.get(name) if isinstance(state, Mapping) else None for name in ("image_proj", "ip_adapter")
+    )
+    if not isinstance(projection, Mapping) or not isinstance(attention, Mapping):
+        raise BackboneError(f"{what} lacks the sections 'image_proj' and 'ip_adapter': give IP-Adapter weights")
+    odd = [key for key, value in (*projection.items(), *attention.items()) if not isinstance(value, Tensor)]
+    if odd:
+        raise BackboneError(f"{what} has something other than a tensor under '{odd[0]}': give IP-Adapter weights")
+    family = next((name for key, name in _OTHER_LAYOUTS.items() if key in projection), None)
+    if family is None and any("_lora." in key for key in attention):
+        family = "IP-Adapter FaceID"
+    if family is not None:
+        raise BackboneError(f"{what} is an {family}: only the plain IP-Adapter (Linear and LayerNorm) can be used")
+
+
+def _check_fit(unet: UNet2DConditionModel, state: Mapping[str, Any], embed_dim: int | None) -> None:
+    """Refuse a state that does not fit this UNet and image encoder, naming the expected and the found."""
+    found = _flat(state)
+    found_dim = found["image_proj.proj.weight"].shape[-1] if "image_proj.proj.weight" in found else 0
+    context = _context_dim(unet)
+    expected = {
+        "image_proj.proj.weight": (TOKENS * context, embed_dim or found_dim),
+        "image_proj.proj.bias": (TOKENS * context,),
+        "image_proj.norm.weight": (context,),
+        "image_proj.norm.bias": (context,),
+        **{key: tuple(weight.shape) for key, weight in text_kv(unet).items()},
+    }
+    # Widths first: they tell an adapter of another backbone apart better than a list of keys does.
+    for key in expected.keys() & found.keys():
+        if tuple(found[key].shape) != expected[key]:
+            raise BackboneError(
+                f"adapter weight '{key}' has the shape {tuple(found[key].shape)}, and this backbone (text width "
+                f"{context}, image embedding width {embed_dim or 'unchecked'}) needs {expected[key]}: "
+                "use the adapter that was trained for it"
+            )
+    for problem, keys in (
+        ("lacks", expected.keys() - found.keys()),
+        ("has, beyond what this UNet takes,", found.keys() - expected.keys()),
+    ):
+        if keys:
+            raise BackboneError(
+                f"the adapter {problem} {len(keys)} weights, such as '{min(keys)}' (this UNet takes {len(expected)}): "
+                "use the adapter that was trained for this backbone"
+            )

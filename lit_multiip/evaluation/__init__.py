@@ -1,0 +1,1 @@
+"""Evaluation: tasks, sampling, scores with their intervals, and the report."""

@@ -1,0 +1,134 @@
+"""Frozen networks that look at images for the scores: each image passes once, and every score draws on that pass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.image.fid import NoTrainInceptionV3
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What an extractor says of B images."""
+
+    features: Tensor  # (B, D), for FID and KID
+    logits: Tensor | None = None  # (B, K), for the inception scores
+    embedding: Tensor | None = None  # (B, E), unit norm: who is shown
+
+
+class Extractor(nn.Module, ABC):
+    """A frozen network that scores images. A subclass gives `compute` and the attributes below, and calls `freeze`.
+
+    It never trains, never passes gradients, and runs in its own precision whatever autocast surrounds it, so that the
+    same image has the same score in every run.
+    """
+
+    name: str  # part of every score's key
+    num_features: int
+    num_classes: int | None = None  # None: no logits
+    can_identify: bool = False
+
+    @abstractmethod
+    def compute(self, images: Tensor) -> Extraction:
+        """One pass over checked images, uint8 (B, 3, H, W); `extract` makes embeddings unit norm."""
+
+    def freeze(self) -> None:
+        """Last line of a subclass's constructor: no gradients, evaluation mode for good."""
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Extractor:
+        """Stay in evaluation mode, also inside a module that is put into training mode."""
+        return super().train(False)
+
+    def extract(self, images: Tensor) -> Extraction:
+        """All outputs of one pass, in float32.
+
+        Args:
+            images: uint8 in 0..255, (B, 3, H, W), on the extractor's device.
+
+        Raises:
+            ValueError: images of another type or shape.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            given = f"{images.dtype} {tuple(images.shape)}"
+            raise ValueError(f"images are {given}: give uint8 (B, 3, H, W), rounded from (x * 255).round() and not cut")
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            raw = self.compute(images)
+            return Extraction(
+                features=raw.features.float(),
+                logits=None if raw.logits is None else raw.logits.float(),
+                embedding=None if raw.embedding is None else F.normalize(raw.embedding.float(), dim=-1),
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features for FID and KID, uint8 (B, 3, H, W) -> (B, D)."""
+        return self.extract(images).features
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Class logits for the inception scores, uint8 (B, 3, H, W) -> (B, K).
+
+        Raises:
+            ValueError: this extractor has no classes.
+        """
+        logits = self.extract(images).logits
+        if logits is None:
+            raise ValueError(f"extractor {self.name!r} has no classes: take the inception scores from another")
+        return logits
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Identity embeddings of unit norm, uint8 (B, 3, H, W) -> (B, E).
+
+        Raises:
+            ValueError: this extractor cannot tell people apart.
+        """
+        embedding = self.extract(images).embedding
+        if embedding is None:
+            raise ValueError(f"extractor {self.name!r} has no identity embedding: take identity scores from another")
+        return embedding
+
+
+class Inception(Extractor):
+    """Inception v3 with the weights that published FID, KID and IS use, as torchmetrics and torch-fidelity have it.
+
+    Args:
+        weights_path: torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`; None downloads it.
+        feature: layer of the features, by its width: 64, 192, 768 or 2048.
+        antialias: resize as torchmetrics does by default; False resizes as TensorFlow 1 and pytorch-fid do, and is
+            named apart.
+
+    Raises:
+        ValueError: no such layer.
+        FileNotFoundError: `weights_path` is not a file.
+        pickle.UnpicklingError: the file holds anything but weights; it is refused, not run.
+    """
+
+    URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+
+    def __init__(self, weights_path: str | None = None, feature: int = 2048, antialias: bool = True) -> None:
+        super().__init__()
+        if feature not in (64, 192, 768, 2048):
+            raise ValueError(f"feature is {feature}: Inception has layers of 64, 192, 768 and 2048 features")
+        if weights_path is not None:
+            if not Path(weights_path).is_file():
+                raise FileNotFoundError(f"no Inception weights at {weights_path!r}: fetch {self.URL}")
+            # torch-fidelity unpickles whatever the file holds: see first that it holds tensors only
+            torch.load(weights_path, map_location="meta", weights_only=True)
+        self.network = NoTrainInceptionV3(
+            "inception-v3-compat", ["logits_unbiased", str(feature)], weights_path, antialias=antialias
+        )
+        self.name = f"inception-{feature}" + ("" if antialias else "-tf1")
+        self.num_features = feature
+        self.num_classes = self.network.fc.out_features  # 1008
+        self.freeze()
+
+    def compute(self, images: Tensor) -> Extraction:
+        """See `Extractor.compute`."""
+        # its public forward returns the first output alone, which would cost a second pass
+        logits, features = self.network._torch_fidelity_forward(images)  # (B, 1008), (B, D)
+        return Extraction(features, logits)

@@ -1,0 +1,221 @@
+"""``python -m lit_multiip make-mini``: draw the portraits, train every network of the miniature, write its folder.
+
+The stages run in the order of ``STAGES``; each reads what earlier ones wrote to ``--out``, so that one can be remade
+alone. Measured on one thread of a 2-core CPU; see ``measure.py`` for what the result can do.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from lit_multiip.mini import stages
+from lit_multiip.mini.critic import Critic
+from lit_multiip.mini.portraits import Portraits, to_signal
+from lit_multiip.mini.tokenizer import MAX_LENGTH, make_tokenizer
+
+CRITIC_PEOPLE, CRITIC_PHOTOS = 500, 40
+BACKBONE_PEOPLE, BACKBONE_PHOTOS = 8000, 5
+
+
+class Maker:
+    """Makes the miniature's folder stage by stage.
+
+    Args:
+        out: the folder to write; a diffusers pipeline folder, plus ``critic/`` and ``critic_b/``.
+        work: where portraits and training states are kept between calls.
+        seed: decides every portrait, every initial weight and every draw.
+        scale: multiplies every stage's number of steps; below 1 for a trial.
+    """
+
+    def __init__(self, out: Path, work: Path, seed: int, scale: float) -> None:
+        self.out, self.work, self.seed, self.scale = out, work, seed, scale
+
+    def _portraits(self) -> Portraits:
+        return Portraits(self.work, "backbone", BACKBONE_PEOPLE, BACKBONE_PHOTOS, self.seed)
+
+    def _fit(self, stage: L.LightningModule, data: Dataset[Any], steps: int, batch: int, ema: float | None) -> None:
+        """Train ``stage``; an interrupted training goes on from its last checkpoint."""
+        steps, folder = max(10, int(steps * self.scale)), self.work / type(stage).__name__
+        name = getattr(getattr(stage, "critic", None), "config", {}).get("architecture", "stage")
+        callbacks: list[L.Callback] = [ModelCheckpoint(folder, name, every_n_train_steps=500, save_weights_only=False)]
+        if ema is not None:
+            callbacks.append(EMAWeightAveraging(decay=ema))
+        loader = DataLoader(data, batch, shuffle=True, drop_last=True)
+        trainer = L.Trainer(
+            accelerator="auto",
+            devices=1,
+            precision="bf16-mixed",
+            max_steps=steps,
+            logger=CSVLogger(folder, name),
+            callbacks=callbacks,
+            enable_model_summary=False,
+            log_every_n_steps=25,
+            gradient_clip_val=1.0,
+        )
+        resume = folder / f"{name}.ckpt"
+        trainer.fit(stage, loader, ckpt_path=str(resume) if resume.exists() else None, weights_only=False)
+
+    def critic(self, role: str = "critic", architecture: str = "convnet") -> None:
+        """Train one critic on its own people."""
+        data = Portraits(self.work, role, CRITIC_PEOPLE, CRITIC_PHOTOS, self.seed)
+        stage = stages.CriticStage(architecture, CRITIC_PEOPLE, CRITIC_PHOTOS)
+        self._fit(stage, data, 1400, 128, ema=None)
+        stage.critic.save(self.out / role)
+
+    def critic_b(self) -> None:
+        """Train the second critic: another architecture, other people."""
+        self.critic("critic_b", "patchnet")
+
+    def clip(self) -> None:
+        """Train tokenizer, text encoder and image encoder."""
+        data = self._portraits()
+        tokenizer = make_tokenizer(self.out / "tokenizer")
+        text_config = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_LENGTH,
+            projection_dim=128,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        vision_config = CLIPVisionConfig(
+            hidden_size=192,
+            intermediate_size=576,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            image_size=64,
+            patch_size=8,
+            projection_dim=128,
+        )
+        text, vision = CLIPTextModelWithProjection(text_config), CLIPVisionModelWithProjection(vision_config)
+        stage = stages.CLIPStage(vision, text, tokenizer, data)
+        self._fit(stage, data, 1500, 256, ema=None)
+        vision.half().save_pretrained(self.out / "image_encoder")
+        plain = CLIPTextModel(text_config)
+        plain.load_state_dict({k: v for k, v in text.state_dict().items() if k in plain.state_dict()})
+        plain.half().save_pretrained(self.out / "text_encoder")
+        CLIPImageProcessor(
+            size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=stages.MEAN, image_std=stages.STD
+        ).save_pretrained(self.out / "feature_extractor")
+
+    def vae(self) -> None:
+        """Train the autoencoder, then set its scaling factor so that latents have unit variance."""
+        data = self._portraits()
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(32, 64, 128),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=16,
+            sample_size=64,
+        )
+        self._fit(stages.VAEStage(vae), data, 5500, 8, ema=0.998)
+        vae.eval()
+        with torch.no_grad():
+            images = torch.stack([data[i]["image"] for i in range(0, len(data), len(data) // 512)])
+            latents = torch.cat([vae.encode(to_signal(part)).latent_dist.mean for part in images.split(64)])
+        vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
+        vae.half().save_pretrained(self.out / "vae")
+
+    def unet(self) -> None:
+        """Train the UNet on latents of the backbone's people."""
+        data = self._portraits()
+        vae = AutoencoderKL.from_pretrained(self.out / "vae").float().eval()
+        path = self.work / "moments.pt"
+        if not path.exists():
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+                batches = tqdm(DataLoader(data, 64), "encoding portraits")
+                moments = [vae.encode(to_signal(b["image"])).latent_dist.parameters.half() for b in batches]
+            torch.save(torch.cat(moments), path)
+        scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+        unet = UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(96, 160),
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            mid_block_type="UNetMidBlock2DCrossAttn",
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=128,
+            attention_head_dim=2,  # the number of heads: few and wide ones are several times faster on CPU
+        )
+        stage = stages.UNetStage(
+            unet,
+            scheduler,
+            torch.load(path),
+            vae.config.scaling_factor,
+            CLIPTextModel.from_pretrained(self.out / "text_encoder").float(),
+            CLIPTokenizer.from_pretrained(self.out / "tokenizer"),
+            data,
+        )
+        self._fit(stage, torch.arange(len(data)), 2200, 32, ema=0.998)  # type: ignore[arg-type]
+        unet.half().save_pretrained(self.out / "unet")
+        DDIMScheduler.from_config(scheduler.config, steps_offset=1, set_alpha_to_one=False).save_pretrained(
+            self.out / "scheduler"
+        )
+        index = {
+            "_class_name": "StableDiffusionPipeline",
+            "feature_extractor": ["transformers", "CLIPImageProcessor"],
+            "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", "DDIMScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        }
+        (self.out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+STAGES = ["critic", "critic_b", "clip", "vae", "unet"]
+
+
+def make_mini(
+    out: str = "runs/mini/weights",
+    work: str = "runs/mini/work",
+    seed: int = 0,
+    stages: list[str] | None = None,
+    scale: float = 1.0,
+) -> None:
+    """Make the miniature backbone from a seed.
+
+    Args:
+        out: folder to write; copy it over ``lit_multiip/mini/weights`` to ship it.
+        work: folder for portraits and training states, so that an interrupted training goes on.
+        seed: decides portraits, initial weights and draws.
+        stages: which of critic, critic_b, clip, vae, unet to make; all by default, in this order.
+        scale: multiplies every number of training steps.
+    """
+    unknown = set(stages or []) - set(STAGES)
+    if unknown:
+        raise SystemExit(f"unknown stages {sorted(unknown)}: choose from {STAGES}")
+    maker = Maker(Path(out), Path(work), seed, scale)
+    for number, stage in enumerate(STAGES):
+        if stages is None or stage in stages:
+            L.seed_everything(seed + number)
+            getattr(maker, stage)()

@@ -1,0 +1,180 @@
+"""How each network of the miniature learns: one LightningModule a network, one schedule for all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from lit_multiip.data import mini_faces
+from lit_multiip.mini.critic import HEADS, Critic
+from lit_multiip.mini.portraits import HIDDEN, Portraits, to_signal
+
+Batch = dict[str, Tensor]
+MOST_PHRASES = 10  # so that the longest caption fits into the tokenizer's 64 tokens
+
+
+class Stage(L.LightningModule):
+    """AdamW with a short warm-up, then a cosine to zero at the end of training."""
+
+    def __init__(self, learning_rate: float, weight_decay: float = 1e-2) -> None:
+        super().__init__()
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+
+    def configure_optimizers(self) -> Any:
+        trained = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, self.learning_rate, weight_decay=self.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.learning_rate, steps, pct_start=min(0.1, 300 / steps), cycle_momentum=False
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class CriticStage(Stage):
+    """Cross-entropy over K people, and over every visible scene attribute and trait."""
+
+    def __init__(self, architecture: str, people: int, photos: int, learning_rate: float = 2e-3) -> None:
+        super().__init__(learning_rate)
+        self.critic = Critic(architecture, people)
+        self.photos = photos
+
+    def training_step(self, batch: Batch) -> Tensor:
+        _, people, heads = self.critic(_jitter(batch["image"]))
+        loss = F.cross_entropy(people.float(), batch["index"] // self.photos)
+        self.log("people", loss, prog_bar=True)
+        for column, name in enumerate(HEADS):
+            labels = batch["labels"][:, column]
+            if (labels != HIDDEN).any():
+                loss = loss + 0.2 * F.cross_entropy(heads[name].float(), labels, ignore_index=HIDDEN)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+
+def _jitter(images: Tensor) -> Tensor:
+    """Blur a random half of the batch and add noise, so that a critic does not hang on what a VAE loses."""
+    pixels = images.float()
+    blurred = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    share = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) * (torch.rand(len(pixels), 1, 1, 1) < 0.5)
+    noise = torch.randn_like(pixels) * torch.rand(len(pixels), 1, 1, 1) * 8
+    return (pixels + share * (blurred - pixels) + noise).round().clamp(0, 255).to(torch.uint8)
+
+
+class VAEStage(Stage):
+    """L1 + squared error + a small KL term."""
+
+    def __init__(self, vae: AutoencoderKL, learning_rate: float = 1e-3, kl_weight: float = 1e-4) -> None:
+        super().__init__(learning_rate, weight_decay=0.0)
+        self.vae, self.kl_weight = vae.to(memory_format=torch.channels_last), kl_weight  # type: ignore[call-overload]
+
+    def training_step(self, batch: Batch) -> Tensor:
+        x = to_signal(batch["image"]).contiguous(memory_format=torch.channels_last)  # (B, 3, 64, 64)
+        posterior = self.vae.encode(x).latent_dist
+        restored = self.vae.decode(posterior.sample()).sample.float()
+        square = F.mse_loss(restored, x)
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = F.l1_loss(restored, x) + 2 * square + self.kl_weight * kl
+        self.log_dict({"loss": loss, "psnr_db": 10 * torch.log10(4 / square.detach()), "kl": kl}, prog_bar=True)
+        return loss
+
+
+def caption(portraits: Portraits, index: int, rng: np.random.Generator, kinds: dict[str, float]) -> str:
+    """Draw one caption of portrait ``index``: of its ``scene``, ``traits``, ``both``, ``bare`` or nothing (``drop``)."""
+    who, shot = portraits.truth(index)
+    kind = rng.choice(list(kinds), p=list(kinds.values()))
+    if kind == "drop":
+        return ""
+    if kind == "bare":
+        return "a photo of a person"
+    if kind == "scene":
+        return mini_faces.prompt(shot)
+    phrases = mini_faces.trait_phrases(who, shot)
+    most = min(len(phrases), MOST_PHRASES)
+    keep = rng.permutation(len(phrases))[: rng.integers(max(1, most // 2), most + 1)]
+    traits = " with " + ", ".join(phrases[k] for k in keep)
+    return f"a photo of a person{traits}" if kind == "traits" else mini_faces.prompt(shot, traits)
+
+
+class CLIPStage(Stage):
+    """The symmetric contrastive loss of CLIP (Radford et al. 2021, figure 3) on portraits and captions."""
+
+    KINDS = {"scene": 0.15, "traits": 0.6, "both": 0.25}
+
+    def __init__(
+        self,
+        vision: CLIPVisionModelWithProjection,
+        text: CLIPTextModelWithProjection,
+        tokenizer: CLIPTokenizer,
+        portraits: Portraits,
+        learning_rate: float = 1e-3,
+    ) -> None:
+        super().__init__(learning_rate, weight_decay=0.05)
+        self.vision, self.text, self.tokenizer, self.portraits = vision, text, tokenizer, portraits
+        self.scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
+        mean, std = torch.tensor(MEAN), torch.tensor(STD)
+        self.register_buffer("mean", mean.view(3, 1, 1))
+        self.register_buffer("std", std.view(3, 1, 1))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        rng = np.random.default_rng([3, self.global_step])
+        captions = [caption(self.portraits, int(i), rng, self.KINDS) for i in batch["index"]]
+        tokens = self.tokenizer(captions, padding=True, return_tensors="pt").to(self.device)
+        pixels = (batch["image"].float() / 255 - self.mean) / self.std
+        image = F.normalize(self.vision(pixel_values=pixels).image_embeds.float(), dim=-1)  # (B, D)
+        text = F.normalize(self.text(**tokens).text_embeds.float(), dim=-1)  # (B, D)
+        logits = self.scale.clamp(max=np.log(100)).exp() * image @ text.T  # (B, B)
+        target = torch.arange(len(logits), device=self.device)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        accuracy = (logits.argmax(1) == target).float().mean()
+        self.log_dict({"loss": loss, "accuracy": accuracy}, prog_bar=True)
+        return loss
+
+
+MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's own
+
+
+class UNetStage(Stage):
+    """The epsilon MSE of a latent text-to-image model (eq. 1 without reference photos).
+
+    Latents' mean and logvar (P, 8, h, w) and text states are computed before; a latent is drawn anew each time.
+    """
+
+    KINDS = {"scene": 0.45, "both": 0.3, "traits": 0.05, "bare": 0.1, "drop": 0.1}
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        scheduler: DDPMScheduler,
+        moments: Tensor,
+        scaling_factor: float,
+        text: nn.Module,
+        tokenizer: CLIPTokenizer,
+        portraits: Portraits,
+        learning_rate: float = 6e-4,
+    ) -> None:
+        super().__init__(learning_rate)
+        self.unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.scheduler, self.moments, self.scaling_factor = scheduler, moments, scaling_factor
+        self.frozen = [text.eval().requires_grad_(False)]  # in a list: not a child, not in checkpoints
+        self.tokenizer, self.portraits = tokenizer, portraits
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        rng = np.random.default_rng([4, self.global_step])
+        captions = [caption(self.portraits, int(i), rng, self.KINDS) for i in batch]
+        tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").to(self.device)
+        with torch.no_grad():
+            states = self.frozen[0](tokens.input_ids).last_hidden_state  # (B, 77, 128)
+        mean, logvar = self.moments[batch].float().chunk(2, dim=1)  # (B, 4, 16, 16) each
+        x = (mean + (0.5 * logvar).exp() * torch.randn_like(mean)) * self.scaling_factor
+        eps = torch.randn_like(x)
+        t = torch.randint(self.scheduler.config.num_train_timesteps, (len(x),), device=self.device)
+        noised = self.scheduler.add_noise(x, eps, t).contiguous(memory_format=torch.channels_last)  # eq. (8)
+        loss = F.mse_loss(self.unet(noised, t, states).sample.float(), eps)
+        self.log("loss", loss, prog_bar=True)
+        return loss

@@ -1,0 +1,54 @@
+"""The miniature's CLIP tokenizer: byte-pair merges learned on every caption word, one token a word."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTokenizer
+
+from lit_multiip.data import mini_faces
+
+IDENTIFIERS = ["sks", "ohwx", "zwx", "xyb", "qlm"]  # reserved for DreamBooth: in the vocabulary, in no caption
+MAX_LENGTH = 64
+
+
+def _words() -> list[str]:
+    phrases = ["a photo of a person with wearing and in front of wall shirt bald head hair eyes , ."]
+    phrases += [name for names in mini_faces.SCENE_ATTRIBUTES.values() for name in names]
+    phrases += [name for trait in mini_faces.TRAITS.values() for name in trait.names]
+    phrases += mini_faces.OCCLUDERS + IDENTIFIERS
+    return sorted({word for phrase in phrases for word in phrase.split()})
+
+
+def make_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Learn the merges and write ``vocab.json``, ``merges.txt`` and the tokenizer's configuration to ``folder``."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    bpe.train_from_iterator([" ".join(_words())] * 4, trainer)
+    model = json.loads(bpe.to_str())["model"]
+    vocab = dict(model["vocab"])
+    for letter in alphabet:  # CLIP's vocabulary has every byte also as the end of a word
+        vocab.setdefault(letter + "</w>", len(vocab))
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocab[special] = len(vocab)
+    folder.mkdir(parents=True, exist_ok=True)
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False, indent=0) + "\n", "utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", "utf-8")
+    tokenizer = CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_LENGTH, pad_token="<|endoftext|>"
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer

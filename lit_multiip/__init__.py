@@ -1,1 +1,1 @@
-"""lit_multiip."""
+"""Multi-photo IP-Adapter: personalised images from several photos of a person, in PyTorch Lightning."""

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders import IPAdapterMixin
-from diffusers.models import UNet2DConditionModel
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -172,6 +172,34 @@ def load_image_side(backbone: str) -> int:
         return int(config.image_size)
     except (OSError, ValueError) as error:
         raise BackboneError(_lacks(backbone, "image_encoder")) from error
+
+
+def load_embed_dim(backbone: str) -> int:
+    """Width D of the image encoder's embeddings."""
+    try:
+        config: Any = CLIPVisionConfig.from_pretrained(resolve_backbone(backbone), subfolder="image_encoder")
+        return int(config.projection_dim)
+    except (OSError, ValueError) as error:
+        raise BackboneError(_lacks(backbone, "image_encoder")) from error
+
+
+def load_vae_facts(backbone: str) -> tuple[int, float]:
+    """How many pixels a latent spans, and the factor that gives latents unit variance."""
+    config: Any = _read_config(AutoencoderKL, backbone, "vae")
+    return 2 ** (len(config["block_out_channels"]) - 1), float(config.get("scaling_factor", 0.18215))
+
+
+def load_native_side(backbone: str) -> int:
+    """Side in pixels of the images that the UNet and the VAE were made for."""
+    unet: Any = _read_config(UNet2DConditionModel, backbone, "unet")
+    return int(unet["sample_size"]) * load_vae_facts(backbone)[0]
+
+
+def _read_config(cls: Any, backbone: str, name: str) -> Any:
+    try:
+        return cls.load_config(resolve_backbone(backbone), subfolder=name)
+    except OSError as error:
+        raise BackboneError(_lacks(backbone, name)) from error
 
 
 def fingerprint(backbone: str, component: str) -> str:

@@ -9,15 +9,18 @@ Every trait and scene is a pure function of ``(seed, person)`` and ``(seed, pers
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 SIDE = 64  # px
 
-FloatArray = npt.NDArray[np.float32]
+FloatArray = npt.NDArray[Any]
+Paint = Callable[[FloatArray, object], None]
 
 # Disjoint person indices by purpose, so that nothing that was trained ever saw a person it is later scored on.
 ROLES: dict[str, range] = {
@@ -30,7 +33,7 @@ ROLES: dict[str, range] = {
     "test": range(6_000_000, 7_000_000),
 }
 _starts = sorted((people.start, people.stop) for people in ROLES.values())
-assert all(stop <= start for (_, stop), (start, _) in zip(_starts, _starts[1:], strict=False)), "roles overlap"
+assert all(stop <= start for (_, stop), (start, _) in pairwise(_starts)), "roles overlap"
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (196, 52, 48),
@@ -277,35 +280,8 @@ def draw(who: Person, shot: Scene) -> npt.NDArray[np.uint8]:
         paint(_ellipse(u - side * half_width, v + 1, 2.6, 4.0), skin * 0.9)
     paint(face, skin)
 
-    # Below the mouth: marks, facial hair, mouth.
-    mark = MARKS[int(t["marks"])]
-    if mark == "freckles":
-        for du, dv in ((-9.5, 8.0), (-7.0, 10.8), (-11, 11.2), (9.5, 8.0), (7.0, 10.8), (11, 11.2)):
-            paint(_ellipse(f - du, v - dv, 1.3, 1.2), skin * 0.62)
-    elif mark == "mole":
-        paint(_ellipse(f - 9, v - 10, 2.0, 2.0), skin * 0.32)
-    beard, mouth_v = FACIAL_HAIR[int(t["facial_hair"])], v - 12.0
-    if beard == "full beard":
-        paint(face * _below(v - 8.5 - 0.012 * (half_width - np.abs(u)) ** 2), hair)
-        paint(_box(f, v - 9.0, 7.5, 1.6), hair)
-    elif beard == "goatee":
-        paint(_box(f, v - 17.0, 4.2, 3.6, 2), hair)
-    elif beard == "moustache":
-        paint(_box(f, v - 8.6, 6.5, 1.7), hair)
-    width, lips = 4.2 + 2.8 * t["mouth_width"], 1.1 + 1.1 * t["lips"]
-    lip_colour = skin * np.array([0.78, 0.45, 0.45], np.float32)
-    expression = EXPRESSIONS[shot.expression]
-    if expression == "surprised":
-        paint(_ellipse(f, mouth_v - 0.6, 0.62 * width + 0.4 * lips, 2.6 + 0.8 * lips), lip_colour)
-        paint(_ellipse(f, mouth_v - 0.6, 0.62 * width - 0.8, 1.9), (60, 20, 24))
-    else:
-        bend = 0.10 if expression == "smiling" else 0.0
-        curve = mouth_v - 0.6 + bend * (f**2 - 12)
-        if expression == "smiling":
-            paint(_box(f, curve, width + 0.8, lips + 0.9), lip_colour)
-            paint(_box(f, curve + 0.2, width - 0.6, 0.9, 0.5), (240, 236, 230))
-        else:
-            paint(_box(f, curve, width, lips), lip_colour)
+    if not shot.scarf:
+        _paint_mouth(paint, t, shot, skin, hair, face, u, v, f, half_width)
 
     # Nose: always visible.
     nose_height, nose_width = 2.8 + 1.0 * t["nose_length"], 1.9 + 1.1 * t["nose_width"]
@@ -315,7 +291,7 @@ def draw(who: Person, shot: Scene) -> npt.NDArray[np.uint8]:
     # Eyes and brows.
     eye_half, spacing = 2.7 + 1.3 * t["eye_size"], 6.0 + 2.0 * t["eye_spacing"]
     iris = EYE_COLOURS[list(EYE_COLOURS)[int(t["eye_colour"])]]
-    for side in (-1, 1):
+    for side in () if shot.sunglasses else (-1, 1):
         e = f - side * spacing
         paint(_ellipse(e, v + 2.5, eye_half, eye_half * 0.74), (246, 246, 244))
         paint(_ellipse(e, v + 2.5, 2.0, 2.0), iris)
@@ -355,6 +331,49 @@ def draw(who: Person, shot: Scene) -> npt.NDArray[np.uint8]:
     shade = 1 + shot.side_light * (_COLUMNS / SIDE - 0.5) * 2
     image = image * shade[..., None] * np.array(shot.light, np.float32)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def _paint_mouth(
+    paint: Paint,
+    t: dict[str, float],
+    shot: Scene,
+    skin: FloatArray,
+    hair: FloatArray,
+    face: FloatArray,
+    u: FloatArray,
+    v: FloatArray,
+    f: FloatArray,
+    half_width: float,
+) -> None:
+    """Paint what a scarf hides: marks, facial hair, mouth."""
+    mark = MARKS[int(t["marks"])]
+    if mark == "freckles":
+        for du, dv in ((-9.5, 8.0), (-7.0, 10.8), (-11, 11.2), (9.5, 8.0), (7.0, 10.8), (11, 11.2)):
+            paint(_ellipse(f - du, v - dv, 1.3, 1.2), skin * 0.62)
+    elif mark == "mole":
+        paint(_ellipse(f - 9, v - 10, 2.0, 2.0), skin * 0.32)
+    beard, mouth_v = FACIAL_HAIR[int(t["facial_hair"])], v - 12.0
+    if beard == "full beard":
+        paint(face * _below(v - 8.5 - 0.012 * (half_width - np.abs(u)) ** 2), hair)
+        paint(_box(f, v - 9.0, 7.5, 1.6), hair)
+    elif beard == "goatee":
+        paint(_box(f, v - 17.0, 4.2, 3.6, 2), hair)
+    elif beard == "moustache":
+        paint(_box(f, v - 8.6, 6.5, 1.7), hair)
+    width, lips = 4.2 + 2.8 * t["mouth_width"], 1.1 + 1.1 * t["lips"]
+    lip_colour = skin * np.array([0.78, 0.45, 0.45], np.float32)
+    expression = EXPRESSIONS[shot.expression]
+    if expression == "surprised":
+        paint(_ellipse(f, mouth_v - 0.6, 0.62 * width + 0.4 * lips, 2.6 + 0.8 * lips), lip_colour)
+        paint(_ellipse(f, mouth_v - 0.6, 0.62 * width - 0.8, 1.9), (60, 20, 24))
+    else:
+        bend = 0.10 if expression == "smiling" else 0.0
+        curve = mouth_v - 0.6 + bend * (f**2 - 12)
+        if expression == "smiling":
+            paint(_box(f, curve, width + 0.8, lips + 0.9), lip_colour)
+            paint(_box(f, curve + 0.2, width - 0.6, 0.9, 0.5), (240, 236, 230))
+        else:
+            paint(_box(f, curve, width, lips), lip_colour)
 
 
 def photo(seed: int, index: int, number: int, clean: bool = False) -> npt.NDArray[np.uint8]:

@@ -333,10 +333,20 @@ class MiniFaces(PeopleSource):
         validation: Number of people to validate on.
         test: Number of people to test on.
         photos: Photos per person.
+        train_role: Whose range the people to train on come from; ``adapter`` is that of the published-style adapter.
     """
 
-    def __init__(self, seed: int = 0, train: int = 300, validation: int = 30, test: int = 50, photos: int = 14) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        train: int = 300,
+        validation: int = 30,
+        test: int = 50,
+        photos: int = 14,
+        train_role: Literal["train", "adapter"] = "train",
+    ) -> None:
         self.seed, self.photos = seed, photos
+        self.roles = {"train": train_role, "validation": "validation", "test": "test"}
         self.counts = {"train": train, "validation": validation, "test": test}
         for name, count in {**self.counts, "photos": photos}.items():
             most = 10_000 if name == "photos" else len(mini_faces.ROLES[name])
@@ -346,14 +356,15 @@ class MiniFaces(PeopleSource):
             raise DataError(f"seed is {seed}: it must not be negative")
 
     def people(self) -> list[Person]:
-        """Return people called after side and number, such as ``train_000012``; nothing is drawn yet."""
+        """Return people called after role and number, such as ``train_000012``; nothing is drawn yet."""
         return sorted(
             (self._person(side, number) for side, count in self.counts.items() for number in range(count)),
             key=lambda person: natural(person.name),
         )
 
     def _person(self, side: str, number: int) -> Person:
-        name, index = f"{side}_{number:06d}", mini_faces.ROLES[side].start + number
+        role = self.roles[side]
+        name, index = f"{role}_{number:06d}", mini_faces.ROLES[role].start + number
         prompts = [mini_faces.prompt(mini_faces.scene(self.seed, index, i)) for i in range(self.photos)]
         photos = (DrawnPhoto(name, f"{name}_{i:04d}.png", p, self.seed, index, i) for i, p in enumerate(prompts))
         return Person(name, tuple(photos), side)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class Extractor(nn.Module, ABC):
     num_features: int
     num_classes: int | None = None  # None: no logits
     can_identify: bool = False
+    source: str | None = None  # folder or hub id of its weights; what conditions the images may not score them
 
     @abstractmethod
     def compute(self, images: Tensor) -> Extraction:
@@ -91,6 +93,13 @@ class Extractor(nn.Module, ABC):
         if embedding is None:
             raise ValueError(f"extractor {self.name!r} has no identity embedding: take identity scores from another")
         return embedding
+
+    def prompt_agreement(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """How well each image follows its prompt, uint8 (B, 3, H, W) and B prompts -> (B,), higher is better.
+
+        NaN where that is undefined: here for every image, since most extractors cannot read.
+        """
+        return torch.full((len(images),), float("nan"))
 
 
 class Inception(Extractor):

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import (
@@ -28,8 +31,9 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from lit_multiip.backbone import ip_adapter_state
+from lit_multiip.cli import make_cli
 from lit_multiip.mini import stages
-from lit_multiip.mini.critic import Critic
 from lit_multiip.mini.portraits import Portraits, to_signal
 from lit_multiip.mini.tokenizer import MAX_LENGTH, make_tokenizer
 
@@ -57,7 +61,8 @@ class Maker:
         """Train ``stage``; an interrupted training goes on from its last checkpoint."""
         steps, folder = max(10, int(steps * self.scale)), self.work / type(stage).__name__
         name = getattr(getattr(stage, "critic", None), "config", {}).get("architecture", "stage")
-        callbacks: list[L.Callback] = [ModelCheckpoint(folder, name, every_n_train_steps=500, save_weights_only=False)]
+        checkpoints = ModelCheckpoint(folder, name, every_n_train_steps=100, enable_version_counter=False)
+        callbacks: list[L.Callback] = [checkpoints]
         if ema is not None:
             callbacks.append(EMAWeightAveraging(decay=ema))
         loader = DataLoader(data, batch, shuffle=True, drop_last=True)
@@ -95,7 +100,7 @@ class Maker:
             hidden_size=128,
             intermediate_size=384,
             num_hidden_layers=3,
-            num_attention_heads=4,
+            num_attention_heads=2,
             max_position_embeddings=MAX_LENGTH,
             projection_dim=128,
             bos_token_id=tokenizer.bos_token_id,
@@ -103,29 +108,32 @@ class Maker:
             pad_token_id=tokenizer.pad_token_id,
         )
         vision_config = CLIPVisionConfig(
-            hidden_size=192,
-            intermediate_size=576,
-            num_hidden_layers=4,
-            num_attention_heads=6,
+            hidden_size=160,
+            intermediate_size=480,
+            num_hidden_layers=3,
+            num_attention_heads=2,
             image_size=64,
             patch_size=8,
             projection_dim=128,
         )
         text, vision = CLIPTextModelWithProjection(text_config), CLIPVisionModelWithProjection(vision_config)
         stage = stages.CLIPStage(vision, text, tokenizer, data)
-        self._fit(stage, data, 1500, 256, ema=None)
+        self._fit(stage, data, 1600, 128, ema=None)
         vision.half().save_pretrained(self.out / "image_encoder")
         plain = CLIPTextModel(text_config)
-        plain.load_state_dict({k: v for k, v in text.state_dict().items() if k in plain.state_dict()})
+        plain.load_state_dict({key.removeprefix("text_model."): v for key, v in text.text_model.state_dict().items()})
         plain.half().save_pretrained(self.out / "text_encoder")
         CLIPImageProcessor(
-            size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=stages.MEAN, image_std=stages.STD
+            size={"shortest_edge": 64},
+            crop_size={"height": 64, "width": 64},
+            image_mean=stages.MEAN,
+            image_std=stages.STD,
         ).save_pretrained(self.out / "feature_extractor")
 
     def vae(self) -> None:
         """Train the autoencoder, then set its scaling factor so that latents have unit variance."""
         data = self._portraits()
-        vae = AutoencoderKL(
+        vae: Any = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 3,
             up_block_types=("UpDecoderBlock2D",) * 3,
             block_out_channels=(32, 64, 128),
@@ -134,7 +142,7 @@ class Maker:
             norm_num_groups=16,
             sample_size=64,
         )
-        self._fit(stages.VAEStage(vae), data, 5500, 8, ema=0.998)
+        self._fit(stages.VAEStage(vae), data, 3600, 8, ema=0.998)
         vae.eval()
         with torch.no_grad():
             images = torch.stack([data[i]["image"] for i in range(0, len(data), len(data) // 512)])
@@ -145,15 +153,17 @@ class Maker:
     def unet(self) -> None:
         """Train the UNet on latents of the backbone's people."""
         data = self._portraits()
-        vae = AutoencoderKL.from_pretrained(self.out / "vae").float().eval()
+        vae: Any = AutoencoderKL.from_pretrained(self.out / "vae").float().eval()
         path = self.work / "moments.pt"
         if not path.exists():
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
                 batches = tqdm(DataLoader(data, 64), "encoding portraits")
                 moments = [vae.encode(to_signal(b["image"])).latent_dist.parameters.half() for b in batches]
             torch.save(torch.cat(moments), path)
-        scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
-        unet = UNet2DConditionModel(
+        scheduler: Any = DDPMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+        )
+        unet: Any = UNet2DConditionModel(
             sample_size=16,
             block_out_channels=(96, 160),
             down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -191,8 +201,27 @@ class Maker:
         }
         (self.out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
+    def ip_adapter(self) -> None:
+        """Train the single-photo IP-Adapter as the published one was, by the project's own ``fit``."""
+        config = Path(__file__).with_name("ip_adapter.yaml")
+        steps = yaml.safe_load(config.read_text())["trainer"]["max_steps"]
+        options = {
+            "config": config,
+            "backbone": self.out,
+            "seed_everything": self.seed,
+            "data.cache_dir": self.work / "features",
+            "trainer.max_steps": max(10, int(steps * self.scale)),
+            "trainer.logger.init_args.save_dir": self.work,
+        }
+        shutil.rmtree(self.out / "ip_adapter", ignore_errors=True)
+        sys.argv[1:] = ["fit", *(f"--{key}={value}" for key, value in options.items())]
+        state = ip_adapter_state(make_cli().model.unet)
+        (self.out / "ip_adapter").mkdir()
+        flat = {f"{part}.{key}": value.half() for part, values in state.items() for key, value in values.items()}
+        save_file(flat, self.out / "ip_adapter" / "ip-adapter_mini.safetensors")
 
-STAGES = ["critic", "critic_b", "clip", "vae", "unet"]
+
+STAGES = ["critic", "critic_b", "clip", "vae", "unet", "ip_adapter"]
 
 
 def make_mini(
@@ -208,7 +237,7 @@ def make_mini(
         out: folder to write; copy it over ``lit_multiip/mini/weights`` to ship it.
         work: folder for portraits and training states, so that an interrupted training goes on.
         seed: decides portraits, initial weights and draws.
-        stages: which of critic, critic_b, clip, vae, unet to make; all by default, in this order.
+        stages: which of critic, critic_b, clip, vae, unet, ip_adapter to make; all by default, in this order.
         scale: multiplies every number of training steps.
     """
     unknown = set(stages or []) - set(STAGES)

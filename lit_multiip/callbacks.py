@@ -1,0 +1,191 @@
+"""Callbacks of training and of predict: the last validation, pictures of validation people, and the files of predict."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from lit_multiip.data.people import Photo
+from lit_multiip.evaluation.pictures import Cell, labelled_grid, references_held_out_generated
+from lit_multiip.features import square
+
+
+class ValidateAtEnd(L.Callback):
+    """Validates after the last step, whatever the interval: the shortest fit leaves a checkpoint and a score."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Ask the loop to stop, which it does after a validation."""
+        if trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True
+
+
+class SampleGrid(L.Callback):
+    """After a validation of ``fit``: references | held-out photo | generated, to TensorBoard and the run's ``grids/``.
+
+    Args:
+        people: validation people in the picture, one task each; 0 draws none.
+        every: n; after every n-th validation.
+    """
+
+    def __init__(self, people: int = 6, every: int = 1) -> None:
+        if people < 0 or every < 1:
+            raise ValueError(f"grid.people={people} and grid.every={every}: give at least 0 and at least 1")
+        self.people, self.every, self.validations = people, every, 0
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw on rank 0."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or self.people == 0:
+            return
+        self.validations += 1
+        if self.validations % self.every or not trainer.is_global_zero:
+            return
+        module: Any = pl_module
+        dataset = trainer.val_dataloaders.dataset  # type: ignore[union-attr]
+        first = {task.person: index for index, task in reversed(list(enumerate(dataset.tasks)))}
+        indices = sorted(first.values())[: self.people]
+        batch = default_collate([dataset[index] for index in indices])
+        batch = trainer.strategy.batch_to_device(batch)
+        with torch.no_grad(), trainer.precision_plugin.forward_context():  # hooks lack the autocast that steps have
+            images = module.generate(batch)
+        side, tasks = module.image_side, [dataset.tasks[index] for index in indices]
+        picture = references_held_out_generated(
+            [_read(task.references, side) for task in tasks],
+            _read([task.held_out for task in tasks], side),
+            _pictures(images),
+            [f"{task.person}\n{task.prompt}" for task in tasks],
+            side,
+            f"{module.method()}, step {trainer.global_step}",
+        )
+        folder = run_folder(trainer) / "grids"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"step_{trainer.global_step:06d}.png")
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_image"):
+                pixels = np.asarray(picture)  # (H, W, 3) uint8
+                logger.experiment.add_image("val/samples", pixels, trainer.global_step, dataformats="HWC")
+
+
+class SavePredictions(L.Callback):
+    """Writes what ``predict`` draws into the run's ``predict/<person>/``: a PNG an image, a labelled grid, and how.
+
+    The folder is a new one every time: ``<person>``, then ``<person>-2``, ...
+    """
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Make the folder before anything is drawn."""
+        if stage != "predict":
+            return
+        self._data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        run, folder = run_folder(trainer), None
+        if trainer.is_global_zero:
+            folder = _new_folder(run / "predict" / _slug(self._data.requests[0].person))
+        self.folder = trainer.strategy.broadcast(folder)
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write a batch; an image that two ranks draw is the same."""
+        for index, image in zip(batch["task"].tolist(), _pictures(outputs), strict=True):
+            image.save(self._file(index))
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lay all images out on rank 0: the references, and under them a prompt a row and a seed a column."""
+        trainer.strategy.barrier("predictions")
+        if not trainer.is_global_zero:
+            return
+        assert self.folder is not None
+        module: Any = pl_module
+        requests, side = self._data.requests, module.image_side
+        references = requests[0].references
+        prompts = list(dict.fromkeys(request.prompt for request in requests))
+        seeds = list(dict.fromkeys(request.seed for request in requests))
+        files = {(request.prompt, request.seed): self._file(index) for index, request in enumerate(requests)}
+        rows: list[list[Cell]] = [
+            [Image.open(file) if (file := files[prompt, seed]).exists() else None for seed in seeds]
+            for prompt in prompts
+        ]
+        title = f"{requests[0].person}, {module.method()}"
+        numbers = [f"reference {number + 1}" for number in range(len(references))]
+        grids = (
+            labelled_grid([_read(references, side)], [requests[0].person], numbers, side, title),
+            labelled_grid(rows, prompts, [f"seed {seed}" for seed in seeds], side),
+        )
+        _stacked(*grids).save(self.folder / "grid.png")
+        facts = {
+            "person": requests[0].person,
+            "references": [photo.name for photo in references],
+            "images": [
+                {"file": self._file(index).name, "prompt": request.prompt, "seed": request.seed}
+                for index, request in enumerate(requests)
+            ],
+            "model": module.describe(),
+        }
+        (self.folder / "predict.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        print(f"\n{len(requests)} images and their grid: {self.folder}", flush=True)
+
+    def _file(self, index: int) -> Path:
+        assert self.folder is not None
+        request = self._data.requests[index]
+        return self.folder / f"{index:03d}_{_slug(request.prompt)[:60]}_seed{request.seed}.png"
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """Folder of the run, ``runs/<name>/version_k``. A collective call."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def _new_folder(wanted: Path) -> Path:
+    number, folder = 1, wanted
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if not wanted.parent.is_dir():  # a file where a folder should be
+                raise
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+
+
+def _slug(text: str) -> str:
+    """Make a file name of ``text``; a person's name keeps its underscores."""
+    return re.sub(r"[^\w-]+", "-", text).strip("-") or "_"
+
+
+def _pictures(images: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) uint8 => B pictures."""
+    return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def _stacked(*pictures: Image.Image) -> Image.Image:
+    """Lay pictures under one another, on white."""
+    whole = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    top = 0
+    for picture in pictures:
+        whole.paste(picture, (0, top))
+        top += picture.height
+    return whole
+
+
+def _read(photos: Sequence[Photo], side: int) -> list[Image.Image]:
+    return [square(photo.image(), side) for photo in photos]

@@ -1,0 +1,260 @@
+"""The command line: Lightning's fit, validate, test and predict, and the project's own commands before them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import math
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import LightningCLI
+
+logger = logging.getLogger(__name__)
+
+DEBUG = "LIT_MULTIIP_DEBUG"
+COMMANDS = {"make-mini": "lit_multiip.mini.make:make_mini"}  # dispatched before LightningCLI
+DESCRIPTION = """Personalised images from several photos of a person.
+
+fit trains the method of a config; bare test scores the newest run under runs/, bare predict draws with it; --run
+<folder> chooses another one. Further commands, each with its own --help: {}.
+
+predict and test also take --ip_scale X, --guidance_scale X and --steps N; predict takes --photos FOLDER,
+--prompts "A" "B" and --seeds 0 1 2.""".format(", ".join(COMMANDS))
+START = "python -m lit_multiip fit --config configs/self_attn.yaml"
+
+# Short forms of options, by the command that takes them.
+_SAMPLING = {name: f"model.sampling.{name}" for name in ("ip_scale", "guidance_scale", "steps")}
+_PREDICT = {name: f"data.predict.{name}" for name in ("photos", "prompts", "seeds")}
+ALIASES = {"test": _SAMPLING, "validate": {}, "predict": _SAMPLING | _PREDICT}
+
+
+class UsageError(Exception):
+    """A command line that cannot be carried out; the message names the remedy."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command line, that of the process by default.
+
+    What a user can mend ends as one line on stderr and exit code 1 (2 where the command line itself is at fault); with
+    ``LIT_MULTIIP_DEBUG=1`` the traceback comes too.
+    """
+    args = sys.argv[1:] if args is None else list(args)
+    _set_up_logging()
+    try:
+        if args and args[0] in COMMANDS:
+            _run_command(*args)
+        else:
+            # Ranks that Lightning starts inherit argv, and must not look for the newest run again.
+            sys.argv[1:] = expand(args)
+            make_cli()
+    except Exception as error:
+        message = _explain(error)
+        if message is None:
+            raise
+        if os.environ.get(DEBUG, "0") not in ("", "0"):
+            traceback.print_exc()
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+
+
+def expand(args: list[str]) -> list[str]:
+    """Write a command line out in LightningCLI's own terms: short forms, and the run that is meant.
+
+    Raises:
+        UsageError: There is no such run, or none at all.
+    """
+    if not args or args[0] not in ALIASES:
+        return args
+    command, aliases = args[0], ALIASES[args[0]]
+    parser = argparse.ArgumentParser(prog=f"lit_multiip {command}", add_help=False, allow_abbrev=False)
+    parser.add_argument("--run")
+    for name in aliases.keys() - {"prompts", "seeds"}:
+        parser.add_argument(f"--{name}", type={"photos": str, "steps": int}.get(name, float))
+    if "prompts" in aliases:
+        parser.add_argument("--prompts", "--prompt", nargs="+", action="extend")
+        parser.add_argument("--seeds", "--seed", nargs="+", action="extend", type=int)
+    known, rest = parser.parse_known_args(args[1:])
+    for name, key in aliases.items():
+        value = getattr(known, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"--{name} {value} is not finite: give a number such as 1.0")
+        if value is not None:
+            rest.append(f"--{key}={json.dumps(value) if isinstance(value, list) else value}")
+
+    given = {arg.split("=")[0] for arg in rest}
+    if known.run is None and given & {"-c", "--config", "--ckpt_path", "-h", "--help", "--print_config"}:
+        return [command, *rest]
+    run, checkpoint = _choose_run(command, known.run)
+    logger.info("%s of run %s, checkpoint %s", command, run, checkpoint.name)
+    chosen = ["--config", str(run / "config.yaml")]
+    if "--ckpt_path" not in given:
+        chosen += ["--ckpt_path", str(checkpoint)]
+    return [command, *chosen, *rest]
+
+
+def _choose_run(command: str, folder: str | None) -> tuple[Path, Path]:
+    from lit_multiip.runs import best_checkpoint, newest_run
+
+    if folder is None:
+        found = newest_run()
+        if found is None:
+            raise UsageError(f"no run under {Path('runs').resolve()} has a checkpoint to {command}: first {START}")
+        return found
+    run = Path(folder)
+    if not (run / "config.yaml").is_file():
+        raise UsageError(f"'{folder}' is not a run: give a folder with config.yaml, such as runs/self_attn/version_0")
+    checkpoint = best_checkpoint(run)
+    if checkpoint is None:
+        raise UsageError(f"run '{folder}' has no checkpoint that can be loaded: give another run, or {START}")
+    return run, checkpoint
+
+
+def _run_command(name: str, *args: str) -> None:
+    from jsonargparse import auto_cli
+
+    module, function = COMMANDS[name].split(":")
+    component = getattr(importlib.import_module(module), function)
+    auto_cli(component, args=list(args), as_positional=False, prog=f"lit_multiip {name}")
+
+
+def make_cli() -> LightningCLI:
+    """Parse ``sys.argv`` and run it.
+
+    Model and data are fixed classes; ``backbone`` and ``image_side`` are top-level keys that both are given, so that
+    configs may be laid over one another in any order. The callbacks ``checkpoint``, ``grid`` and ``score`` are set by
+    keys of those names; ``trainer.callbacks`` is the user's own.
+    """
+    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+    from lit_multiip.adapter import MultiIPAdapter
+    from lit_multiip.aggregators import Aggregator
+    from lit_multiip.callbacks import SampleGrid, SavePredictions, ValidateAtEnd
+    from lit_multiip.data.datamodule import MultiPhotoData
+    from lit_multiip.evaluation.callback import ScoreTest
+    from lit_multiip.runs import read_checkpoint
+
+    class Parser(LightningArgumentParser):
+        """Raises in place of a screenful of usage."""
+
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            if not self.exit_on_error:  # one of several types that are being tried
+                super().error(message, ex)
+            message = " ".join(message.split())
+            if '"model.aggregator"' in message:
+                message += f"; aggregators are {', '.join(cls.__name__ for cls in Aggregator.__subclasses__())}"
+            raise UsageError(f"{message}; all options: {self.prog} --help") from ex
+
+    class SaveFitConfig(SaveConfigCallback):
+        """Only fit's config makes a folder a run."""
+
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            if stage == "fit":
+                super().setup(trainer, pl_module, stage)
+
+    class CLI(LightningCLI):
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.add_argument("--backbone", type=str, default="mini", help="mini, a diffusers folder, or a hub id")
+            parser.add_argument("--image_side", type=int | None, default=None, help="px; null: the backbone's own")
+            for key in ("backbone", "image_side"):
+                parser.link_arguments(key, f"model.{key}")
+                parser.link_arguments(key, f"data.{key}")
+            parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+            best = {"monitor": "val/loss", "mode": "min", "save_top_k": 1, "filename": "best-{step}"}
+            parser.set_defaults({f"checkpoint.{key}": value for key, value in best.items()})
+            parser.add_lightning_class_args(SampleGrid, "grid")
+            parser.add_lightning_class_args(ScoreTest, "score")
+
+        def before_instantiate_classes(self) -> None:
+            config = self.config[self.config.subcommand]
+            if config.trainer.enable_progress_bar is not False:
+                self.trainer_defaults["callbacks"].append(TQDMProgressBar())
+            if self.config.subcommand == "test":
+                config.verbose = False  # ScoreTest prints a better table
+            path = config.get("ckpt_path")
+            if path is None:
+                return
+            config.weights_only = True  # nothing is unpickled
+            if path in ("best", "last", "hpc", "registry") or "://" in path:
+                return
+            read_checkpoint(Path(path))
+            run, log = Path(path).parent.parent, config.trainer.logger
+            if not run.parent.name:
+                run = run.resolve()
+            if self.config.subcommand != "fit" and (run / "config.yaml").is_file() and hasattr(log, "init_args"):
+                # what is made of a run lies inside it
+                place = {"version": run.name, "name": run.parent.name, "save_dir": str(run.parent.parent)}
+                for key, value in place.items():
+                    log.init_args[key] = value
+
+    trainer_defaults = {
+        "accelerator": "auto",
+        "precision": "bf16-mixed",
+        "use_distributed_sampler": False,  # the DataModule's own samplers serve all ranks
+        "inference_mode": False,
+        "check_val_every_n_epoch": None,  # val_check_interval counts steps
+        "num_sanity_val_steps": 1,
+        "log_every_n_steps": 10,
+        "logger": {
+            "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+            "init_args": {"save_dir": "runs", "name": "multiip", "default_hp_metric": False},
+        },
+        "callbacks": [  # Lightning adds these to those of the config
+            ValidateAtEnd(),
+            ModelCheckpoint(filename="last", monitor=None, save_top_k=1, enable_version_counter=False),
+            LearningRateMonitor("step"),
+            SavePredictions(),
+        ],
+    }
+    return CLI(
+        MultiIPAdapter,
+        MultiPhotoData,
+        save_config_callback=SaveFitConfig,
+        trainer_defaults=trainer_defaults,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        parser_class=Parser,
+        parser_kwargs={"description": DESCRIPTION},
+    )
+
+
+def _set_up_logging() -> None:
+    """Show the package's messages on stderr, once, on rank 0."""
+    package = logging.getLogger("lit_multiip")
+    package.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.ERROR)
+    if not package.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        package.addHandler(handler)
+    for nag in (
+        "does not have many workers",
+        "in eval mode at the start",
+        "not supported by the model summary",
+        "treespec",
+    ):
+        warnings.filterwarnings("ignore", f".*{nag}")
+
+
+def _explain(error: Exception) -> str | None:
+    """Say in one line what the user can mend; None for a fault of the program.
+
+    That is what this package raises on purpose, what the file system refuses, and a Trainer set up wrongly.
+    """
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    frames = traceback.extract_tb(error.__traceback__)
+    own = bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+    if isinstance(error, (UsageError, OSError, MisconfigurationException)) or (
+        own and isinstance(error, (ValueError, ArithmeticError))
+    ):
+        return str(error) or type(error).__name__
+    return None

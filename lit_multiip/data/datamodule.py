@@ -1,0 +1,298 @@
+"""The LightningDataModule: people, split, held-out groups, evaluation tasks, all on features computed once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lit_multiip.data.groups import Balance, EpochSampler, HeldOutGroups, Target, draw_references, stable_hash
+from lit_multiip.data.people import (
+    DataError,
+    MiniFaces,
+    PeopleSource,
+    Person,
+    Photo,
+    Split,
+    check_photos,
+    read_person,
+    select_people,
+    split_people,
+)
+from lit_multiip.features import Features, content_key
+
+if TYPE_CHECKING:
+    from lit_multiip.evaluation.tasks import Task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PredictArgs:
+    """What ``predict`` draws: every prompt with every seed, of one person.
+
+    Args:
+        photos: folder with photos of the person, any number; None takes the first test person.
+        prompts: what to draw; None takes a prompt a scene of the reference photos.
+        seeds: one image each per prompt.
+    """
+
+    photos: str | None = None
+    prompts: list[str] | None = None
+    seeds: list[int] = field(default_factory=lambda: [0, 1])
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to draw: the references, the prompt and the seed."""
+
+    person: str
+    references: tuple[Photo, ...]
+    prompt: str
+    seed: int
+
+
+class TaskDataset(Dataset[dict[str, Tensor]]):
+    """Evaluation tasks (or requests, which have no held-out photo) with their features.
+
+    An item holds ``task`` (), ``references`` and ``other_references`` (R, D), the latter of the next person,
+    ``prompt_embeds`` and ``negative_prompt_embeds`` (L, E), ``seed`` (), and ``moments`` (2C, h, w) of the held-out
+    photo, where there is one.
+    """
+
+    def __init__(self, tasks: Sequence[Task | Request], features: Features) -> None:
+        self.tasks, self.features = tasks, features
+        references = {task.person: task.references for task in tasks}
+        people = list(references)
+        self.others = {name: references[people[(i + 1) % len(people)]] for i, name in enumerate(people)}
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        task = self.tasks[index]
+        item = {
+            "task": torch.tensor(index),
+            "references": self.features.embeds(task.references),
+            "other_references": self.features.embeds(self.others[task.person]),
+            "prompt_embeds": self.features.text(task.prompt),
+            "negative_prompt_embeds": self.features.text(""),
+            "seed": torch.tensor(task.seed),
+        }
+        if not isinstance(task, Request):
+            item["moments"] = self.features.moments(task.held_out)
+        return item
+
+
+class MultiPhotoData(L.LightningDataModule):
+    """Groups of a person's photos for training, and tasks for validation, test and predict.
+
+    Args:
+        backbone: folder, hub id or ``mini``; its frozen encoders make the features. Linked to the model's.
+        source: where the people come from.
+        image_side: side of the target images in px; None takes the backbone's own.
+        references: N - 1, photos that condition.
+        min_photos: people with fewer are left out.
+        max_people: keep a seeded subset of this many people.
+        balance: ``person`` (every person gives N targets an epoch) or ``photo`` (every photo is a target once).
+        target: ``held_out``, or ``reference`` to train as the published single-photo IP-Adapter (references = 1).
+        drop: probabilities of dropping image, text and both in training.
+        test_fraction: of the people, where neither the source nor a list decides.
+        validation_fraction: of the training side.
+        train_names: file with the names of training people, one a line (LFW's people files, too).
+        validation_names: likewise.
+        test_names: likewise.
+        held_out: evaluation tasks: held-out photos a test person, at most.
+        seeds: images per held-out photo.
+        validation_held_out: held-out photos a validation person.
+        on_unreadable: ``refuse`` or ``skip`` photos that cannot be decoded.
+        batch_size: training samples a step and device.
+        eval_batch_size: tasks at once.
+        num_workers: of the loaders.
+        cache_dir: feature store.
+        encode_batch_size: photos at once in an encoder.
+        seed: of the split, the groups and the tasks.
+        predict: what ``predict`` draws.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "mini",
+        source: PeopleSource | None = None,
+        image_side: int | None = None,
+        references: int = 9,
+        min_photos: int = 10,
+        max_people: int | None = None,
+        balance: Balance = "person",
+        target: Target = "held_out",
+        drop: tuple[float, float, float] = (0.05, 0.05, 0.05),
+        test_fraction: float = 1 / 3,
+        validation_fraction: float = 0.1,
+        train_names: str | None = None,
+        validation_names: str | None = None,
+        test_names: str | None = None,
+        held_out: int = 4,
+        seeds: int = 1,
+        validation_held_out: int = 2,
+        on_unreadable: Literal["refuse", "skip"] = "refuse",
+        batch_size: int = 16,
+        eval_batch_size: int = 25,
+        num_workers: int = 0,
+        cache_dir: str = "runs/features",
+        encode_batch_size: int = 32,
+        seed: int = 0,
+        predict: PredictArgs | None = None,
+    ) -> None:
+        super().__init__()
+        if min(batch_size, eval_batch_size, encode_batch_size, references, held_out, seeds, validation_held_out) < 1:
+            raise DataError("batch sizes, references, held_out and seeds must be at least 1")
+        if min(drop) < 0 or sum(drop) > 1:
+            raise DataError(f"data.drop={drop} are no probabilities: give three of at least 0 that add to at most 1")
+        self.backbone, self.source = backbone, source or MiniFaces()
+        self.image_side, self.references = image_side, references
+        self.min_photos, self.max_people = min_photos, max_people
+        self.balance, self.target, self.drop = balance, target, drop
+        self.test_fraction, self.validation_fraction = test_fraction, validation_fraction
+        self.names = {"train_names": train_names, "validation_names": validation_names, "test_names": test_names}
+        self.held_out, self.seeds, self.validation_held_out = held_out, seeds, validation_held_out
+        self.on_unreadable: Literal["refuse", "skip"] = on_unreadable
+        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
+        self.cache_dir, self.encode_batch_size, self.seed = cache_dir, encode_batch_size, seed
+        self.predict_args = predict or PredictArgs()
+        self.split: Split | None = None
+        self.features: Features | None = None
+        self.tasks: list[Task] = []
+        self.validation_tasks: list[Task] = []
+        self.requests: list[Request] = []
+
+    def prepare_data(self) -> None:
+        """Fetch or extract the source once, on one process."""
+        self.source.people()
+
+    def setup(self, stage: str) -> None:
+        """Choose and split the people, then encode what this stage will need."""
+        from lit_multiip.evaluation.tasks import make_tasks
+
+        if stage == "predict" and self.predict_args.photos is not None:
+            self._setup_predict(read_person(self.predict_args.photos))
+            return
+        if self.split is None:
+            self.split = self._split()
+        if stage == "predict":
+            self._setup_predict(self.split.test[0])
+            return
+        photos: list[Photo] = []
+        targets: list[Photo] = []
+        if stage in ("fit", "validate"):
+            self.validation_tasks = make_tasks(
+                self.split.validation, self.references, self.validation_held_out, 1, self.seed
+            )
+        if stage == "fit":
+            photos += [photo for person in self.split.train for photo in person.photos]
+            targets += photos
+        if stage == "test":
+            self.tasks = make_tasks(self.split.test, self.references, self.held_out, self.seeds, self.seed)
+        for task in [*self.validation_tasks, *self.tasks]:
+            photos += task.references
+            targets.append(task.held_out)
+        prompts = [photo.prompt for photo in targets]
+        self._build(photos, targets, prompts)
+
+    def _split(self) -> Split:
+        people = select_people(self.source.people(), self.min_photos, self.max_people, self.seed)
+        people = check_photos(people, self.on_unreadable)
+        people = select_people([_distinct(person) for person in people], self.min_photos, None, self.seed)
+        split = split_people(people, self.seed, self.test_fraction, self.validation_fraction, **self.names)
+        counts = f"{len(split.train)} train, {len(split.validation)} validation, {len(split.test)} test"
+        logger.info("people: %s", counts)
+        return split
+
+    def _setup_predict(self, person: Person) -> None:
+        [person] = check_photos([person], self.on_unreadable, progress=False)
+        photos = _distinct(person).photos
+        import numpy as np
+
+        rng = np.random.default_rng([self.seed, stable_hash(person.name)])
+        chosen = tuple(photos[i] for i in draw_references(range(len(photos)), self.references, rng))
+        if len(photos) != self.references:
+            what = "the surplus is dropped" if len(photos) > self.references else "missing ones are drawn again"
+            logger.warning("%s has %d photos, %d are used: %s", person.name, len(photos), self.references, what)
+        prompts = self.predict_args.prompts or list(dict.fromkeys(photo.prompt for photo in photos))[:4]
+        seeds = self.predict_args.seeds
+        if not seeds or not all(prompts):
+            raise DataError("data.predict needs at least one seed, and prompts that are not empty")
+        self.requests = [Request(person.name, chosen, prompt, seed) for prompt in prompts for seed in seeds]
+        self._build(list(chosen), [], prompts)
+
+    def _build(self, photos: list[Photo], targets: list[Photo], prompts: list[str]) -> None:
+        strategy: Any = self.trainer.strategy if self.trainer is not None else None
+        device = strategy.root_device if strategy else "cpu"
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        self.features = Features(self.backbone, self.cache_dir, self.image_side, device, self.encode_batch_size)
+        self.features.build(photos, targets, prompts, rank, world)
+        if strategy:
+            strategy.barrier("features")
+        self.features.refresh()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches of ``HeldOutGroups`` items; its own sampler serves all ranks (``use_distributed_sampler: false``)."""
+        assert self.split is not None and self.features is not None
+        references = 1 if self.target == "reference" else self.references
+        groups = HeldOutGroups(
+            self.split.train, self.features, self.seed, references, self.balance, self.target, self.drop
+        )
+        sampler = EpochSampler(len(groups), self.seed, *self._rank_and_world())
+        if len(sampler) < self.batch_size:
+            raise DataError(
+                f"data.batch_size={self.batch_size} is more than the {len(sampler)} samples of an epoch: lower it"
+            )
+        return DataLoader(
+            groups,
+            self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            drop_last=True,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Batches of the validation people's tasks."""
+        return self._task_loader(self.validation_tasks)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Batches of the test people's tasks."""
+        return self._task_loader(self.tasks)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Batches of what is to be drawn."""
+        return self._task_loader(self.requests)
+
+    def _task_loader(self, tasks: Sequence[Task | Request]) -> DataLoader[Any]:
+        assert self.features is not None
+        dataset = TaskDataset(tasks, self.features)
+        rank, world = self._rank_and_world()
+        sampler: Any = None
+        if world > 1:
+            from torch.utils.data.distributed import DistributedSampler
+
+            sampler = DistributedSampler(dataset, world, rank, shuffle=False)
+        return DataLoader(dataset, self.eval_batch_size, sampler=sampler, num_workers=0)
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+
+def _distinct(person: Person) -> Person:
+    """Keep one photo of those with equal content, so that a copy of a target is never among its references."""
+    photos = {content_key(photo): photo for photo in reversed(person.photos)}
+    kept = tuple(reversed(photos.values()))
+    if len(kept) < len(person.photos):
+        logger.warning("%s: %d photos are copies of others and left out", person.name, len(person.photos) - len(kept))
+    return replace(person, photos=kept)

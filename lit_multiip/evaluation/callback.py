@@ -1,0 +1,415 @@
+"""The callback that scores a test: it collects what every task's image became, and rank 0 scores and writes it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import lightning as L
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from lit_multiip.data.people import Person, Photo
+from lit_multiip.evaluation import report
+from lit_multiip.evaluation.critic import CriticExtractor, shipped_critic
+from lit_multiip.evaluation.extractors import Extraction, Extractor
+from lit_multiip.evaluation.intervals import Score
+from lit_multiip.evaluation.pictures import labelled_grid
+from lit_multiip.evaluation.scores import ImageSet, diversity, identity_scores, summarise
+from lit_multiip.evaluation.tasks import Task, image_files, protocol
+
+logger = logging.getLogger(__name__)
+
+NO_SEEDS = ("vae_round_trip", "real_other_photo")  # rows that do not depend on the noise
+BATCH = 64  # images a pass of an extractor
+
+
+class Scored(Protocol):
+    """What the callback asks of a LightningModule, besides `test_step(batch, i) -> uint8 (B, 3, H, W)`."""
+
+    image_side: int  # px
+
+    def generate(
+        self, batch: Any, references: Literal["right", "other", "zero"] = "right", ip_scale: float | None = None
+    ) -> Tensor:
+        """Sample every task of a batch from its own noise, uint8 (B, 3, H, W)."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Unscaled VAE latents (B, C, h, w) -> uint8 (B, 3, H, W)."""
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able facts; `method` names the row, `backbone` is a name, folder or hub id."""
+
+
+class ScoreTest(L.Callback):
+    """Scores the test people, and writes images, scores.csv, metrics.json, grid.png and table.md.
+
+    Rows. The method's own images, and anchors, by which its scores can be read:
+
+    | row              | images                                              | what it tells                         |
+    |------------------|-----------------------------------------------------|---------------------------------------|
+    | no_references    | IP-Adapter scale 0                                  | the backbone alone                    |
+    | zero_embedding   | a zero image embedding, whose tokens are not zero   | the adapter alone                     |
+    | other_person     | references of another person                        | the identity of a stranger            |
+    | vae_round_trip   | the held-out photo through the VAE                  | what the best of samplers could reach |
+    | real_other_photo | a reference itself; its prompt is another one       | how alike two photos of a person are  |
+    | real_vs_real     | as many photos of training people, set scores alone | FID and KID of real photos at this N  |
+
+    FID and KID compare a row's images with all held-out photos, each once. real_vs_real takes its photos from as many
+    training people as are tested, if there are so many, and evenly; fewer photos than tasks are counted as such.
+
+    An extractor that conditions the images may not score them: `source` of an extractor is refused where it is the
+    backbone itself or its image encoder, by id or by path. Copies elsewhere are not recognised.
+
+    Args:
+        extractors: Networks that score; None takes the miniature's critic, and critic_b where its folder is there.
+        anchors: Make and score the anchor rows too; three of them take as long as the method's own.
+        groups: Of the jackknife over people.
+        resamples: Of the bootstrap over people.
+        grid_people: People in grid.png, at most.
+        output: Folder for what is written. None takes `test/` in the folder of the run that is tested: where the
+            checkpoint lies in `checkpoints/`, the folder around that; else the logger's. Images of an earlier test in
+            it are replaced.
+    """
+
+    def __init__(
+        self,
+        extractors: list[Extractor] | None = None,
+        anchors: bool = True,
+        groups: int = 20,
+        resamples: int = 2000,
+        grid_people: int = 8,
+        output: str | None = None,
+    ) -> None:
+        if groups < 2 or resamples < 1 or grid_people < 1:
+            given = f"groups is {groups}, resamples {resamples} and grid_people {grid_people}"
+            raise ValueError(f"{given}: give at least 2, 1 and 1")
+        if extractors is not None and not extractors:
+            raise ValueError("extractors is empty: give at least one, or null for the miniature's critic")
+        self.extractors = extractors
+        self.anchors = anchors
+        self.groups, self.resamples = groups, resamples
+        self.grid_people = grid_people
+        self.output = output
+
+    # ---- before work ------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Load the extractors.
+
+        Raises:
+            FileNotFoundError: a critic is missing.
+            ValueError: two extractors have one name.
+        """
+        if stage != "test":
+            return
+        if self.extractors is None:
+            other = shipped_critic("critic_b")
+            self.extractors = [CriticExtractor(), *([CriticExtractor(str(other))] if other.is_dir() else [])]
+        names = [extractor.name for extractor in self.extractors]
+        if len(set(names)) < len(names):
+            raise ValueError(f"extractors are called {', '.join(names)}: their scores would be mixed up; rename one")
+
+    def _output_folder(self, trainer: L.Trainer) -> Path:
+        log_dir = trainer.log_dir  # a collective call: on every rank, whether needed or not
+        if self.output is not None:
+            return Path(self.output).expanduser()
+        if trainer.ckpt_path is not None and (checkpoints := Path(trainer.ckpt_path).parent).name == "checkpoints":
+            return checkpoints.parent / "test"
+        return Path(log_dir or trainer.default_root_dir) / "test"
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """See, before anything is sampled, that results can be written and that no extractor also conditions.
+
+        Raises:
+            OSError: the output folder cannot be made or written to.
+            ValueError: an extractor's weights are the backbone's image encoder.
+        """
+        assert self.extractors is not None
+        module: Any = pl_module
+        for extractor in self.extractors:
+            _refuse_if_it_conditions(extractor, str(module.describe()["backbone"]))
+        self._folder = self._output_folder(trainer)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._folder):
+                pass
+        except OSError as error:
+            raise OSError(
+                f"cannot write test results to '{self._folder}' ({error.strerror}): set ScoreTest's output to a folder "
+                "that can be written to"
+            ) from error
+        self._index: list[Tensor] = []
+        self._rows: dict[str, list[Tensor]] = defaultdict(list)
+        self._seconds = {"method": 0.0, "anchors": 0.0}
+
+    # ---- per batch --------------------------------------------------------------------------------------------------
+
+    def on_test_batch_start(self, *_: Any, **__: Any) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the method's images, and make those of the anchors."""
+        module: Any = pl_module
+        self._index.append(batch["task"].cpu())
+        self._rows["method"].append(outputs.cpu())
+        sampled = time.perf_counter()
+        self._seconds["method"] += sampled - self._started
+        if self.anchors:
+            # hooks lack the autocast that the steps have
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
+                for name, images in self._anchor_images(module, batch).items():
+                    self._rows[name].append(images.cpu())
+            self._seconds["anchors"] += time.perf_counter() - sampled
+
+    @staticmethod
+    def _anchor_images(module: Scored, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        mean = batch["moments"].chunk(2, dim=1)[0]  # (B, 2C, h, w) => (B, C, h, w)
+        return {
+            "no_references": module.generate(batch, ip_scale=0.0),
+            "zero_embedding": module.generate(batch, references="zero"),
+            "other_person": module.generate(batch, references="other"),
+            "vae_round_trip": module.decode(mean),
+        }
+
+    # ---- afterwards -------------------------------------------------------------------------------------------------
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Score and write on rank 0; log the method's scores as `test/<score>/<extractor>`."""
+        index, rows = self._gathered(trainer)
+        if trainer.is_global_zero:
+            scores = self._score_and_write(trainer, pl_module, index, rows)
+            values = {f"test/{key}": score.value for key, score in scores.items()}
+            pl_module.log_dict(values, rank_zero_only=True)
+        trainer.strategy.barrier("scores")
+        self._index, self._rows = [], defaultdict(list)
+
+    def _gathered(self, trainer: L.Trainer) -> tuple[list[int], dict[str, Tensor]]:
+        """All ranks' images by row, (T, 3, H, W), in the order of their tasks, and these.
+
+        Each task once: samplers repeat some, so that all ranks have equally many.
+        """
+
+        def gather(parts: list[Tensor]) -> Tensor:
+            if trainer.world_size > 1:
+                device = trainer.strategy.root_device  # a batch at a time, to spare its memory
+                parts = [trainer.strategy.all_gather(part.to(device)).flatten(0, 1).cpu() for part in parts]
+            return torch.cat(parts)
+
+        place: dict[int, int] = {}
+        for position, task in enumerate(gather(self._index).tolist()):
+            place.setdefault(task, position)
+        index = sorted(place)
+        return index, {name: gather(parts)[[place[task] for task in index]] for name, parts in self._rows.items()}
+
+    def _score_and_write(
+        self, trainer: L.Trainer, pl_module: Any, index: list[int], rows: dict[str, Tensor]
+    ) -> dict[str, Score]:
+        """Returns the method's scores."""
+        assert self.extractors is not None
+        started = time.perf_counter()
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        tasks: list[Task] = [data.tasks[i] for i in index]
+        if len(tasks) < len(data.tasks):
+            logger.warning("%d of %d test tasks were sampled: scores are of these", len(tasks), len(data.tasks))
+        describe = pl_module.describe()
+        method = str(describe["method"])
+        rows = {method if name == "method" else name: images for name, images in rows.items()}
+        # first what took long to make: whatever goes wrong with the scores, it is there
+        files = [image_files(data.tasks)[i] for i in index]
+        self._write_images(rows[method], files)
+        self._grid(tasks, rows, method, pl_module.image_side).save(self._folder / "grid.png")
+
+        strangers = _photos_of_others(tasks, data.split.train, data.seed) if self.anchors else []
+        shown = [photo for task in tasks for photo in (task.held_out, *task.references)]
+        real = {photo: i for i, photo in enumerate(dict.fromkeys(shown + strangers))}
+        pixels = _read_photos(list(real), pl_module.image_side)  # (M, 3, H, W)
+        if self.anchors:
+            rows["real_other_photo"] = pixels[[real[photo] for photo in _other_photos(tasks)]]
+        scores: dict[str, dict[str, Score]] = defaultdict(dict)
+        cells: dict[str, list[dict[str, Any]]] = {name: [{} for _ in tasks] for name in rows}
+        for extractor in self.extractors:
+            device = trainer.strategy.root_device
+            options = {"groups": self.groups, "resamples": self.resamples}
+            photos, _ = _look(extractor, pixels, device, "real photos")
+            held_out = _image_set(photos, list(dict.fromkeys(task.held_out for task in tasks)), real)
+            for name, images in rows.items():
+                made, prompt = _look(extractor, images, device, name, [task.prompt for task in tasks])
+                per_image = {**_per_image(extractor, made, photos, real, tasks, name not in NO_SEEDS), "prompt": prompt}
+                per_image = {score: values for score, values in per_image.items() if not np.isnan(values).all()}
+                generated = ImageSet(_people(tasks), made.features, made.logits, per_image)
+                scores[name] |= summarise(extractor.name, generated, held_out, **options)
+                if name == method:
+                    report.write_features(self._folder / f"features_{extractor.name}.safetensors", generated, held_out)
+                for score, values in per_image.items():
+                    for cell, value in zip(cells[name], values.tolist(), strict=True):
+                        cell[f"{score}/{extractor.name}"] = value
+            if strangers:
+                others = _image_set(photos, strangers, real)
+                scores["real_vs_real"] |= summarise(extractor.name, others, held_out, **options)
+
+        lines = [
+            {"row": name, "person": task.person, "held_out": task.held_out.name, "prompt": task.prompt}
+            | {"seed": task.seed, "image": f"images/{file}" if name == method else "", **cell}
+            for name in rows
+            for task, file, cell in zip(tasks, files, cells[name], strict=True)
+        ]
+        report.write_csv(self._folder / "scores.csv", lines)
+        seconds = {**self._seconds, "scoring": time.perf_counter() - started}
+        results = report.results(protocol(tasks), scores, _facts(self.extractors), describe, seconds)
+        table = report.table(results)
+        (self._folder / "table.md").write_text(table, encoding="utf-8")
+        report.write_json(self._folder / "metrics.json", results)
+        print(f"\n{table}\nImages, scores and grid: {self._folder}", flush=True)
+        return scores[method]
+
+    def _write_images(self, images: Tensor, files: Sequence[str]) -> None:
+        folder, metrics = self._folder / "images", self._folder / "metrics.json"
+        if metrics.exists():  # an earlier test's, as are the images
+            metrics.unlink()
+            for old in folder.glob("*/*.png"):
+                old.unlink()
+        for image, file in zip(tqdm(images, "writing images", unit="image", delay=3), files, strict=True):
+            path = folder / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _to_pil(image).save(path)
+
+    def _grid(self, tasks: Sequence[Task], rows: dict[str, Tensor], method: str, side: int) -> Image.Image:
+        first = {task.person: i for i, task in reversed(list(enumerate(tasks)))}  # each person's first task
+        chosen = sorted(first.values())[: self.grid_people]
+        made = [name for name in rows if name != "real_other_photo"]  # which is one of the references
+        most = min(4, len(tasks[0].references))
+        cells, labels = [], []
+        for i in chosen:
+            photos = [*tasks[i].references[:most], tasks[i].held_out]
+            cells.append([*map(_to_pil, _read_photos(photos, side)), *(_to_pil(rows[name][i]) for name in made)])
+            labels.append(f"{tasks[i].person}\n{tasks[i].prompt}")
+        columns = [*(f"reference {i + 1}" for i in range(most)), "held-out photo"]
+        names = [name.replace("_", " ") for name in made]
+        title = f"{method}: made from the references and the held-out photo's prompt"
+        return labelled_grid(cells, labels, columns + names, side, title)
+
+
+def _refuse_if_it_conditions(extractor: Extractor, backbone: str) -> None:
+    from lit_multiip.backbone import resolve_backbone
+
+    if extractor.source is None:
+        return
+    source, folder = os.path.realpath(extractor.source), resolve_backbone(backbone)
+    for conditions in (backbone, folder, os.path.join(folder, "image_encoder")):
+        if extractor.source == conditions or source == os.path.realpath(conditions):
+            raise ValueError(
+                f"extractor {extractor.name!r} has the weights of the image encoder that conditions ({conditions}), "
+                "and would score its own work: take another extractor"
+            )
+
+
+def _facts(extractors: Sequence[Extractor]) -> dict[str, dict[str, Any]]:
+    fields = ("num_features", "num_classes", "can_identify", "source")
+    return {extractor.name: {field: getattr(extractor, field) for field in fields} for extractor in extractors}
+
+
+def _people(tasks: Sequence[Task]) -> Any:
+    return np.array([task.person for task in tasks])
+
+
+def _photos_of_others(tasks: Sequence[Task], people: Sequence[Person], seed: int) -> list[Photo]:
+    """As many photos of training people as there are tasks, drawn evenly from as many people as are tested."""
+    rng = np.random.default_rng(seed)
+    drawn = [[person.photos[j] for j in rng.permutation(len(person.photos))] for person in people]
+    drawn = [drawn[i] for i in rng.permutation(len(drawn))]
+    n_people = len({task.person for task in tasks})
+    order: list[Photo] = []
+    for part in (drawn[:n_people], drawn[n_people:]):  # the second only where the first has too few photos
+        depth = max(map(len, part), default=0)
+        order += [photos[d] for d in range(depth) for photos in part if d < len(photos)]
+    return order[: len(tasks)]
+
+
+def _other_photos(tasks: Sequence[Task]) -> list[Photo]:
+    """For each task one of its references, another for each task of a person as far as there are so many."""
+    count: Counter[str] = Counter()
+    photos = []
+    for task in tasks:
+        photos.append(task.references[count[task.person] % len(task.references)])
+        count[task.person] += 1
+    return photos
+
+
+def _read_photos(photos: Sequence[Photo], side: int) -> Tensor:
+    """Photos as squares, (M, 3, side, side) uint8."""
+    from lit_multiip.features import square, to_tensor  # it loads the encoders' libraries
+
+    bar = tqdm(photos, "reading real photos", unit="photo", delay=3)
+    return torch.cat([to_tensor([square(photo.image(), side)]) for photo in bar])
+
+
+def _to_pil(image: Tensor) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())  # (3, H, W) => (H, W, 3)
+
+
+def _look(
+    extractor: Extractor, images: Tensor, device: torch.device, row: str, prompts: Sequence[str] | None = None
+) -> tuple[Extraction, Any]:
+    """What an extractor says of images (N, 3, H, W), and how well they follow prompts, (N,); all on the CPU."""
+    extractor.to(device)
+    parts, agreement = [], []
+    for number in tqdm(range(0, len(images), BATCH), f"{extractor.name} looks at {row}", delay=3, leave=False):
+        batch = images[number : number + BATCH].to(device)
+        parts.append(extractor.extract(batch))
+        if prompts is not None:
+            agreement.append(extractor.prompt_agreement(batch, prompts[number : number + BATCH]).cpu())
+
+    def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        present = [tensor.cpu() for tensor in tensors if tensor is not None]
+        return torch.cat(present) if present else None
+
+    features = torch.cat([part.features.cpu() for part in parts])
+    logits, embedding = joined([part.logits for part in parts]), joined([part.embedding for part in parts])
+    return Extraction(features, logits, embedding), torch.cat(agreement).double().numpy() if agreement else None
+
+
+def _image_set(photos: Extraction, chosen: Sequence[Photo], real: dict[Photo, int]) -> ImageSet:
+    """Some of the real photos, for the scores of sets."""
+    at = [real[photo] for photo in chosen]
+    people = np.array([photo.person for photo in chosen])
+    return ImageSet(people, photos.features[at], None if photos.logits is None else photos.logits[at])
+
+
+def _per_image(
+    extractor: Extractor,
+    made: Extraction,
+    photos: Extraction,
+    real: dict[Photo, int],
+    tasks: Sequence[Task],
+    seeds: bool,
+) -> dict[str, Any]:
+    """Identity, where the extractor can tell people apart, and diversity over seeds, (T,) each."""
+    scores: dict[str, Any] = {}
+    if extractor.can_identify and made.embedding is not None and photos.embedding is not None:
+        held_out = photos.embedding[[real[task.held_out] for task in tasks]]  # (T, E)
+        place = torch.tensor([[real[photo] for photo in task.references] for task in tasks])  # (T, R)
+        references = photos.embedding[place]  # (T, R, E)
+        identity = identity_scores(made.embedding, held_out, references, _people(tasks))
+        scores |= {f"identity_{name}": values for name, values in identity.items()}
+    if seeds:
+        scores["diversity"] = diversity(made.features, [real[task.held_out] for task in tasks])
+    return scores

@@ -1,0 +1,124 @@
+"""Images from embeddings, by the backbone's own diffusers pipeline and a diffusers scheduler."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from lit_multiip.backbone import load_component, resolve_backbone, set_ip_scale
+
+
+@dataclass
+class Sampling:
+    """How images are drawn.
+
+    Args:
+        steps: denoising steps.
+        guidance_scale: w of eq. (11)/(18); 1 and below draw without guidance.
+        ip_scale: lambda of eq. (3)/(19), the weight of the photos.
+        scheduler: a diffusers scheduler class; it takes the backbone's noise schedule.
+    """
+
+    steps: int = 15
+    guidance_scale: float = 3.0
+    ip_scale: float = 1.0
+    scheduler: str = "DPMSolverMultistepScheduler"
+
+    def __post_init__(self) -> None:
+        for name in ("guidance_scale", "ip_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"sampling.{name}={getattr(self, name)} is not finite: give a number such as 1.0")
+        if self.steps < 1:
+            raise ValueError(f"sampling.steps={self.steps}: give at least 1")
+        if not hasattr(diffusers, self.scheduler):
+            raise ValueError(
+                f"sampling.scheduler='{self.scheduler}' is not a diffusers class: give one, such as DDIMScheduler"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings for a results file."""
+        return asdict(self)
+
+
+class Sampler:
+    """A diffusers pipeline around a UNet, fed with embeddings only; the VAE is loaded when first needed.
+
+    Args:
+        backbone: anything ``resolve_backbone`` takes.
+        unet: with an IP-Adapter installed.
+        sampling: scheduler and steps.
+    """
+
+    def __init__(self, backbone: str, unet: nn.Module, sampling: Sampling) -> None:
+        self.sampling, self.unet = sampling, unet
+        scheduler = load_component(backbone, "scheduler")
+        cls = getattr(importlib.import_module("diffusers"), sampling.scheduler)
+        self.pipe = DiffusionPipeline.from_pretrained(
+            resolve_backbone(backbone),
+            unet=unet,
+            vae=load_component(backbone, "vae"),
+            scheduler=cls.from_config(scheduler.config),
+            text_encoder=None,
+            tokenizer=None,
+            image_encoder=None,
+            feature_extractor=None,
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
+        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe.vae.enable_slicing()
+
+    def __call__(
+        self,
+        prompt_embeds: Tensor,
+        negative_prompt_embeds: Tensor,
+        image_embeds: Tensor,
+        seeds: list[int],
+        side: int,
+        ip_scale: float | None = None,
+    ) -> Tensor:
+        """Draw a batch; the seed of an image decides its noise, its place in the batch does not.
+
+        Args:
+            prompt_embeds: text states, (B, L, E).
+            negative_prompt_embeds: text states of "", (B, L, E).
+            image_embeds: aggregated image embeddings, (B, M, D); the negative ones are zeros.
+            seeds: one an image.
+            side: of the image in px.
+            ip_scale: overrides ``sampling.ip_scale``.
+
+        Returns:
+            RGB, (B, 3, side, side) uint8.
+        """
+        guided = self.sampling.guidance_scale > 1
+        embeds = torch.cat([torch.zeros_like(image_embeds), image_embeds]) if guided else image_embeds
+        set_ip_scale(self.unet, self.sampling.ip_scale if ip_scale is None else ip_scale)  # type: ignore[arg-type]
+        self.pipe.vae.to(image_embeds.device)
+        try:
+            images = self.pipe(
+                height=side,
+                width=side,
+                num_inference_steps=self.sampling.steps,
+                guidance_scale=self.sampling.guidance_scale,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds if guided else None,
+                ip_adapter_image_embeds=[embeds],
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type="pt",
+            ).images
+        finally:
+            set_ip_scale(self.unet, 1.0)  # type: ignore[arg-type]
+        return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode unscaled latents (B, C, h, w) to RGB, (B, 3, H, W) uint8."""
+        vae = self.pipe.vae.to(latents.device)
+        signal = vae.decode(latents).sample.float()
+        return ((signal + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,125 @@
+"""``python -m lit_multiip measure-mini``: what the miniature can do, on people that none of its networks has seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lit_multiip.backbone import load_component, resolve_backbone
+from lit_multiip.data import mini_faces
+from lit_multiip.mini.critic import HEADS, Critic
+from lit_multiip.mini.gate import GATE_PEOPLE, clip_embed, critic_embed, rank_one
+from lit_multiip.mini.portraits import HIDDEN, labels_of, to_pixels, to_signal
+
+ATTRIBUTES = list(mini_faces.SCENE_ATTRIBUTES)
+
+
+def _portraits(seed: int, people: int, photos: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Draw unseen portraits: images (n, 3, 64, 64) uint8, labels (n, heads) and scene prompts."""
+    images, labels, prompts = [], [], []
+    for index in GATE_PEOPLE[:people]:
+        who = mini_faces.person(seed, index)
+        for number in range(photos):
+            shot = mini_faces.scene(seed, index, number)
+            images.append(mini_faces.draw(who, shot))
+            labels.append(labels_of(who, shot))
+            prompts.append(mini_faces.prompt(shot))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels), prompts
+
+
+@torch.inference_mode()
+def accuracy(critic: Critic, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Share of right answers of every head of a critic, over the portraits that show what it asks for."""
+    parts = [critic(part)[2] for part in images.split(128)]
+    shares = {}
+    for column, name in enumerate(HEADS):
+        shown = labels[:, column] != HIDDEN
+        answers = torch.cat([part[name] for part in parts]).argmax(1)
+        shares[name] = float((answers == labels[:, column])[shown].float().mean())
+    return shares
+
+
+@torch.inference_mode()
+def read_back(critic: Critic, images: Tensor, labels: Tensor) -> float:
+    """Share of all visible scene attributes that a critic reads back from images."""
+    hits = shown = 0.0
+    for part, truth in zip(images.split(128), labels.split(128), strict=True):
+        heads = critic(part)[2]
+        for column, name in enumerate(ATTRIBUTES):
+            visible = truth[:, column] != HIDDEN
+            hits += float((heads[name].argmax(1) == truth[:, column])[visible].sum())
+            shown += float(visible.sum())
+    return hits / shown
+
+
+@torch.inference_mode()
+def round_trip(backbone: str, images: Tensor) -> Tensor:
+    """Encode and decode portraits by the VAE (the posterior's mean)."""
+    vae = load_component(backbone, "vae")
+    parts = tqdm(images.split(32), "VAE round trips")
+    return torch.cat([to_pixels(vae.decode(vae.encode(to_signal(part)).latent_dist.mean).sample) for part in parts])
+
+
+@torch.inference_mode()
+def text_to_image(backbone: str, prompts: list[str], seed: int, steps: int, guidance_scale: float) -> Tensor:
+    """Draw one image a prompt by the plain pipeline, without any adapter."""
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(resolve_backbone(backbone), torch_dtype=torch.float32)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    images = []
+    for start in tqdm(range(0, len(prompts), 25), "text to image"):
+        part = prompts[start : start + 25]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        drawn = pipe(
+            part, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators, output_type="pt"
+        ).images
+        images.append((drawn * 255).round().to(torch.uint8))
+    return torch.cat(images)
+
+
+def measure_mini(
+    backbone: str = "mini", seed: int = 0, samples: int = 500, steps: int = 15, guidance_scale: float = 3.0
+) -> dict[str, Any]:
+    """Print and return the miniature's figures as JSON.
+
+    Args:
+        backbone: the miniature's folder.
+        seed: of portraits and noise.
+        samples: text-to-image samples, and real portraits beside them.
+        steps: of DPM-Solver++.
+        guidance_scale: of the text.
+    """
+    folder = Path(resolve_backbone(backbone))
+    critic = Critic.load(folder / "critic")
+    images, labels, prompts = _portraits(seed, people=(samples + 9) // 10, photos=10)
+    images, labels, prompts = images[:samples], labels[:samples], prompts[:samples]
+    restored = round_trip(backbone, images)
+    error = (restored.float() - images.float()).square().mean(dim=(1, 2, 3))
+    original, round_tripped = accuracy(critic, images, labels), accuracy(critic, restored, labels)
+    drawn = text_to_image(backbone, prompts, seed, steps, guidance_scale)
+    report: dict[str, Any] = {
+        "samples": samples,
+        "seed": seed,
+        "vae_psnr_db": float((10 * torch.log10(255**2 / error)).mean()),
+        "critic_accuracy": {k: [round(original[k], 4), round(round_tripped[k], 4)] for k in original},
+        "largest_loss_points": max(100 * (original[k] - round_tripped[k]) for k in original),
+        "scene_read_back": {
+            "real": read_back(critic, images, labels),
+            "text_to_image": read_back(critic, drawn, labels),
+        },
+        "rank_one": {
+            "critic": rank_one(critic_embed(folder / "critic"), seed),
+            "critic_b": rank_one(critic_embed(folder / "critic_b"), seed),
+            "clip": rank_one(clip_embed(folder), seed),
+        },
+    }
+    print(json.dumps(report, indent=2))
+    return report

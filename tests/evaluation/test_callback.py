@@ -1,0 +1,380 @@
+import csv
+import json
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from lit_multiip.data.people import MiniFaces, Split, split_people
+from lit_multiip.evaluation import report
+from lit_multiip.evaluation.callback import ScoreTest
+from lit_multiip.evaluation.extractors import Extraction, Extractor
+from lit_multiip.evaluation.intervals import Score
+from lit_multiip.evaluation.tasks import make_tasks, protocol
+
+SIDE = 64
+ANCHORS = ["no_references", "zero_embedding", "other_person", "vae_round_trip", "real_other_photo", "real_vs_real"]
+
+
+class Thumbnail(Extractor):
+    """Pixels of a 3 x 3 thumbnail; of prompts it reads those with purple shirts, and finds that all agree."""
+
+    num_features = 27
+    num_classes = 27
+    can_identify = True
+
+    def __init__(self, name="thumbnail", source=None):
+        super().__init__()
+        self.name, self.source = name, source
+        self.freeze()
+
+    def compute(self, images):
+        features = F.adaptive_avg_pool2d(images.float() / 255, 3).flatten(1)
+        return Extraction(features, features, features)
+
+    def prompt_agreement(self, images, prompts):
+        return torch.tensor([1.0 if "purple shirt" in prompt else float("nan") for prompt in prompts])
+
+
+class Tasks(Dataset):
+    def __init__(self, tasks):
+        self.tasks = tasks
+
+    def __len__(self):
+        return len(self.tasks)
+
+    def __getitem__(self, i):
+        pixels = torch.from_numpy(np.array(self.tasks[i].held_out.image())).permute(2, 0, 1)
+        mean = pixels / 127.5 - 1
+        return {"task": i, "seed": self.tasks[i].seed, "moments": torch.cat([mean, torch.zeros_like(mean)])}
+
+
+class Data(L.LightningDataModule):
+    def __init__(self, test=3, seeds=1, photos=6):
+        super().__init__()
+        self.seed = 0
+        self.split: Split = split_people(MiniFaces(0, train=4, validation=1, test=test, photos=photos).people())
+        self.tasks = make_tasks(self.split.test, references=4, held_out=2, seeds=seeds)
+
+    def test_dataloader(self):
+        return DataLoader(Tasks(self.tasks), batch_size=2)
+
+
+class Perfect(L.LightningModule):
+    """Makes the held-out photo itself; without the right references, noise that depends on the seed alone."""
+
+    image_side = SIDE
+
+    def __init__(self, backbone=".", name="Perfect"):
+        super().__init__()
+        self.backbone, self.name = backbone, name
+        self.calls = []
+
+    def describe(self):
+        return {"method": self.name, "backbone": self.backbone, "guidance_scale": float("inf")}
+
+    def test_step(self, batch, i):
+        self.calls.append("method")
+        return self.generate(batch)
+
+    def generate(self, batch, references="right", ip_scale=None):
+        self.calls.append((references, ip_scale))
+        if references == "right" and ip_scale is None:
+            return self.decode(batch["moments"].chunk(2, dim=1)[0])
+        noise = [torch.Generator().manual_seed(int(seed)) for seed in batch["seed"]]
+        return torch.stack([torch.randint(0, 256, (3, SIDE, SIDE), generator=g).to(torch.uint8) for g in noise])
+
+    def decode(self, latents):
+        return ((latents + 1) * 127.5).round().to(torch.uint8)
+
+
+def run(folder, *, module=None, data=None, trainer_options=None, **options):
+    options = {"extractors": [Thumbnail()], "output": str(folder), "resamples": 50, **options}
+    trainer = L.Trainer(
+        **{
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [ScoreTest(**options)],
+            **(trainer_options or {}),
+        }
+    )
+    logged = trainer.test(module or Perfect(), datamodule=data or Data(), verbose=False)
+    return trainer, logged[0]
+
+
+def read(folder):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    with (folder / "scores.csv").open() as file:
+        return json.loads((folder / "metrics.json").read_text(), parse_constant=refuse), list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def tested(tmp_path_factory):
+    folder, data, module = tmp_path_factory.mktemp("run") / "made" / "test", Data(seeds=2), Perfect()
+    _, logged = run(folder, data=data, module=module)
+    return folder, data, module, logged
+
+
+def test_images_that_are_the_held_out_photos_score_perfectly(tested):
+    folder, *_ = tested
+    row = read(folder)[0]["rows"]["Perfect"]
+    for name in ("identity_held_out", "prompt"):
+        assert row[f"{name}/thumbnail"]["value"] == pytest.approx(1)
+    assert row["fid/thumbnail"]["value"] == pytest.approx(0, abs=0.01)  # each photo twice against once
+    assert row["diversity/thumbnail"]["value"] == pytest.approx(0, abs=1e-6)
+
+
+def test_anchors_are_made_as_documented_and_frame_the_method(tested):
+    folder, _, module, _ = tested
+    assert module.calls[:5] == ["method", ("right", None), ("right", 0.0), ("zero", None), ("other", None)]
+    rows = read(folder)[0]["rows"]
+    assert list(rows) == ["Perfect", *ANCHORS]
+    value = {row: {key: score["value"] for key, score in scores.items()} for row, scores in rows.items()}
+    assert value["vae_round_trip"]["identity_held_out/thumbnail"] == pytest.approx(1)
+    assert "diversity/thumbnail" not in value["vae_round_trip"]  # of the same image for each seed
+    assert value["real_other_photo"]["identity_held_out/thumbnail"] < 1
+    noise, real, perfect = (value[row]["fid/thumbnail"] for row in ("no_references", "real_vs_real", "Perfect"))
+    assert perfect < real < noise
+    assert not any("identity" in key for key in value["real_vs_real"])
+
+
+def test_every_score_states_how_many_images_and_people_it_is_of(tested):
+    folder, data, *_ = tested
+    metrics, _ = read(folder)
+    purple = [task for task in data.tasks if "purple shirt" in task.prompt]
+    assert 0 < len(purple) < len(data.tasks) == 12
+    for row, scores in metrics["rows"].items():
+        for key, score in scores.items():
+            counted = purple if key == "prompt/thumbnail" else data.tasks
+            assert score["n"] == len(counted), (row, key)
+            assert score["people"] == len({task.person for task in counted}), (row, key)
+
+
+def test_results_carry_what_made_them_and_no_bare_nan(tested):
+    folder, data, *_ = tested
+    metrics, _ = read(folder)
+    assert metrics["protocol"] == protocol(data.tasks)
+    assert metrics["describe"]["guidance_scale"] is None
+    assert metrics["versions"]["torch"] == torch.__version__.split("+")[0] or metrics["versions"]["torch"]
+    assert metrics["extractors"]["thumbnail"]["num_classes"] == 27
+    assert set(metrics["seconds"]) == {"method", "anchors", "scoring"}
+    assert all(seconds > 0 for seconds in metrics["seconds"].values())
+
+
+def test_the_table_of_images_gives_back_the_scores(tested):
+    folder, data, *_ = tested
+    metrics, lines = read(folder)
+    assert len(lines) == 12 * 6  # real_vs_real has no tasks
+    for row, scores in metrics["rows"].items():
+        own = [line for line in lines if line["row"] == row]
+        for key in scores:
+            if row != "real_vs_real" and key.split("/")[0] not in ("fid", "kid", "is", "is_uniform"):
+                values = [float(line[key]) for line in own if line[key]]
+                assert np.mean(values) == pytest.approx(scores[key]["value"])
+                assert len(values) == scores[key]["n"]
+    assert [int(line["seed"]) for line in lines[:12]] == [task.seed for task in data.tasks]
+
+
+def test_written_images_are_those_that_were_scored(tested):
+    folder, data, *_ = tested
+    _, lines = read(folder)
+    for task, line in zip(data.tasks, lines, strict=False):
+        assert (np.asarray(Image.open(folder / line["image"])) == np.asarray(task.held_out.image())).all()
+    assert len(list((folder / "images").rglob("*.png"))) == len(data.tasks)
+    assert Image.open(folder / "grid.png").width > 10 * 96
+
+
+def test_the_methods_scores_are_logged(tested):
+    folder, _, _, logged = tested
+    row = read(folder)[0]["rows"]["Perfect"]
+    assert logged.keys() == {f"test/{key}" for key in row}
+    assert logged["test/kid/thumbnail"] == pytest.approx(row["kid/thumbnail"]["value"], rel=1e-5)
+
+
+def test_the_table_puts_the_method_first_and_says_what_is_better(tested):
+    folder, *_ = tested
+    table = (folder / "table.md").read_text("utf-8")
+    lines = [line.split(" | ")[0].strip("| ") for line in table.splitlines() if line.startswith("|")]
+    assert lines[2:] == ["Perfect", *(row.replace("_", " ") for row in ANCHORS)]
+    for text in ("FID ↓", "identity ↑", "12 / 3", "3 people, 6 held-out photos x 2 seeds", "K = 27"):
+        assert text in table
+
+
+def test_without_anchors_only_the_method_is_sampled(tmp_path):
+    module = Perfect()
+    run(tmp_path, module=module, anchors=False)
+    metrics, lines = read(tmp_path)
+    assert list(metrics["rows"]) == ["Perfect"]
+    assert len(lines) == 6
+    assert module.calls == ["method", ("right", None)] * 3
+
+
+def test_the_protocol_is_of_the_tasks_that_were_sampled(tmp_path, caplog):
+    data = Data()
+    run(tmp_path, data=data, anchors=False, trainer_options={"limit_test_batches": 1})
+    assert read(tmp_path)[0]["protocol"] == protocol(data.tasks[:2])
+    assert "2 of 6 test tasks were sampled" in caplog.text
+
+
+def test_an_earlier_tests_images_do_not_stay(tmp_path):
+    run(tmp_path, anchors=False)
+    before = set((tmp_path / "images").rglob("*.png"))
+    (tmp_path / "notes.txt").write_text("mine")
+    run(tmp_path, anchors=False, data=Data(test=1))
+    after = set((tmp_path / "images").rglob("*.png"))
+    assert len(before) == 6
+    assert len(after) == 2
+    assert (tmp_path / "notes.txt").exists()
+
+
+def test_photos_of_strangers_come_evenly_from_as_many_people_as_are_tested(tmp_path, monkeypatch):
+    seen = {}
+    original = report.results
+    monkeypatch.setattr(report, "results", lambda *args: seen.update(zip("pr", args, strict=False)) or original(*args))
+    run(tmp_path)
+    assert seen["r"]["real_vs_real"]["fid/thumbnail"][-2:] == (6, 3)
+    run(tmp_path, data=Data(test=3, seeds=12))  # 72 tasks, and only 4 x 6 photos to take
+    assert seen["r"]["real_vs_real"]["fid/thumbnail"][-2:] == (24, 4)
+
+
+@pytest.mark.parametrize("source", ["{}", "{}/image_encoder", "{}/unet/../image_encoder"])
+def test_an_extractor_that_conditions_is_refused_before_anything_is_sampled(tmp_path, source):
+    (tmp_path / "image_encoder").mkdir()
+    (tmp_path / "unet").mkdir()
+    module = Perfect(str(tmp_path))
+    with pytest.raises(ValueError, match="'clip' has the weights of the image encoder"):
+        run(tmp_path / "test", module=module, extractors=[Thumbnail("clip", source.format(tmp_path))])
+    assert module.calls == []
+
+
+def test_another_network_inside_the_backbones_folder_may_score(tmp_path):
+    module = Perfect(str(tmp_path))
+    run(tmp_path / "test", module=module, extractors=[Thumbnail("critic", str(tmp_path / "critic"))], anchors=False)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_sampled(tmp_path):
+    (tmp_path / "file").write_text("")
+    module = Perfect()
+    with pytest.raises(OSError, match=r"cannot write test results to .*file.*set ScoreTest's output"):
+        run(tmp_path / "file" / "test", module=module)
+    assert module.calls == []
+
+
+def test_two_extractors_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="thumbnail, thumbnail"):
+        run(tmp_path, extractors=[Thumbnail(), Thumbnail()])
+
+
+@pytest.mark.parametrize("options", [{"groups": 1}, {"resamples": 0}, {"grid_people": 0}, {"extractors": []}])
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(ValueError, match="give at least"):
+        ScoreTest(**options)
+
+
+def test_results_lie_in_the_run_whose_checkpoint_is_tested(tmp_path):
+    module, data = Perfect(), Data(test=1)
+    checkpoint = tmp_path / "run" / "version_3" / "checkpoints" / "best.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    trainer = L.Trainer(**options)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(checkpoint)
+    score = ScoreTest([Thumbnail()], anchors=False, resamples=10)
+    trainer = L.Trainer(**options, default_root_dir=tmp_path / "else", callbacks=[score])
+    trainer.test(module, datamodule=data, ckpt_path=str(checkpoint), verbose=False)
+    assert (tmp_path / "run" / "version_3" / "test" / "metrics.json").exists()
+    trainer.test(module, datamodule=data, verbose=False)
+    assert (tmp_path / "else" / "test" / "metrics.json").exists()
+
+
+def test_anchors_are_sampled_in_the_trainers_precision(tmp_path):
+    seen = []
+
+    class Watched(Perfect):
+        def generate(self, batch, references="right", ip_scale=None):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().generate(batch, references, ip_scale)
+
+    run(tmp_path, module=Watched(), data=Data(test=1), trainer_options={"precision": "bf16-mixed"})
+    assert seen == [True] * 4  # one batch, four rows
+
+
+TWO_RANKS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, str(Path({tests!r})))
+from test_callback import Data, run
+run(Path({folder!r}), data=Data(test=3, photos=5), trainer_options={{"strategy": "ddp_fork", "devices": 2}})
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+def test_two_ranks_score_what_one_scores(tmp_path):
+    # 3 tasks: the second rank is given one of them once more
+    run(tmp_path / "one", data=Data(test=3, photos=5))
+    script = TWO_RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "two"))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = read(tmp_path / "one"), read(tmp_path / "two")
+    assert one[0]["protocol"] == two[0]["protocol"]
+    assert one[0]["protocol"]["tasks"] == 3
+    assert one[0]["rows"] == two[0]["rows"]
+    assert one[1] == two[1]
+
+
+def test_tables_of_different_protocols_are_refused_and_equal_ones_share_a_table():
+    def test(method, fingerprint, value):
+        counts = {"people": 2, "tasks": 4, "held_out": 4, "references": 9, "seeds": 1, "sha256": fingerprint}
+        rows = {method: {"fid/c": Score(value, 1.0, 2.0, 4, 2)}, "no_references": {"fid/c": Score(9, None, None, 4, 2)}}
+        return report.results(counts, rows, {"c": {"num_classes": None}}, {"method": method}, {})
+
+    table = report.table(test("Max", "aa", 1.5), test("Avg", "aa", 1.25))
+    names = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
+    assert names[2:] == ["Max", "Avg", "no references"]
+    assert "1.50 [1.00, 2.00]" in table
+    with pytest.raises(ValueError, match="'Max' and 'Avg' were tested by different protocols"):
+        report.table(test("Max", "aa", 1.5), test("Avg", "bb", 1.25))
+
+
+@pytest.mark.parametrize(
+    ("score", "text"),
+    [
+        (Score(0.81234, 0.79, 0.83, 9, 3), "0.812 [0.790, 0.830]"),
+        (Score(123.4, 100.0, 150.0, 9, 3), "123 [100, 150]"),
+        (Score(0.00041, -0.0002, 0.001, 9, 3), "0.0004 [-0.0002, 0.0010]"),
+        (Score(8.0, None, None, 9, 1), "8.000"),
+        (Score(1.0, 1.0, 1.0, 9, 3), "1.000 [1.000, 1.000]"),
+        (Score(-1e-9, -2e-9, -1e-9, 9, 3), "0.0000 [0.0000, 0.0000]"),
+        (None, ""),
+    ],
+)
+def test_cells_keep_two_digits_of_half_the_interval(score, text):
+    assert report._cell(score and score._asdict()) == text
+
+
+def test_the_commit_is_this_checkouts_or_nothing():
+    found = report.commit()
+    with nullcontext() if found else pytest.raises(AssertionError):
+        assert found
+        assert len(found.removesuffix("-dirty")) == 40
+
+
+def test_file_names_that_are_no_text_can_be_written(tmp_path):
+    report.write_csv(tmp_path / "scores.csv", [{"held_out": "bad\udcff.jpg", "score": float("nan")}, {"score": 1.0}])
+    assert (tmp_path / "scores.csv").read_text() == "held_out,score\nbad\\udcff.jpg,\n,1.0\n"
+    report.write_json(tmp_path / "metrics.json", {"a": [float("nan"), {"b": float("-inf")}], "c": "bad\udcff"})
+    assert json.loads((tmp_path / "metrics.json").read_text())["a"] == [None, {"b": None}]

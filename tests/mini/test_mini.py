@@ -1,0 +1,98 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+
+from lit_multiip.backbone import find_ip_adapter, resolve_backbone
+from lit_multiip.data import mini_faces
+from lit_multiip.mini.critic import HEADS, WIDTH, Critic
+from lit_multiip.mini.gate import clip_embed, critic_embed, rank_one
+from lit_multiip.mini.measure import _portraits, accuracy, round_trip
+from lit_multiip.mini.portraits import to_pixels, to_signal
+from lit_multiip.mini.stages import UNetStage, caption
+from lit_multiip.mini.tokenizer import IDENTIFIERS, MAX_LENGTH, _words, make_tokenizer
+
+MINI = Path(resolve_backbone("mini"))
+
+
+class FakePortraits:
+    """Truth without images."""
+
+    def truth(self, index: int) -> tuple[mini_faces.Person, mini_faces.Scene]:
+        return mini_faces.person(0, index), mini_faces.scene(0, index, 0)
+
+
+def test_every_caption_word_and_identifier_is_one_token(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path)
+    assert all(len(tokenizer(word).input_ids) == 3 for word in _words())
+    assert all(word not in " ".join(mini_faces.SCENE_ATTRIBUTES) for word in IDENTIFIERS)
+
+
+def test_remaking_the_tokenizer_gives_the_shipped_one(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        assert (tmp_path / name).read_bytes() == (MINI / "tokenizer" / name).read_bytes()
+
+
+def test_no_caption_is_cut_nor_holds_an_identifier() -> None:
+    tokenizer = make_tokenizer_shipped()
+    rng = np.random.default_rng(0)
+    captions = [caption(FakePortraits(), i, rng, UNetStage.KINDS) for i in range(2000)]  # type: ignore[arg-type]
+    assert max(len(tokenizer(text).input_ids) for text in captions) <= MAX_LENGTH
+    assert not any(word in text.split() for text in captions for word in IDENTIFIERS)
+
+
+def make_tokenizer_shipped():
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(MINI / "tokenizer")
+
+
+def test_pixels_survive_the_signal_range() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(to_pixels(to_signal(pixels)), pixels)
+
+
+@pytest.mark.parametrize("architecture", ["convnet", "patchnet"])
+def test_a_critic_reloads_to_the_same_answers(architecture: str, tmp_path: Path) -> None:
+    critic = Critic(architecture, 7).eval()
+    critic.load_state_dict(
+        {k: v.half().float() if v.is_floating_point() else v for k, v in critic.state_dict().items()}
+    )
+    critic.save(tmp_path)
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    features, people, heads = critic(images)
+    again = Critic.load(tmp_path)(images)
+    assert features.shape == (4, WIDTH) and people.shape == (4, 7) and set(heads) == set(HEADS)
+    assert torch.equal(features, again[0]) and torch.equal(people, again[1])
+
+
+def test_the_shipped_folder_is_a_plain_pipeline_of_small_half_precision_files() -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(MINI)
+    adapter = find_ip_adapter("mini")
+    assert adapter is not None
+    pipe.load_ip_adapter(str(MINI), subfolder="ip_adapter", weight_name=Path(adapter).name)
+    assert len(pipe.unet.attn_processors) == 14 and pipe.vae.config.scaling_factor > 0
+    for path in MINI.rglob("*.safetensors"):
+        assert path.stat().st_size < 16 * 2**20, path
+        with safe_open(path, "pt") as file:
+            dtypes = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
+        assert torch.float32 not in dtypes, path
+    assert json.loads((MINI / "unet" / "config.json").read_text())["sample_size"] == 16
+
+
+def test_one_photo_does_not_show_who_someone_is_and_nine_do() -> None:
+    for embed in (critic_embed(MINI / "critic"), clip_embed(MINI)):
+        shares = rank_one(embed, seed=0)
+        assert shares[1] <= 0.75 and shares[9] >= 0.95
+
+
+def test_critic_accuracy_on_vae_round_trips_is_within_three_points() -> None:
+    images, labels, _ = _portraits(0, people=20, photos=10)
+    critic = Critic.load(MINI / "critic")
+    before, after = accuracy(critic, images, labels), accuracy(critic, round_trip("mini", images), labels)
+    assert sum(before[k] - after[k] for k in HEADS) / len(HEADS) <= 0.03

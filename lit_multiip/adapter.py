@@ -174,7 +174,7 @@ class MultiIPAdapter(L.LightningModule):
         embeds = embeds * ~batch["drop_image"][:, None, None]  # zeros AFTER aggregation
         t = (batch["time"] * self.noise.config.num_train_timesteps).long()  # (B,)
         loss = self.denoising_loss(x, batch["eps"], t, batch["prompt_embeds"], embeds).mean()
-        self._require_finite(loss, "loss")
+        self._require_finite(loss.detach(), "loss")
         self.log("train/loss", loss, prog_bar=True)
         return loss
 

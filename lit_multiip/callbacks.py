@@ -1,4 +1,4 @@
-"""Callbacks of training and of predict: the last validation, pictures of validation people, and the files of predict."""
+"""Callbacks of fit and predict: the last validation, pictures of validation people, and the files of predict."""
 
 from __future__ import annotations
 

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEBUG = "LIT_MULTIIP_DEBUG"
-COMMANDS = {"make-mini": "lit_multiip.mini.make:make_mini"}  # dispatched before LightningCLI
+COMMANDS = {  # dispatched before LightningCLI
+    "paired": "lit_multiip.evaluation.report:paired",
+    "make-mini": "lit_multiip.mini.make:make_mini",
+    "measure-mini": "lit_multiip.mini.measure:measure_mini",
+}
 DESCRIPTION = """Personalised images from several photos of a person.
 
 fit trains the method of a config; bare test scores the newest run under runs/, bare predict draws with it; --run
@@ -173,6 +177,12 @@ def make_cli() -> LightningCLI:
             parser.add_lightning_class_args(SampleGrid, "grid")
             parser.add_lightning_class_args(ScoreTest, "score")
 
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            super().parse_arguments(parser, args)
+            path = self.config[self.config.subcommand].get("ckpt_path")
+            if path is not None and path not in ("best", "last", "hpc", "registry") and "://" not in path:
+                read_checkpoint(Path(path))  # a broken one is told before work is lost
+
         def before_instantiate_classes(self) -> None:
             config = self.config[self.config.subcommand]
             if config.trainer.enable_progress_bar is not False:
@@ -183,9 +193,6 @@ def make_cli() -> LightningCLI:
             if path is None:
                 return
             config.weights_only = True  # nothing is unpickled
-            if path in ("best", "last", "hpc", "registry") or "://" in path:
-                return
-            read_checkpoint(Path(path))
             run, log = Path(path).parent.parent, config.trainer.logger
             if not run.parent.name:
                 run = run.resolve()
@@ -251,10 +258,13 @@ def _explain(error: Exception) -> str | None:
     """
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    frames = traceback.extract_tb(error.__traceback__)
-    own = bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
-    if isinstance(error, (UsageError, OSError, MisconfigurationException)) or (
-        own and isinstance(error, (ValueError, ArithmeticError))
-    ):
+    if isinstance(error, (UsageError, OSError, MisconfigurationException)):
         return str(error) or type(error).__name__
+    if not isinstance(error, (ValueError, ArithmeticError)):
+        return None
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    if raised_in.is_relative_to(Path(__file__).parent):
+        return str(error)
+    if "jsonargparse" in raised_in.parts:  # which wraps what a constructor of this package refuses
+        return " ".join(str(error).split())
     return None

@@ -69,10 +69,13 @@ class Shards:
         for index in sorted(self.folder.glob("*.json")):
             if index.name in self._known:
                 continue
-            keys = json.loads(index.read_text())
-            array = np.load(index.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
-            if len(array) != len(keys):
-                raise DataError(f"feature shard '{index}' is broken ({len(keys)} keys, {len(array)} rows): delete it")
+            try:
+                keys = json.loads(index.read_text())
+                array = np.load(index.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
+                if len(array) != len(keys):
+                    raise ValueError(f"{len(keys)} keys, {len(array)} rows")
+            except (OSError, ValueError) as error:
+                raise DataError(f"feature shard '{index.with_suffix('')}' is broken ({error}): delete it") from error
             self._known.add(index.name)
             for row, key in enumerate(keys):
                 self._rows.setdefault(key, (array, row))
@@ -178,7 +181,7 @@ class Features:
         world: int,
     ) -> None:
         shards = self.store[kind]
-        keys = shards.missing(items)[rank::world]
+        keys = shards.missing(list(items)[rank::world])  # shares that do not depend on what others have stored by now
         if not keys:
             return
         encode = load()

@@ -254,7 +254,7 @@ class MultiPhotoData(L.LightningDataModule):
             )
         return DataLoader(
             groups,
-            self.batch_size,
+            batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             drop_last=True,
@@ -283,7 +283,7 @@ class MultiPhotoData(L.LightningDataModule):
             from torch.utils.data.distributed import DistributedSampler
 
             sampler = DistributedSampler(dataset, world, rank, shuffle=False)
-        return DataLoader(dataset, self.eval_batch_size, sampler=sampler, num_workers=0)
+        return DataLoader(dataset, batch_size=self.eval_batch_size, sampler=sampler)  # by name: Lightning rebuilds it
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

@@ -72,6 +72,9 @@ class Sampler:
             safety_checker=None,
             requires_safety_checker=False,
         )
+        # The pipeline repeats the embeddings as often as the batch has images, as if all showed one person; attention
+        # would then mix them across the batch. Ours are one set an image, and taken as they are.
+        self.pipe.prepare_ip_adapter_image_embeds = lambda image, embeds, *_: embeds
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.vae.enable_slicing()
 

@@ -119,6 +119,7 @@ class Maker:
         text, vision = CLIPTextModelWithProjection(text_config), CLIPVisionModelWithProjection(vision_config)
         stage = stages.CLIPStage(vision, text, tokenizer, data)
         self._fit(stage, data, 1600, 128, ema=None)
+        self._fit(stages.CLIPImageStage(stage), data, 2000, 128, ema=None)
         vision.half().save_pretrained(self.out / "image_encoder")
         plain = CLIPTextModel(text_config)
         plain.load_state_dict({key.removeprefix("text_model."): v for key, v in text.text_model.state_dict().items()})

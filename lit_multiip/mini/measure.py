@@ -87,8 +87,8 @@ def text_to_image(backbone: str, prompts: list[str], seed: int, steps: int, guid
 
 def measure_mini(
     backbone: str = "mini", seed: int = 0, samples: int = 500, steps: int = 15, guidance_scale: float = 3.0
-) -> dict[str, Any]:
-    """Print and return the miniature's figures as JSON.
+) -> None:
+    """Print the miniature's figures as JSON.
 
     Args:
         backbone: the miniature's folder.
@@ -122,4 +122,3 @@ def measure_mini(
         },
     }
     print(json.dumps(report, indent=2))
-    return report

@@ -153,6 +153,15 @@ class CLIPStage(Stage):
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's own
 
 
+class CLIPImageStage(CLIPStage):
+    """Goes on with the image tower of a trained pair, its text tower locked (Zhai et al. 2022)."""
+
+    def __init__(self, pair: CLIPStage, learning_rate: float = 1e-3) -> None:
+        super().__init__(pair.vision, pair.text, pair.tokenizer, pair.portraits, learning_rate)
+        self.heads, self.scale = pair.heads, pair.scale
+        self.text.requires_grad_(False)
+
+
 class UNetStage(Stage):
     """The epsilon MSE of a latent text-to-image model (eq. 1 without reference photos).
 

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def own_process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The command line sets argv, log handlers and Lightning's seeds; no test sees those of another."""
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    yield
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
+    package = logging.getLogger("lit_multiip")
+    package.handlers.clear()  # they hold the stderr of this test
+    package.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone of random weights at 32 px, with an adapter."""
+    from tiny import make_tiny_backbone
+
+    return make_tiny_backbone(tmp_path_factory.mktemp("tiny") / "backbone", ip_adapter=True)
+
+
+@pytest.fixture(scope="session")
+def random_critic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A critic that knows nothing."""
+    import torch
+
+    from lit_multiip.mini.critic import Critic
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Critic("convnet", 5).save(folder := tmp_path_factory.mktemp("tiny") / "critic")
+    return folder

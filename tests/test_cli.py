@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_multiip.cli import COMMANDS, UsageError, expand, main
+from lit_multiip.runs import best_checkpoint, newest_run, read_checkpoint
+
+
+def write_run(root: Path, name: str, scores: dict[str, float] | None = None, last: bool = True, age: int = 0) -> Path:
+    """A run with best-<k>.ckpt of the given validation losses and last.ckpt, `age` seconds old."""
+    run = root / "runs" / name
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("backbone: mini\n")
+    for stem, score in (scores or {}).items():
+        state = {"ModelCheckpoint{}": {"monitor": "val/loss", "current_score": torch.tensor(score)}}
+        torch.save({"callbacks": state, "state_dict": {}}, run / "checkpoints" / f"{stem}.ckpt")
+    if last:
+        torch.save({"callbacks": {}, "state_dict": {}}, run / "checkpoints" / "last.ckpt")
+    for path in (run / "checkpoints").iterdir():
+        os.utime(path, (1e9 - age, 1e9 - age))
+    return run
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def failing(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[str, int]:
+    """The last line on stderr, and the exit code."""
+    with pytest.raises(SystemExit) as exit_:
+        main(list(args))
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.strip().splitlines()[-1], int(exit_.value.code or 0)
+
+
+# Which run
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(here: Path) -> None:
+    run = write_run(here, "a/version_0", {"best-step=10": 0.3, "best-step=20": 0.2, "best-step=30": 0.25})
+    assert best_checkpoint(run) == run / "checkpoints" / "best-step=20.ckpt"
+
+
+def test_torn_checkpoints_are_passed_over(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = write_run(here, "a/version_0", {"best-step=10": 0.3})
+    best = run / "checkpoints" / "best-step=10.ckpt"
+    best.write_bytes(best.read_bytes()[:100])
+    assert best_checkpoint(run) == run / "checkpoints" / "last.ckpt"
+    assert "best-step=10.ckpt' cannot be read" in caplog.text
+    (run / "checkpoints" / "last.ckpt").write_bytes(b"")
+    assert best_checkpoint(run) is None
+
+
+def test_a_checkpoint_that_would_run_code_is_not_opened(here: Path) -> None:
+    torch.save({"state_dict": {}, "evil": os.system}, here / "evil.ckpt")
+    with pytest.raises(ValueError, match=r"evil\.ckpt' cannot be read"):
+        read_checkpoint(here / "evil.ckpt")
+
+
+def test_the_newest_run_is_the_one_saved_to_last_that_can_be_loaded(here: Path) -> None:
+    write_run(here, "old/version_7", {"best-step=1": 0.1}, age=100)
+    new = write_run(here, "new/version_0", age=50)
+    write_run(here, "empty/version_0", last=False)
+    (here / "runs" / "untrained" / "version_0" / "test").mkdir(parents=True)
+    torn = write_run(here, "torn/version_0", age=1)
+    (torn / "checkpoints" / "last.ckpt").write_bytes(b"torn")
+    assert newest_run() == (Path("runs/new/version_0"), Path("runs/new/version_0/checkpoints/last.ckpt"))
+    assert new.is_dir()
+
+
+def test_bare_test_is_the_newest_run_and_says_which(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_run(here, "a/version_0", {"best-step=10": 0.3})
+    caplog.set_level("INFO")
+    chosen = [
+        "--config",
+        "runs/a/version_0/config.yaml",
+        "--ckpt_path",
+        "runs/a/version_0/checkpoints/best-step=10.ckpt",
+    ]
+    for command in ("test", "predict"):
+        assert expand([command, "--data.held_out", "2"]) == [command, *chosen, "--data.held_out", "2"]
+        assert f"{command} of run runs/a/version_0, checkpoint best-step=10.ckpt" in caplog.text
+
+
+def test_run_chooses_another_run_and_takes_more_configs(here: Path) -> None:
+    write_run(here, "new/version_0")
+    write_run(here, "old/version_3", age=9)
+    expanded = expand(["test", "--run", "runs/old/version_3", "--config", "more.yaml"])
+    run = Path("runs/old/version_3")
+    assert expanded[1:5] == [
+        "--config",
+        str(run / "config.yaml"),
+        "--ckpt_path",
+        str(run / "checkpoints" / "last.ckpt"),
+    ]
+    assert expanded[5:] == ["--config", "more.yaml"]
+
+
+@pytest.mark.parametrize("option", ["--config=x.yaml", "-c", "--ckpt_path", "--help"])
+def test_a_given_config_or_checkpoint_is_left_alone(here: Path, option: str) -> None:
+    assert expand(["test", option]) == ["test", option]
+
+
+def test_without_a_run_it_is_said_what_to_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("test", "predict"):
+        message, code = failing(capsys, command)
+        assert code == 2
+        assert message.endswith("first python -m lit_multiip fit --config configs/self_attn.yaml")
+    message, code = failing(capsys, "test", "--run", "nowhere")
+    assert code == 2 and "'nowhere' is not a run" in message
+
+
+# Short forms
+
+
+def test_short_forms_of_predict(here: Path) -> None:
+    args = ["predict", "--config", "c.yaml", "--photos", "dir", "--prompts", "a,b", "c:", "--seeds", "3", "4"]
+    args += ["--ip_scale", "0.5", "--prompt", "d", "--steps", "7"]
+    assert set(expand(args)) == {
+        *("predict", "--config", "c.yaml", "--model.sampling.ip_scale=0.5", "--model.sampling.steps=7"),
+        *("--data.predict.photos=dir", '--data.predict.prompts=["a,b", "c:", "d"]', "--data.predict.seeds=[3, 4]"),
+    }
+    assert expand(["test", "--config", "c", "--guidance_scale", "2"])[-1] == "--model.sampling.guidance_scale=2.0"
+    assert expand(["fit", "--ip_scale", "1"]) == ["fit", "--ip_scale", "1"]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_scales_must_be_finite(value: str) -> None:
+    for option in ("--ip_scale", "--guidance_scale"):
+        with pytest.raises(UsageError, match=f"{option} {value} is not finite"):
+            expand(["test", "--config", "c.yaml", option, value])
+
+
+# What a user gets wrong is one line
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["fit", "--model.aggregator", "Median"], "Median"),
+        (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["fit", "--no_such_option", "1"], "--no_such_option"),
+        (["fit", "--data.batch_size", "many"], "data.batch_size"),
+        (["fly"], "fly"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], args: list[str], expected: str
+) -> None:
+    message, code = failing(capsys, *args)
+    assert code == 2 and message.startswith("error: ") and expected in message
+
+
+def test_an_unknown_aggregator_is_told_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    message, _ = failing(capsys, "fit", "--model.aggregator", "Median")
+    assert "First, MaxPool, AvgPool, Concat, SelfAttention" in message
+
+
+def test_wrong_values_are_one_line(here: Path, tiny_backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit = ["fit", "--backbone", str(tiny_backbone)]
+    message, code = failing(capsys, *fit, "--data.references", "0")
+    assert code == 1 and "at least 1" in message
+    message, code = failing(capsys, *fit, "--model.sampling.guidance_scale", ".nan")
+    assert code in (1, 2) and "guidance_scale=nan is not finite" in message
+    message, code = failing(capsys, "fit", "--backbone", "no/such/backbone")
+    assert code == 1 and "no/such/backbone" in message
+    message, code = failing(capsys, *fit, "--data.source", "Folder", "--data.source.path", "no/photos")
+    assert code == 1 and "no/photos" in message
+    (here / "taken").write_text("a file")
+    message, code = failing(capsys, *fit, "--trainer.logger.save_dir", "taken")
+    assert code == 1 and "taken" in message
+    message, code = failing(capsys, "test", *fit[1:], "--ckpt_path", "no.ckpt")
+    assert code == 1 and "no checkpoint 'no.ckpt'" in message
+    (here / "torn.ckpt").write_bytes(b"PK torn")
+    message, code = failing(capsys, "test", *fit[1:], "--ckpt_path", "torn.ckpt")
+    assert code == 1 and "checkpoint 'torn.ckpt' cannot be read" in message
+
+
+def test_the_traceback_can_be_asked_for(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIT_MULTIIP_DEBUG", "1")
+    with pytest.raises(SystemExit):
+        main(["test"])
+    assert "Traceback" in capsys.readouterr().err
+
+
+# Own commands
+
+
+def test_help_names_the_projects_own_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(name in text for name in (*COMMANDS, "fit", "test", "predict", "--photos", "--run"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_own_commands_have_their_own_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([name, "--help"])
+    assert exit_.value.code == 0
+    assert name in capsys.readouterr().out
+    assert sys.argv == ["pytest"]

@@ -1,0 +1,161 @@
+"""fit, then bare test, then bare predict, in one process, on a tiny backbone of random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_multiip.cli import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.fixture(scope="module")
+def tiny_config(tiny_backbone: Path, random_critic: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("end_to_end")
+    faces = {"train": 3, "validation": 2, "test": 3, "photos": 11}
+    critic = {
+        "class_path": "lit_multiip.evaluation.critic.CriticExtractor",
+        "init_args": {"folder": str(random_critic)},
+    }
+    config = {
+        "backbone": str(tiny_backbone),
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1},
+        "model": {"sampling": {"steps": 2}},
+        "data": {
+            "source": {"class_path": "lit_multiip.data.MiniFaces", "init_args": faces},
+            "batch_size": 8,
+            "held_out": 2,
+            "cache_dir": str(folder / "features"),
+        },
+        "score": {"extractors": [critic], "groups": 2, "resamples": 20},
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny_config: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder in which the shortest fit was run."""
+    folder = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        main(["fit", "--config", str(CONFIGS / "self_attn.yaml"), "--config", tiny_config, "--trainer.max_steps", "5"])
+    return folder
+
+
+def run_of(folder: Path) -> Path:
+    return folder / "runs" / "self_attn" / "version_0"
+
+
+def test_the_shortest_fit_leaves_best_and_last_of_its_last_step(fitted: Path) -> None:
+    files = sorted(path.name for path in (run_of(fitted) / "checkpoints").iterdir())
+    assert files == ["best-step=5.ckpt", "last.ckpt"]
+    for name in files:
+        checkpoint = torch.load(run_of(fitted) / "checkpoints" / name, weights_only=True)
+        assert checkpoint["global_step"] == 5
+        assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"aggregator", "unet"}
+        assert len(checkpoint["state_dict"]) == 3 + 4 + 2 * 4
+        assert checkpoint["lit_multiip"]["method"].startswith("SelfAttention(")
+
+
+def test_tensorboard_has_losses_learning_rate_reference_gap_and_grids(fitted: Path) -> None:
+    events = EventAccumulator(str(run_of(fitted)))
+    events.Reload()
+    tags = events.Tags()
+    scalars = {"train/loss", "lr-AdamW", "val/loss", "val/gap_shuffled", "val/gap_dropped"}
+    scalars |= {f"val/loss_t{t}" for t in (125, 375, 625, 875)}
+    assert scalars <= set(tags["scalars"])
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3, 4]
+    assert tags["images"] == ["val/samples"]
+    with Image.open(run_of(fitted) / "grids" / "step_000005.png") as grid:
+        assert grid.width > 11 * 96 and grid.height > 2 * 96  # nine references, held-out, generated; two people
+
+
+def test_bare_test_scores_the_run_into_its_own_folder(fitted: Path, monkeypatch, caplog) -> None:
+    monkeypatch.chdir(fitted)
+    caplog.set_level("INFO")
+    main(["test"])
+    assert "test of run runs/self_attn/version_0, checkpoint best-step=5.ckpt" in caplog.text
+    results = json.loads((run_of(fitted) / "test" / "metrics.json").read_text())
+    assert results["protocol"]["people"] == 3 and results["protocol"]["tasks"] == 6
+    assert len(list((run_of(fitted) / "test" / "images").rglob("*.png"))) == 6
+    assert (run_of(fitted) / "test" / "grid.png").exists()
+    # no run but fit's: the next bare test must find it again
+    assert [path.parent for path in fitted.glob("runs/*/*/config.yaml")] == [run_of(fitted)]
+    assert [path.name for path in (fitted / "runs" / "self_attn").iterdir()] == ["version_0"]
+
+
+def test_bare_predict_writes_images_and_grid_into_a_new_folder(fitted: Path, monkeypatch) -> None:
+    monkeypatch.chdir(fitted)
+    photos = fitted / "Ann_Lee"
+    photos.mkdir()
+    for number in range(4):
+        Image.new("RGB", (50, 40), (60 * number, 10, 99)).save(photos / f"{number}.png")
+    options = ["--photos", str(photos), "--prompts", "in a hat", "in a scarf", "--seeds", "1", "2", "3"]
+    for folder in ("Ann_Lee", "Ann_Lee-2"):
+        main(["predict", *options])
+        made = run_of(fitted) / "predict" / folder
+        names = sorted(path.name for path in made.glob("0*.png"))
+        assert names[0] == "000_in-a-hat_seed1.png" and names[-1] == "005_in-a-scarf_seed3.png" and len(names) == 6
+        facts = json.loads((made / "predict.json").read_text())
+        assert facts["person"] == "Ann_Lee" and len(facts["references"]) == 9
+        assert facts["images"][4] == {"file": "004_in-a-scarf_seed2.png", "prompt": "in a scarf", "seed": 2}
+        assert (made / "grid.png").exists()
+    first, second = (
+        (run_of(fitted) / "predict" / folder / "003_in-a-scarf_seed1.png").read_bytes()
+        for folder in ("Ann_Lee", "Ann_Lee-2")
+    )
+    assert first == second
+    main(["predict", *options, "--guidance_scale", "1"])
+    assert (run_of(fitted) / "predict" / "Ann_Lee-3" / "003_in-a-scarf_seed1.png").read_bytes() != first
+
+
+def test_an_untrained_baseline_is_tested_without_a_checkpoint(tiny_config: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["test", "--config", str(CONFIGS / "avg_pool.yaml"), "--config", tiny_config, "--score.anchors", "false"])
+    results = json.loads((tmp_path / "runs" / "avg_pool" / "version_0" / "test" / "metrics.json").read_text())
+    assert results["protocol"]["tasks"] == 6
+    assert not list(tmp_path.glob("runs/*/*/config.yaml"))
+
+
+def test_a_loss_of_nan_stops_and_keeps_the_last_good_checkpoint(
+    tiny_config: str, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # the warm-up's first step has a learning rate of 0, and its second one breaks everything
+    broken = ["--model.optimizer.init_args.lr", "1e38", "--trainer.val_check_interval", "1", "--grid.people", "0"]
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", str(CONFIGS / "self_attn.yaml"), "--config", tiny_config, *broken])
+    assert exit_.value.code == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: the ") and "at step 2: lower the learning rate" in message
+    for name in ("last.ckpt", "best-step=1.ckpt"):
+        checkpoint = torch.load(run_of(tmp_path) / "checkpoints" / name, weights_only=True)
+        assert checkpoint["global_step"] == 1
+        assert all(values.isfinite().all() for values in checkpoint["state_dict"].values())
+
+
+def test_a_checkpoint_of_another_method_is_refused_in_one_line(
+    fitted: Path, tiny_config: str, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = str(run_of(fitted) / "checkpoints" / "last.ckpt")
+    with pytest.raises(SystemExit) as exit_:
+        main(["test", "--config", str(CONFIGS / "max_pool.yaml"), "--config", tiny_config, "--ckpt_path", checkpoint])
+    assert exit_.value.code == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: the checkpoint is of another method: SelfAttention(")
+
+
+def test_the_config_of_fit_is_taken_by_fit_again(fitted: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", str(run_of(fitted) / "config.yaml"), "--trainer.max_steps", "1", "--grid.people", "0"])
+    assert (run_of(tmp_path) / "checkpoints" / "last.ckpt").exists()

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny import make_tiny_backbone
+from torch import Tensor
+
+from lit_multiip import features
+from lit_multiip.backbone import load_component, load_native_side
+from lit_multiip.data.people import DataError, FilePhoto, MiniFaces, Photo
+from lit_multiip.features import Features, square, to_tensor
+
+PHOTOS = list(MiniFaces(train=1, validation=1, test=1, photos=5).people()[0].photos)
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the components that are loaded."""
+    names: list[str] = []
+
+    def counted(backbone: str, name: str, *args: Any) -> Any:
+        names.append(name)
+        return load_component(backbone, name, *args)
+
+    monkeypatch.setattr(features, "load_component", counted)
+    monkeypatch.setattr(features, "_content_keys", {})
+    return names
+
+
+def build(backbone: Path, cache: Path, photos: list[Photo] = PHOTOS, prompts: tuple[str, ...] = ("a", "b")) -> Features:
+    store = Features(str(backbone), cache)
+    store.build(photos, photos, prompts)
+    return store
+
+
+def test_features_are_what_the_encoders_say(tiny_backbone: Path, tmp_path: Path) -> None:
+    store = build(tiny_backbone, tmp_path)
+    processor, encoder, vae, tokenizer, text = (
+        load_component(str(tiny_backbone), name)
+        for name in ("feature_extractor", "image_encoder", "vae", "tokenizer", "text_encoder")
+    )
+    with torch.inference_mode():
+        pixels = processor(PHOTOS[3].image(), return_tensors="pt").pixel_values
+        embed = encoder(pixel_values=pixels).image_embeds[0]
+        signal = to_tensor([square(PHOTOS[3].image(), 32)]).float() / 127.5 - 1
+        posterior = vae.encode(signal).latent_dist
+        tokens = tokenizer("a", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+        states = text(tokens.input_ids).last_hidden_state[0]
+    assert torch.allclose(store.embeds(PHOTOS[3:4])[0], embed, atol=1e-5)
+    assert torch.allclose(store.moments(PHOTOS[3]), posterior.parameters[0], atol=2e-3)  # kept as float16
+    assert torch.allclose(store.text("a"), states, atol=2e-3)
+
+
+def test_a_second_build_loads_no_encoder(tiny_backbone: Path, tmp_path: Path, loads: list[str]) -> None:
+    first = build(tiny_backbone, tmp_path)
+    assert len(loads) == 5
+    second = build(tiny_backbone, tmp_path)
+    assert len(loads) == 5
+    assert torch.equal(first.embeds(PHOTOS), second.embeds(PHOTOS))
+    build(tiny_backbone, tmp_path, prompts=("a", "c"))
+    assert loads[5:] == ["tokenizer", "text_encoder"]
+
+
+def test_a_photo_that_changed_is_encoded_again(tiny_backbone: Path, tmp_path: Path, loads: list[str]) -> None:
+    photo = FilePhoto("p", "1.png", "a", tmp_path / "1.png")
+    embeds = []
+    for colour in ("red", "blue", "red"):
+        Image.new("RGB", (40, 40), colour).save(photo.path)
+        features._content_keys.clear()  # as in a new process
+        embeds.append(build(tiny_backbone, tmp_path / "cache", [photo]).embeds([photo]))
+    assert not torch.equal(embeds[0], embeds[1]) and torch.equal(embeds[0], embeds[2])
+    assert loads.count("image_encoder") == 2  # the first picture is still known
+
+
+def test_another_encoder_never_finds_stale_features(tiny_backbone: Path, tmp_path: Path, loads: list[str]) -> None:
+    other = make_tiny_backbone(tmp_path / "other", seed=1)
+    first, second = build(tiny_backbone, tmp_path / "cache"), build(other, tmp_path / "cache")
+    assert loads.count("image_encoder") == 2
+    assert not torch.allclose(first.embeds(PHOTOS), second.embeds(PHOTOS), atol=1e-3)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "json"])
+def test_a_broken_shard_is_named(tiny_backbone: Path, tmp_path: Path, suffix: str) -> None:
+    build(tiny_backbone, tmp_path)
+    shard = next(tmp_path.glob(f"embeds-*/*.{suffix}"))
+    shard.write_bytes(shard.read_bytes()[:-40])
+    with pytest.raises(DataError, match=rf"{shard.stem}.*delete"):
+        Features(str(tiny_backbone), tmp_path)
+
+
+def test_ranks_build_disjoint_shares(tiny_backbone: Path, tmp_path: Path) -> None:
+    for rank in range(2):
+        Features(str(tiny_backbone), tmp_path).build(PHOTOS, [], ["a", "b"], rank, 2)
+        keys = Features(str(tiny_backbone), tmp_path).store["embeds"].missing(map(features.content_key, PHOTOS))
+        assert len(keys) == [2, 0][rank]  # rank 0 has encoded three of five
+
+
+def test_an_encoder_that_makes_nan_is_refused(tiny_backbone: Path, tmp_path: Path, monkeypatch) -> None:
+    def broken(self: Features):
+        def encode(photos: list[Photo]) -> Tensor:
+            return torch.tensor([[float("nan") if photo is PHOTOS[2] else 0.0] for photo in photos])
+
+        return encode
+
+    monkeypatch.setattr(Features, "_embedder", broken)
+    with pytest.raises(DataError, match=PHOTOS[2].name):
+        build(tiny_backbone, tmp_path)
+
+
+def test_the_native_side_comes_from_the_weights(tiny_backbone: Path, tmp_path: Path) -> None:
+    assert load_native_side(str(tiny_backbone)) == 32
+    assert build(tiny_backbone, tmp_path).moments(PHOTOS[0]).shape == (8, 8, 8)
+
+
+def test_the_centre_square_is_cut_out() -> None:
+    wide = Image.new("RGB", (60, 20), "red")
+    wide.paste("blue", (20, 0, 40, 20))
+    assert set(square(wide, 10).getdata()) == {(0, 0, 255)}

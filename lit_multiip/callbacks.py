@@ -71,9 +71,10 @@ class SampleGrid(L.Callback):
         folder.mkdir(parents=True, exist_ok=True)
         picture.save(folder / f"step_{trainer.global_step:06d}.png")
         for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_image"):
+            writer: Any = getattr(logger, "experiment", None)
+            if hasattr(writer, "add_image"):
                 pixels = np.asarray(picture)  # (H, W, 3) uint8
-                logger.experiment.add_image("val/samples", pixels, trainer.global_step, dataformats="HWC")
+                writer.add_image("val/samples", pixels, trainer.global_step, dataformats="HWC")
 
 
 class SavePredictions(L.Callback):

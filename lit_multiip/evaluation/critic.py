@@ -59,8 +59,9 @@ class CriticExtractor(Extractor):
         self.freeze()
 
     def compute(self, images: Tensor) -> Extraction:
-        """See `Extractor.compute`."""
-        features, logits, _ = self.critic(_at_its_size(images))  # (B, 64), (B, K)
+        """See `Extractor.compute`. Features have unit variance over their 64 entries, as KID's cubic kernel expects."""
+        raw, logits, _ = self.critic(_at_its_size(images))  # (B, 64), (B, K)
+        features = raw.shape[1] ** 0.5 * F.normalize(raw, dim=1)
         return Extraction(features, logits, features)
 
     def prompt_agreement(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

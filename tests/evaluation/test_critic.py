@@ -30,7 +30,7 @@ def test_one_pass_is_what_the_critic_itself_says(critic):
     images = portraits(4)
     extraction = critic.extract(images)
     features, logits, _ = critic.critic(images)
-    assert torch.equal(extraction.features, features)
+    torch.testing.assert_close(extraction.features, 8 * F.normalize(features, dim=-1))  # 64 entries of unit variance
     assert torch.equal(extraction.logits, logits)
     torch.testing.assert_close(extraction.embedding, F.normalize(features, dim=-1))
 

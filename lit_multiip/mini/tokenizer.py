@@ -33,14 +33,18 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
         ]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # CLIP's vocabulary has every byte also as the end of a word. Given beforehand, they are numbered the same each time:
+    # met on the way, they would be numbered in the order of a hash map.
     trainer = trainers.BpeTrainer(
-        vocab_size=4096, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=4096,
+        initial_alphabet=alphabet,
+        special_tokens=[letter + "</w>" for letter in alphabet],
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     bpe.train_from_iterator([" ".join(_words())] * 4, trainer)
     model = json.loads(bpe.to_str())["model"]
-    vocab = dict(model["vocab"])
-    for letter in alphabet:  # CLIP's vocabulary has every byte also as the end of a word
-        vocab.setdefault(letter + "</w>", len(vocab))
+    vocab = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocab[special] = len(vocab)
     folder.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
         ]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # CLIP's vocabulary has every byte also as the end of a word. Given beforehand, they are numbered the same each time:
+    # CLIP's vocabulary has every byte also as the end of a word. Given beforehand, they are numbered alike each time:
     # met on the way, they would be numbered in the order of a hash map.
     trainer = trainers.BpeTrainer(
         vocab_size=4096,

@@ -29,9 +29,7 @@ def test_every_command_of_the_readme_parses(
 ) -> None:
     monkeypatch.chdir(ROOT)
     command, *options = shlex.split(line)[3:]
-    if command in COMMANDS:
-        check = [command, *options, "--print_config"]
-    elif "--config" in options:
+    if command in COMMANDS or "--config" in options:
         check = [command, *options, "--print_config"]
     else:  # takes the newest run; --print_config stands for one
         assert command in ("test", "predict")

@@ -116,9 +116,9 @@ def measure_mini(
             "text_to_image": read_back(critic, drawn, labels),
         },
         "rank_one": {
-            "critic": rank_one(critic_embed(folder / "critic"), seed),
-            "critic_b": rank_one(critic_embed(folder / "critic_b"), seed),
-            "clip": rank_one(clip_embed(folder), seed),
+            name: rank_one(clip_embed(folder) if name == "clip" else critic_embed(folder / name), seed)
+            for name in ("critic", "critic_b", "clip")
+            if name == "clip" or (folder / name).is_dir()
         },
     }
     print(json.dumps(report, indent=2))

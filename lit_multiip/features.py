@@ -51,6 +51,16 @@ def to_tensor(images: Iterable[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images])).permute(0, 3, 1, 2)
 
 
+def to_signal(pixels: Tensor) -> Tensor:
+    """Map uint8 pixels to the VAE's [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_pixels(signal: Tensor) -> Tensor:
+    """Map the VAE's [-1, 1] to uint8 pixels, rounding."""
+    return ((signal.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 def prompt_key(prompt: str) -> str:
     """Key of a prompt's row: sha256 of its text."""
     return hashlib.sha256(prompt.encode()).hexdigest()
@@ -217,8 +227,7 @@ class Features:
 
         def encode(photos: list[Photo]) -> Tensor:
             pixels = to_tensor(square(photo.image(), self.image_side) for photo in photos)  # (B, 3, H, W)
-            signal = pixels.to(self.device).float() / 127.5 - 1
-            posterior = vae.encode(signal).latent_dist
+            posterior = vae.encode(to_signal(pixels.to(self.device))).latent_dist
             return torch.cat([posterior.mean, posterior.logvar], dim=1).half()  # (B, 2C, h, w)
 
         return encode

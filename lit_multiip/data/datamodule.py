@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -216,8 +217,6 @@ class MultiPhotoData(L.LightningDataModule):
     def _setup_predict(self, person: Person) -> None:
         [person] = check_photos([person], self.on_unreadable, progress=False)
         photos = _distinct(person).photos
-        import numpy as np
-
         rng = np.random.default_rng([self.seed, stable_hash(person.name)])
         chosen = tuple(photos[i] for i in draw_references(range(len(photos)), self.references, rng))
         if len(photos) != self.references:

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from lit_multiip.backbone import load_component, resolve_backbone, set_ip_scale
+from lit_multiip.features import to_pixels
 
 
 @dataclass
@@ -123,5 +124,4 @@ class Sampler:
     def decode(self, latents: Tensor) -> Tensor:
         """Decode unscaled latents (B, C, h, w) to RGB, (B, 3, H, W) uint8."""
         vae = self.pipe.vae.to(latents.device)
-        signal = vae.decode(latents).sample.float()
-        return ((signal + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return to_pixels(vae.decode(latents).sample)

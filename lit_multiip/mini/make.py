@@ -33,8 +33,9 @@ from transformers import (
 
 from lit_multiip.backbone import ip_adapter_state
 from lit_multiip.cli import make_cli
+from lit_multiip.features import to_signal
 from lit_multiip.mini import stages
-from lit_multiip.mini.portraits import Portraits, to_signal
+from lit_multiip.mini.portraits import Portraits
 from lit_multiip.mini.tokenizer import MAX_LENGTH, make_tokenizer
 
 CRITIC_PEOPLE, CRITIC_PHOTOS = 500, 40

@@ -13,11 +13,10 @@ from tqdm.auto import tqdm
 
 from lit_multiip.backbone import load_component, resolve_backbone
 from lit_multiip.data import mini_faces
+from lit_multiip.features import to_pixels, to_signal
 from lit_multiip.mini.critic import HEADS, Critic
 from lit_multiip.mini.gate import GATE_PEOPLE, clip_embed, critic_embed, rank_one
-from lit_multiip.mini.portraits import HIDDEN, labels_of, to_pixels, to_signal
-
-ATTRIBUTES = list(mini_faces.SCENE_ATTRIBUTES)
+from lit_multiip.mini.portraits import HIDDEN, labels_of
 
 
 def _portraits(seed: int, people: int, photos: int) -> tuple[Tensor, Tensor, list[str]]:
@@ -34,28 +33,23 @@ def _portraits(seed: int, people: int, photos: int) -> tuple[Tensor, Tensor, lis
 
 
 @torch.inference_mode()
+def _answers(critic: Critic, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Which heads answer right, and which are shown what they ask for: two (n, heads) bool."""
+    parts = [critic(part)[2] for part in images.split(128)]
+    answers = torch.stack([torch.cat([part[name].argmax(1) for part in parts]) for name in HEADS], dim=1)  # (n, heads)
+    return answers == labels, labels != HIDDEN
+
+
 def accuracy(critic: Critic, images: Tensor, labels: Tensor) -> dict[str, float]:
     """Share of right answers of every head of a critic, over the portraits that show what it asks for."""
-    parts = [critic(part)[2] for part in images.split(128)]
-    shares = {}
-    for column, name in enumerate(HEADS):
-        shown = labels[:, column] != HIDDEN
-        answers = torch.cat([part[name] for part in parts]).argmax(1)
-        shares[name] = float((answers == labels[:, column])[shown].float().mean())
-    return shares
+    right, shown = _answers(critic, images, labels)
+    return {name: float(right[shown[:, k], k].float().mean()) for k, name in enumerate(HEADS)}
 
 
-@torch.inference_mode()
 def read_back(critic: Critic, images: Tensor, labels: Tensor) -> float:
     """Share of all visible scene attributes that a critic reads back from images."""
-    hits = shown = 0.0
-    for part, truth in zip(images.split(128), labels.split(128), strict=True):
-        heads = critic(part)[2]
-        for column, name in enumerate(ATTRIBUTES):
-            visible = truth[:, column] != HIDDEN
-            hits += float((heads[name].argmax(1) == truth[:, column])[visible].sum())
-            shown += float(visible.sum())
-    return hits / shown
+    right, shown = (answers[:, : len(mini_faces.SCENE_ATTRIBUTES)] for answers in _answers(critic, images, labels))
+    return float(right[shown].float().mean())
 
 
 @torch.inference_mode()

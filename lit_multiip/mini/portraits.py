@@ -72,13 +72,3 @@ class Portraits(Dataset[dict[str, Tensor]]):
             "index": torch.tensor(index),
             "labels": torch.from_numpy(self.labels[index]),
         }
-
-
-def to_signal(images: Tensor) -> Tensor:
-    """Map uint8 pixels to [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def to_pixels(signal: Tensor) -> Tensor:
-    """Map [-1, 1] to uint8 pixels, rounding."""
-    return ((signal.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

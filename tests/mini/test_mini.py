@@ -9,10 +9,10 @@ from safetensors import safe_open
 
 from lit_multiip.backbone import find_ip_adapter, resolve_backbone
 from lit_multiip.data import mini_faces
+from lit_multiip.features import to_pixels, to_signal
 from lit_multiip.mini.critic import HEADS, WIDTH, Critic
 from lit_multiip.mini.gate import clip_embed, critic_embed, rank_one
 from lit_multiip.mini.measure import _portraits, accuracy, round_trip
-from lit_multiip.mini.portraits import to_pixels, to_signal
 from lit_multiip.mini.stages import UNetStage, caption
 from lit_multiip.mini.tokenizer import IDENTIFIERS, MAX_LENGTH, _words, make_tokenizer
 

@@ -120,7 +120,7 @@ class Maker:
         text, vision = CLIPTextModelWithProjection(text_config), CLIPVisionModelWithProjection(vision_config)
         stage = stages.CLIPStage(vision, text, tokenizer, data)
         self._fit(stage, data, 1600, 128, ema=None)
-        self._fit(stages.CLIPImageStage(stage), data, 2000, 128, ema=None)
+        self._fit(stages.CLIPImageStage(stage), data, 5000, 128, ema=None)
         vision.half().save_pretrained(self.out / "image_encoder")
         plain = CLIPTextModel(text_config)
         plain.load_state_dict({key.removeprefix("text_model."): v for key, v in text.text_model.state_dict().items()})
@@ -144,7 +144,7 @@ class Maker:
             norm_num_groups=16,
             sample_size=64,
         )
-        self._fit(stages.VAEStage(vae), data, 3600, 8, ema=0.998)
+        self._fit(stages.VAEStage(vae), data, 8000, 8, ema=0.999)
         vae.eval()
         with torch.no_grad():
             images = torch.stack([data[i]["image"] for i in range(0, len(data), len(data) // 512)])
@@ -184,7 +184,7 @@ class Maker:
             CLIPTokenizer.from_pretrained(self.out / "tokenizer"),
             data,
         )
-        self._fit(stage, torch.arange(len(data)), 2200, 32, ema=0.998)  # type: ignore[arg-type]
+        self._fit(stage, torch.arange(len(data)), 6000, 32, ema=0.999)  # type: ignore[arg-type]
         unet.half().save_pretrained(self.out / "unet")
         DDIMScheduler.from_config(scheduler.config, steps_offset=1, set_alpha_to_one=False).save_pretrained(
             self.out / "scheduler"

@@ -8,6 +8,7 @@ import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
@@ -69,9 +70,12 @@ def _jitter(images: Tensor) -> Tensor:
 
 
 class VAEStage(Stage):
-    """L1 + squared error + a small KL term."""
+    """L1 + squared error + L1 of the differences between neighbours (edges: eyes, brows, stubble) + a tiny KL term.
 
-    def __init__(self, vae: Any, learning_rate: float = 1e-3, kl_weight: float = 1e-4) -> None:
+    A KL weight of 1e-4 left one of the four latent channels unused: 34.5 dB.
+    """
+
+    def __init__(self, vae: Any, learning_rate: float = 1e-3, kl_weight: float = 1e-6) -> None:
         super().__init__(learning_rate, weight_decay=0.0)
         self.vae, self.kl_weight = vae, kl_weight
 
@@ -82,7 +86,9 @@ class VAEStage(Stage):
         restored = self.vae.decode(posterior.sample()).sample.float()
         square = F.mse_loss(restored, x)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = F.l1_loss(restored, x) + 2 * square + self.kl_weight * kl
+        error = restored - x
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        loss = error.abs().mean() + 2 * square + 0.5 * edges + self.kl_weight * kl
         self.log_dict({"loss": loss, "psnr_db": 10 * torch.log10(4 / square.detach()), "kl": kl}, prog_bar=True)
         return loss
 
@@ -164,8 +170,9 @@ class CLIPImageStage(CLIPStage):
 
 
 class UNetStage(Stage):
-    """The epsilon MSE of a latent text-to-image model (eq. 1 without reference photos).
+    """The epsilon MSE of a latent text-to-image model (eq. 1 without reference photos), weighted by min(SNR, 5) / SNR.
 
+    The weight (Hang et al. 2023) spares a short training the timesteps at which nearly clean latents are polished.
     Latents' mean and logvar (P, 8, h, w) and text states are computed before; a latent is drawn anew each time.
     """
 
@@ -201,6 +208,7 @@ class UNetStage(Stage):
         eps = torch.randn_like(x)
         t = torch.randint(self.scheduler.config.num_train_timesteps, (len(x),), device=self.device)
         noised = self.scheduler.add_noise(x, eps, t)  # eq. (8)
-        loss = F.mse_loss(self.unet(noised, t, states).sample.float(), eps)
+        weight = (compute_snr(self.scheduler, t).clamp(max=5) / compute_snr(self.scheduler, t)).view(-1, 1, 1, 1)
+        loss = (weight * (self.unet(noised, t, states).sample.float() - eps).square()).mean()
         self.log("loss", loss, prog_bar=True)
         return loss

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 DEBUG = "LIT_MULTIIP_DEBUG"
 COMMANDS = {  # dispatched before LightningCLI
+    "compare": "lit_multiip.compare:compare",
     "paired": "lit_multiip.evaluation.report:paired",
     "make-mini": "lit_multiip.mini.make:make_mini",
     "measure-mini": "lit_multiip.mini.measure:measure_mini",

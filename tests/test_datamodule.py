@@ -143,3 +143,12 @@ def test_predict_without_photos_takes_a_test_person_and_their_prompts(tiny_backb
 def test_impossible_data_is_refused(tiny_backbone: Path, cache: str, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         made(tiny_backbone, cache, "predict", **wrong)
+
+
+def test_the_training_seed_moves_the_groups_and_nothing_else(tiny_backbone: Path, cache: str) -> None:
+    own, other = (made(tiny_backbone, cache, "fit", training_seed=seed) for seed in (None, 1))
+    assert own.split == other.split and own.validation_tasks == other.validation_tasks
+    a, b = (next(iter(data.train_dataloader())) for data in (own, other))
+    assert not torch.equal(a["eps"], b["eps"])
+    zero = made(tiny_backbone, cache, "fit", training_seed=0)
+    assert torch.equal(a["eps"], next(iter(zero.train_dataloader()))["eps"])

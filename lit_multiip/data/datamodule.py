@@ -119,6 +119,7 @@ class MultiPhotoData(L.LightningDataModule):
         cache_dir: feature store.
         encode_batch_size: photos at once in an encoder.
         seed: of the split, the groups and the tasks.
+        training_seed: of the training groups alone, for several trainings on one protocol; None takes ``seed``.
         predict: what ``predict`` draws.
     """
 
@@ -148,6 +149,7 @@ class MultiPhotoData(L.LightningDataModule):
         cache_dir: str = "runs/features",
         encode_batch_size: int = 32,
         seed: int = 0,
+        training_seed: int | None = None,
         predict: PredictArgs | None = None,
     ) -> None:
         super().__init__()
@@ -165,6 +167,7 @@ class MultiPhotoData(L.LightningDataModule):
         self.on_unreadable: Literal["refuse", "skip"] = on_unreadable
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.cache_dir, self.encode_batch_size, self.seed = cache_dir, encode_batch_size, seed
+        self.training_seed = seed if training_seed is None else training_seed
         self.predict_args = predict or PredictArgs()
         self.split: Split | None = None
         self.features: Features | None = None
@@ -244,9 +247,9 @@ class MultiPhotoData(L.LightningDataModule):
         assert self.split is not None and self.features is not None
         references = 1 if self.target == "reference" else self.references
         groups = HeldOutGroups(
-            self.split.train, self.features, self.seed, references, self.balance, self.target, self.drop
+            self.split.train, self.features, self.training_seed, references, self.balance, self.target, self.drop
         )
-        sampler = EpochSampler(len(groups), self.seed, *self._rank_and_world())
+        sampler = EpochSampler(len(groups), self.training_seed, *self._rank_and_world())
         if len(sampler) < self.batch_size:
             raise DataError(
                 f"data.batch_size={self.batch_size} is more than the {len(sampler)} samples of an epoch: lower it"

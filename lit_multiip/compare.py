@@ -1,0 +1,351 @@
+"""``python -m lit_multiip compare``: every method of a plan on one protocol, then the report.
+
+Each step is a command of its own, ``fit`` or ``test``, in a process of its own: what a row costs and leaves in memory
+does not touch the next one. A finished step leaves a stamp in its run's folder; a step whose stamp still holds is
+skipped, and an interrupted fit goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from lit_multiip.backbone import COMPONENTS, BackboneError, find_ip_adapter, fingerprint
+from lit_multiip.evaluation.report import write_json
+from lit_multiip.runs import best_checkpoint, read_checkpoint
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = Path(__file__).parent
+# Modules that no number depends on: changing them leaves finished steps valid.
+PRESENTATION = (
+    "__main__.py",
+    "cli.py",
+    "compare.py",
+    "sweep.py",
+    "callbacks.py",
+    "export.py",
+    "evaluation/comparison.py",
+    "evaluation/inspection.py",
+    "evaluation/pictures.py",
+    "evaluation/rendering.py",
+    "mini/gate.py",
+    "mini/make.py",
+    "mini/measure.py",
+    "mini/stages.py",
+)
+
+
+class CompareError(ValueError):
+    """A plan that cannot be carried out, or a step that failed; the message names it and the remedy."""
+
+
+@dataclass
+class Row:
+    """A method of the comparison.
+
+    Args:
+        configs: method configs, laid over one another.
+        title: its name in the report.
+        group: ``paper`` for the paper's five, ``control`` for the others.
+        fit: train it before it is tested; what is tested otherwise is the published adapter as it is, or a method that
+            learns within the test.
+        seeds: train it once per training seed; otherwise it has no training seed.
+        options: of both commands, such as ``model.trained: aggregator``.
+        paper: the paper's own figures.
+    """
+
+    configs: list[str]
+    title: str
+    group: Literal["paper", "control"] = "control"
+    fit: bool = False
+    seeds: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    paper: dict[str, float] | None = None
+
+
+@dataclass
+class Contrast:
+    """A difference between two rows that tells one cause apart.
+
+    Args:
+        title: the cause.
+        minus: the row with it, and the row without.
+        text: what the two rows differ in.
+    """
+
+    title: str
+    minus: tuple[str, str]
+    text: str = ""
+
+
+class Step(NamedTuple):
+    """One command of a comparison: ``fit`` or ``test`` of a row and training seed."""
+
+    row: str
+    seed: int
+    command: Literal["fit", "test"]
+    run: Path
+    arguments: list[str]
+    key: str  # of all that its result depends on
+
+    @property
+    def stamp(self) -> Path:
+        """The file that says what the step was done for."""
+        return self.run / f"{self.command}.json"
+
+    def is_done(self) -> bool:
+        """Whether its result is there, and for this very key."""
+        if self.command == "test" and not (self.run / "test" / "metrics.json").is_file():
+            return False
+        if self.command == "fit" and best_checkpoint(self.run) is None:
+            return False
+        return (read_stamp(self.stamp) or {}).get("key") == self.key
+
+
+def compare(
+    rows: dict[str, Row],
+    reference: str,
+    title: str = "Methods of personalisation",
+    contrasts: list[Contrast] | None = None,
+    configs: list[str] | None = None,
+    options: dict[str, Any] | None = None,
+    test_options: dict[str, Any] | None = None,
+    seeds: list[int] | None = None,
+    only: list[str] | None = None,
+    output: str = "runs/compare/mini",
+    dry_run: bool = False,
+) -> None:
+    """Train and test every row of a plan on one protocol, and write the report.
+
+    Args:
+        rows: the methods, by the key that their folder is called.
+        reference: the row that the others are compared with, in pairs.
+        title: of the report.
+        contrasts: differences that tell causes apart.
+        configs: laid over every row's own, such as configs/data/lfw.yaml or configs/on/sd15.yaml.
+        options: of every command, such as ``data.held_out: 4``.
+        test_options: of every test.
+        seeds: training seeds of the rows that have them; [0] by default. Data, split and test tasks stay the same.
+        only: run these rows; the report is of all that is there.
+        output: the folder to write; finished steps in it are kept.
+        dry_run: print the commands, and run none.
+    """
+    started = time.perf_counter()
+    folder, seeds = Path(output), [0] if seeds is None else seeds
+    _check_plan(rows, reference, contrasts or [], seeds, only)
+    plan = {
+        "title": title,
+        "reference": reference,
+        "seeds": seeds,
+        "rows": [
+            {"key": key, "title": row.title, "group": row.group, "trained": row.fit or row.seeds, "paper": row.paper}
+            | {"versions": [f"version_{seed}" for seed in (seeds if row.seeds else seeds[:1])]}
+            for key, row in rows.items()
+        ],
+        "contrasts": [asdict(contrast) for contrast in contrasts or []],
+    }
+    steps = list(make_steps(rows, reference, configs or [], options or {}, test_options or {}, seeds, folder))
+    steps = [step for step in steps if only is None or step.row in only]
+    if dry_run:
+        for step in steps:
+            state = "done" if step.is_done() else "to do"
+            print(f"{state}: python -m lit_multiip {shlex.join([step.command, *step.arguments])}")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "plan.json", plan)
+    for number, step in enumerate(steps, 1):
+        name = f"[{number}/{len(steps)}] {step.command} {step.row}, training seed {step.seed}"
+        if step.is_done():
+            print(f"{name}: done before", flush=True)
+            continue
+        print(f"{name}, {(time.perf_counter() - started) / 60:.0f} min so far", flush=True)
+        run_step(step)
+    require_one_protocol({step.row: step.run / "test" / "metrics.json" for step in steps if step.command == "test"})
+    print(f"all {len(steps)} steps done, {(time.perf_counter() - started) / 60:.1f} min", flush=True)
+
+    from lit_multiip.evaluation.comparison import report
+
+    report(str(folder))
+
+
+def make_steps(
+    rows: Mapping[str, Row],
+    reference: str,
+    configs: Sequence[str],
+    options: Mapping[str, Any],
+    test_options: Mapping[str, Any],
+    seeds: Sequence[int],
+    folder: Path,
+) -> Iterator[Step]:
+    """Yield the commands of a plan: the fits and tests of the rows, in their order, by training seed.
+
+    Anchor rows cost several tests' time, and are made once: by the reference row's first test.
+    """
+    code = code_fingerprint()
+    for name, row in rows.items():
+        files = [*row.configs, *configs]
+        for seed in seeds if row.seeds else seeds[:1]:
+            run = folder / name / f"version_{seed}"
+            own = {**options, **row.options}
+            if row.seeds:
+                own |= {"seed_everything": seed, "data.training_seed": seed}
+            place = {"save_dir": str(folder), "name": name, "version": f"version_{seed}"}
+            shared = [part for file in files for part in ("--config", file)]
+            shared += [f"--{key}={_as_argument(value)}" for key, value in own.items()]
+            key = _key([code, *(Path(file).read_text() for file in files), own, _weights(files, own)])
+            if row.fit:
+                logger_options = [f"--trainer.logger.init_args.{key}={value}" for key, value in place.items()]
+                yield Step(name, seed, "fit", run, [*shared, *logger_options], key)
+            anchors = name == reference and seed == seeds[0]
+            final = {"score.anchors": anchors, **test_options, "score.output": str(run / "test")}
+            last = [f"--{key}={_as_argument(value)}" for key, value in final.items()]
+            chosen = ["--run", str(run)] if row.fit else shared
+            key = _key([key, final])
+            yield Step(name, seed, "test", run, [*chosen, *last], key)
+
+
+def run_step(step: Step) -> None:
+    """Carry a step out in a process of its own, and stamp it.
+
+    Raises:
+        CompareError: the command failed; what was finished before stays.
+    """
+    started, arguments = time.perf_counter(), list(step.arguments)
+    began = step.run / f"{step.command}.began.json"
+    last = step.run / "checkpoints" / "last.ckpt"
+    if step.command == "fit":
+        if (read_stamp(began) or {}).get("key") == step.key and last.is_file():
+            read_checkpoint(last)
+            arguments += ["--ckpt_path", str(last)]
+        else:
+            _clear(step.run)
+        (step.run / "config.yaml").unlink(missing_ok=True)  # Lightning refuses to write over it
+    step.run.mkdir(parents=True, exist_ok=True)
+    write_json(began, {"key": step.key})
+    command = [sys.executable, "-m", "lit_multiip", step.command, *arguments]
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        raise CompareError(
+            f"{step.command} of row '{step.row}', training seed {step.seed}, ended with exit code {code}: see above, "
+            "mend it and run compare again; finished steps are kept. "
+            f"The command: python -m lit_multiip {shlex.join(command[3:])}"
+        )
+    write_json(step.stamp, {"key": step.key, "seconds": time.perf_counter() - started, "command": command[3:]})
+    began.unlink()
+
+
+def require_one_protocol(tests: Mapping[str, Path]) -> None:
+    """Refuse tests of different protocols.
+
+    Args:
+        tests: a test's metrics.json, by row.
+
+    Raises:
+        CompareError: two rows were tested on different tasks.
+    """
+    seen: dict[str, str] = {}
+    for row, path in tests.items():
+        try:
+            seen.setdefault(json.loads(path.read_text(encoding="utf-8"))["protocol"]["sha256"], row)
+        except (OSError, ValueError, KeyError) as error:
+            raise CompareError(f"'{path}' cannot be read ({error}): delete it and run compare again") from error
+    if len(seen) > 1:
+        names = " and ".join(f"'{row}' ({sha[:12]})" for sha, row in seen.items())
+        raise CompareError(
+            f"rows {names} were tested by different protocols: data options and photos must be the same for all rows; "
+            "delete the test/ folders that are older than the change"
+        )
+
+
+def read_stamp(path: Path) -> dict[str, Any] | None:
+    """Return what a step left; None where there is nothing that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def code_fingerprint() -> str:
+    """Hash of the package's modules that a number may depend on."""
+    files = sorted(PACKAGE.rglob("*.py"))
+    return _key([[f.relative_to(PACKAGE).as_posix(), f.read_text(encoding="utf-8")] for f in files if _matters(f)])
+
+
+def _matters(file: Path) -> bool:
+    return file.relative_to(PACKAGE).as_posix() not in PRESENTATION
+
+
+def _weights(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+    """Fingerprints of the backbone, of its adapter, and of the user's own modules that the configs name."""
+    import yaml
+
+    backbone, classes = "mini", set()
+    for file in files:
+        text = Path(file).read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        backbone = str((content or {}).get("backbone", backbone))
+        classes |= set(re.findall(r"class_path:\s*([\w.]+)", text))
+    backbone = str(options.get("backbone", backbone))
+    found = []
+    for component in COMPONENTS:
+        try:
+            found.append(fingerprint(backbone, component))
+        except BackboneError:  # not every pipeline has every component
+            continue
+    adapter = find_ip_adapter(backbone) if Path(backbone).is_dir() or backbone == "mini" else None
+    if adapter is not None:
+        found.append(hashlib.sha256(Path(adapter).read_bytes()).hexdigest())
+    for module in sorted({name.rpartition(".")[0] for name in classes}):
+        if module.split(".")[0] in ("lit_multiip", "torch", "lightning", "diffusers"):
+            continue
+        spec = importlib.util.find_spec(module) if module else None
+        if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
+            found.append(hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest())
+    return found
+
+
+def _check_plan(
+    rows: Mapping[str, Row],
+    reference: str,
+    contrasts: Sequence[Contrast],
+    seeds: Sequence[int],
+    only: Sequence[str] | None,
+) -> None:
+    named = {reference, *(key for contrast in contrasts for key in contrast.minus), *(only or [])}
+    for key in sorted(named - rows.keys()):
+        raise CompareError(f"there is no row '{key}': the plan has {', '.join(rows)}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise CompareError(f"seeds are {list(seeds)}: give at least one, each once")
+    for key, row in rows.items():
+        if not re.fullmatch(r"\w[\w.-]*", key):
+            raise CompareError(f"row '{key}' cannot be a folder: use letters, digits, '.', '_' and '-'")
+        for config in row.configs:
+            if not Path(config).is_file():
+                raise CompareError(f"row '{key}' names the config '{config}', which is not a file")
+
+
+def _as_argument(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _key(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _clear(run: Path) -> None:
+    """Remove what an earlier fit left, so that its checkpoints are not taken for the new one's."""
+    for path in [*run.glob("checkpoints/*.ckpt"), *run.glob("events.out.tfevents.*"), run / "fit.json"]:
+        path.unlink(missing_ok=True)

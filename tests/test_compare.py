@@ -1,0 +1,155 @@
+"""Plans, steps and stamps of compare; the steps themselves are in-process here."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from lit_multiip import compare as module
+from lit_multiip.cli import main
+from lit_multiip.compare import CompareError, Row, Step, make_steps, require_one_protocol, run_step
+
+ROOT = Path(__file__).parents[1]
+PLAN = ROOT / "configs" / "plans" / "compare.yaml"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "method.yaml"
+    path.write_text("trainer: {max_steps: 5}\n")
+    return str(path)
+
+
+def steps_of(rows: dict[str, Row], folder: Path, **changed: Any) -> list[Step]:
+    options = {"configs": [], "options": {}, "test_options": {}, "seeds": [0], "reference": next(iter(rows))} | changed
+    return list(make_steps(rows, folder=folder, **options))
+
+
+def leave_results(step: Step) -> None:
+    """What the step's command would leave."""
+    step.run.mkdir(parents=True, exist_ok=True)
+    if step.command == "test":
+        (step.run / "test").mkdir(exist_ok=True)
+        (step.run / "test" / "metrics.json").write_text('{"protocol": {"sha256": "0"}}')
+
+
+def run_all(steps: list[Step], monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Run what is not done yet, and tell which that was."""
+    done = []
+    for step in steps:
+        if not step.is_done():
+            leave_results(step)
+            monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+            run_step(step)
+            done.append((step.row, step.command))
+    return done
+
+
+def test_untrained_rows_are_tested_once_and_trained_ones_per_seed(config: str, tmp_path: Path) -> None:
+    rows = {"a": Row([config], "A", fit=True, seeds=True), "b": Row([config], "B"), "c": Row([config], "C", seeds=True)}
+    steps = steps_of(rows, tmp_path, seeds=[0, 1, 2])
+    assert [(s.row, s.seed, s.command) for s in steps] == [
+        *[("a", seed, command) for seed in range(3) for command in ("fit", "test")],
+        ("b", 0, "test"),
+        *[("c", seed, "test") for seed in range(3)],
+    ]
+    assert len({s.key for s in steps}) == len(steps)
+    anchors = [s for s in steps if "--score.anchors=true" in s.arguments]
+    assert [(s.row, s.seed) for s in anchors] == [("a", 0)]  # they cost three tests' time
+    assert "--data.training_seed=2" in steps[4].arguments and "--seed_everything=2" in steps[4].arguments
+    assert not any("seed" in argument for argument in steps[6].arguments)  # data and tasks stay the same
+
+
+def test_a_finished_step_is_skipped_until_what_it_depends_on_changes(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {"a": Row([config], "A"), "b": Row([config], "B")}
+    out = tmp_path / "out"
+    assert run_all(steps_of(rows, out), monkeypatch) == [("a", "test"), ("b", "test")]
+    assert run_all(steps_of(rows, out), monkeypatch) == []
+    rows["b"].options = {"data.held_out": 3}
+    assert run_all(steps_of(rows, out), monkeypatch) == [("b", "test")]
+    monkeypatch.setattr(module, "code_fingerprint", lambda: "other code")
+    assert run_all(steps_of(rows, out), monkeypatch) == [("a", "test"), ("b", "test")]
+    Path(config).write_text("trainer: {max_steps: 6}\n")
+    assert run_all(steps_of(rows, out), monkeypatch) == [("a", "test"), ("b", "test")]
+    (out / "a" / "version_0" / "test" / "metrics.json").unlink()
+    assert run_all(steps_of(rows, out), monkeypatch) == [("a", "test")]
+
+
+def test_a_failed_step_says_which_and_leaves_no_stamp(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [step] = steps_of({"a": Row([config], "A")}, tmp_path / "out")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=3))
+    message = r"row 'a', training seed 0, ended with exit code 3.*python -m lit_multiip test"
+    with pytest.raises(CompareError, match=message):
+        run_step(step)
+    assert not step.stamp.exists() and not step.is_done()
+
+
+def test_only_what_presents_may_change_without_a_new_run() -> None:
+    files = {path.relative_to(module.PACKAGE).as_posix() for path in module.PACKAGE.rglob("*.py")}
+    numbers = {"adapter.py", "features.py", "data/groups.py", "evaluation/scores.py", "evaluation/callback.py"}
+    assert numbers <= files - set(module.PRESENTATION)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reference": "z"}, r"no row 'z': the plan has a"),
+        ({"only": ["q"]}, r"no row 'q'"),
+        ({"seeds": [1, 1]}, r"seeds are \[1, 1\]"),
+        ({"rows": {"a/b": {"configs": [], "title": "A"}}, "reference": "a/b"}, r"'a/b' cannot be a folder"),
+        ({"rows": {"a": {"configs": ["none.yaml"], "title": "A"}}}, r"'none.yaml', which is not a file"),
+    ],
+)
+def test_a_plan_that_cannot_work_is_refused_before_anything_runs(
+    change: dict[str, Any], message: str, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = {"rows": {"a": {"configs": [config], "title": "A"}}, "reference": "a", "output": str(tmp_path / "out")}
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(plan | change))
+    with pytest.raises(SystemExit) as exit_:
+        main(["compare", "--config", str(path)])
+    assert exit_.value.code == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_different_protocols_are_refused(tmp_path: Path) -> None:
+    paths = {}
+    for row, sha in (("a", "1" * 64), ("b", "1" * 64), ("c", "2" * 64)):
+        paths[row] = tmp_path / f"{row}.json"
+        paths[row].write_text(json.dumps({"protocol": {"sha256": sha}}))
+    require_one_protocol({row: paths[row] for row in "ab"})
+    with pytest.raises(CompareError, match=r"'a' \(111111111111\) and 'c' \(222222222222\)"):
+        require_one_protocol(paths)
+    paths["b"].write_text('{"protocol": {"sha')
+    with pytest.raises(CompareError, match=r"b\.json' cannot be read"):
+        require_one_protocol(paths)
+
+
+def test_the_shipped_plan_has_the_papers_five_and_the_controls(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    plan = yaml.safe_load(PLAN.read_text())
+    assert [key for key, row in plan["rows"].items() if row.get("group") == "paper"] == [
+        "dreambooth",
+        "ip_adapter",
+        "max_pool",
+        "avg_pool",
+        "self_attn",
+    ]
+    main(["compare", "--config", str(PLAN), "--dry_run", "true", "--output", "runs/compare/never"])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(" fit " in line for line in lines) == 6 and sum(" test " in line for line in lines) == 11
+    assert all(line.startswith("to do: python -m lit_multiip") for line in lines)

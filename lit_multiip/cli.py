@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 DEBUG = "LIT_MULTIIP_DEBUG"
 COMMANDS = {  # dispatched before LightningCLI
     "compare": "lit_multiip.compare:compare",
+    "sweep": "lit_multiip.sweep:sweep",
     "paired": "lit_multiip.evaluation.report:paired",
     "make-mini": "lit_multiip.mini.make:make_mini",
     "measure-mini": "lit_multiip.mini.measure:measure_mini",

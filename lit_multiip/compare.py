@@ -37,9 +37,12 @@ PRESENTATION = (
     "callbacks.py",
     "export.py",
     "evaluation/comparison.py",
+    "evaluation/figures.py",
+    "evaluation/findings.py",
     "evaluation/inspection.py",
+    "evaluation/page.py",
     "evaluation/pictures.py",
-    "evaluation/rendering.py",
+    "evaluation/publish.py",
     "mini/gate.py",
     "mini/make.py",
     "mini/measure.py",
@@ -62,6 +65,7 @@ class Row:
         fit: train it before it is tested; what is tested otherwise is the published adapter as it is, or a method that
             learns within the test.
         seeds: train it once per training seed; otherwise it has no training seed.
+        run: a run that was trained before, to be tested in place of a fit of its own.
         options: of both commands, such as ``model.trained: aggregator``.
         paper: the paper's own figures.
     """
@@ -71,6 +75,7 @@ class Row:
     group: Literal["paper", "control"] = "control"
     fit: bool = False
     seeds: bool = False
+    run: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     paper: dict[str, float] | None = None
 
@@ -175,7 +180,7 @@ def compare(
     require_one_protocol({step.row: step.run / "test" / "metrics.json" for step in steps if step.command == "test"})
     print(f"all {len(steps)} steps done, {(time.perf_counter() - started) / 60:.1f} min", flush=True)
 
-    from lit_multiip.evaluation.comparison import report
+    from lit_multiip.evaluation.publish import report
 
     report(str(folder))
 
@@ -204,16 +209,23 @@ def make_steps(
             place = {"save_dir": str(folder), "name": name, "version": f"version_{seed}"}
             shared = [part for file in files for part in ("--config", file)]
             shared += [f"--{key}={_as_argument(value)}" for key, value in own.items()]
-            key = _key([code, *(Path(file).read_text() for file in files), own, _weights(files, own)])
-            if row.fit:
+            trained = Path(row.run) if row.run is not None else run
+            texts = [Path(file).read_text(encoding="utf-8") for file in files]
+            key = combined_key(code, texts, own, _weights(files, own))
+            if row.run is not None:
+                key = combined_key(key, _checkpoint_hash(trained))
+            elif row.fit:
                 logger_options = [f"--trainer.logger.init_args.{key}={value}" for key, value in place.items()]
                 yield Step(name, seed, "fit", run, [*shared, *logger_options], key)
             anchors = name == reference and seed == seeds[0]
             final = {"score.anchors": anchors, **test_options, "score.output": str(run / "test")}
             last = [f"--{key}={_as_argument(value)}" for key, value in final.items()]
-            chosen = ["--run", str(run)] if row.fit else shared
-            key = _key([key, final])
-            yield Step(name, seed, "test", run, [*chosen, *last], key)
+            chosen = shared
+            if row.run is not None:
+                chosen = ["--run", str(trained), *(f"--{key}={_as_argument(value)}" for key, value in own.items())]
+            elif row.fit:
+                chosen = ["--run", str(trained)]
+            yield Step(name, seed, "test", run, [*chosen, *last], combined_key(key, final))
 
 
 def run_step(step: Step) -> None:
@@ -281,11 +293,13 @@ def read_stamp(path: Path) -> dict[str, Any] | None:
 def code_fingerprint() -> str:
     """Hash of the package's modules that a number may depend on."""
     files = sorted(PACKAGE.rglob("*.py"))
-    return _key([[f.relative_to(PACKAGE).as_posix(), f.read_text(encoding="utf-8")] for f in files if _matters(f)])
+    matters = [file for file in files if file.relative_to(PACKAGE).as_posix() not in PRESENTATION]
+    return combined_key(*([str(file.relative_to(PACKAGE)), file.read_text(encoding="utf-8")] for file in matters))
 
 
-def _matters(file: Path) -> bool:
-    return file.relative_to(PACKAGE).as_posix() not in PRESENTATION
+def combined_key(*parts: Any) -> str:
+    """Hash of what a step depends on, JSON-able."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _weights(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
@@ -317,6 +331,13 @@ def _weights(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def _checkpoint_hash(run: Path) -> str:
+    checkpoint = best_checkpoint(run)
+    if checkpoint is None:
+        raise CompareError(f"run '{run}' has no checkpoint that can be loaded: train it first")
+    return hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+
+
 def _check_plan(
     rows: Mapping[str, Row],
     reference: str,
@@ -339,10 +360,6 @@ def _check_plan(
 
 def _as_argument(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _key(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _clear(run: Path) -> None:

@@ -152,3 +152,19 @@ def test_the_training_seed_moves_the_groups_and_nothing_else(tiny_backbone: Path
     assert not torch.equal(a["eps"], b["eps"])
     zero = made(tiny_backbone, cache, "fit", training_seed=0)
     assert torch.equal(a["eps"], next(iter(zero.train_dataloader()))["eps"])
+
+
+def test_fewer_training_people_leave_the_others_as_they_are(tiny_backbone: Path, cache: str) -> None:
+    source = MiniFaces(train=6, validation=2, test=2, photos=11)
+    splits = [made(tiny_backbone, cache, "test", source=source, training_people=n).split for n in (None, 4, 2)]
+    names = [{person.name for person in split.train} for split in splits if split is not None]
+    assert [len(group) for group in names] == [6, 4, 2] and names[2] < names[1] < names[0]
+    assert all(split is not None and split.test == splits[0].test for split in splits if splits[0] is not None)
+
+
+@pytest.mark.parametrize("side", ["test", "validation", "train"])
+def test_any_side_can_be_tested(side: Any, tiny_backbone: Path, cache: str) -> None:
+    data = made(tiny_backbone, cache, "test", tested=side, tested_people=1)
+    [name] = {task.person for task in data.tasks}
+    assert data.split is not None and name in {person.name for person in getattr(data.split, side)}
+    assert len(data.tasks) == 2  # of eleven photos nine are references

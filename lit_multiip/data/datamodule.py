@@ -101,6 +101,8 @@ class MultiPhotoData(L.LightningDataModule):
         references: N - 1, photos that condition.
         min_photos: people with fewer are left out.
         max_people: keep a seeded subset of this many people.
+        training_people: train on a seeded subset of this many of the training side; None takes all. Other than
+            ``max_people`` it leaves validation and test people as they are.
         balance: ``person`` (every person gives N targets an epoch) or ``photo`` (every photo is a target once).
         target: ``held_out``, or ``reference`` to train as the published single-photo IP-Adapter (references = 1).
         drop: probabilities of dropping image, text and both in training.
@@ -112,6 +114,9 @@ class MultiPhotoData(L.LightningDataModule):
         held_out: evaluation tasks: held-out photos a test person, at most.
         seeds: images per held-out photo.
         validation_held_out: held-out photos a validation person.
+        tested: whose tasks ``test`` scores; options are chosen on ``validation``, and ``train`` shows what was learned
+            by heart.
+        tested_people: the most people of them, a seeded subset; None takes all.
         on_unreadable: ``refuse`` or ``skip`` photos that cannot be decoded.
         batch_size: training samples a step and device.
         eval_batch_size: tasks at once.
@@ -131,6 +136,7 @@ class MultiPhotoData(L.LightningDataModule):
         references: int = 9,
         min_photos: int = 10,
         max_people: int | None = None,
+        training_people: int | None = None,
         balance: Balance = "person",
         target: Target = "held_out",
         drop: tuple[float, float, float] = (0.05, 0.05, 0.05),
@@ -142,6 +148,8 @@ class MultiPhotoData(L.LightningDataModule):
         held_out: int = 4,
         seeds: int = 1,
         validation_held_out: int = 2,
+        tested: Literal["test", "validation", "train"] = "test",
+        tested_people: int | None = None,
         on_unreadable: Literal["refuse", "skip"] = "refuse",
         batch_size: int = 16,
         eval_batch_size: int = 25,
@@ -159,11 +167,13 @@ class MultiPhotoData(L.LightningDataModule):
             raise DataError(f"data.drop={drop} are no probabilities: give three of at least 0 that add to at most 1")
         self.backbone, self.source = backbone, source or MiniFaces()
         self.image_side, self.references = image_side, references
-        self.min_photos, self.max_people = min_photos, max_people
+        self.min_photos, self.max_people, self.training_people = min_photos, max_people, training_people
         self.balance, self.target, self.drop = balance, target, drop
         self.test_fraction, self.validation_fraction = test_fraction, validation_fraction
         self.names = {"train_names": train_names, "validation_names": validation_names, "test_names": test_names}
         self.held_out, self.seeds, self.validation_held_out = held_out, seeds, validation_held_out
+        self.tested: Literal["test", "validation", "train"] = tested
+        self.tested_people = tested_people
         self.on_unreadable: Literal["refuse", "skip"] = on_unreadable
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.cache_dir, self.encode_batch_size, self.seed = cache_dir, encode_batch_size, seed
@@ -201,7 +211,8 @@ class MultiPhotoData(L.LightningDataModule):
             photos += [photo for person in self.split.train for photo in person.photos]
             targets += photos
         if stage == "test":
-            self.tasks = make_tasks(self.split.test, self.references, self.held_out, self.seeds, self.seed)
+            people = select_people(getattr(self.split, self.tested), 2, self.tested_people, self.seed)
+            self.tasks = make_tasks(people, self.references, self.held_out, self.seeds, self.seed)
         for task in [*self.validation_tasks, *self.tasks]:
             photos += task.references
             targets.append(task.held_out)
@@ -213,6 +224,8 @@ class MultiPhotoData(L.LightningDataModule):
         people = check_photos(people, self.on_unreadable)
         people = select_people([_distinct(person) for person in people], self.min_photos, None, self.seed)
         split = split_people(people, self.seed, self.test_fraction, self.validation_fraction, **self.names)
+        if self.training_people is not None:
+            split = replace(split, train=select_people(split.train, 2, self.training_people, self.seed))
         counts = f"{len(split.train)} train, {len(split.validation)} validation, {len(split.test)} test"
         logger.info("people: %s", counts)
         return split

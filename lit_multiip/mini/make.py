@@ -184,7 +184,7 @@ class Maker:
             CLIPTokenizer.from_pretrained(self.out / "tokenizer"),
             data,
         )
-        self._fit(stage, torch.arange(len(data)), 6000, 32, ema=0.999)  # type: ignore[arg-type]
+        self._fit(stage, torch.arange(len(data)), 5000, 32, ema=0.999)  # type: ignore[arg-type]
         unet.half().save_pretrained(self.out / "unet")
         DDIMScheduler.from_config(scheduler.config, steps_offset=1, set_alpha_to_one=False).save_pretrained(
             self.out / "scheduler"

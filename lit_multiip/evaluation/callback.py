@@ -251,7 +251,7 @@ class ScoreTest(L.Callback):
         cells: dict[str, list[dict[str, Any]]] = {name: [{} for _ in tasks] for name in rows}
         for extractor in self.extractors:
             device = trainer.strategy.root_device
-            options = {"groups": self.groups, "resamples": self.resamples}
+            options: dict[str, Any] = {"groups": self.groups, "resamples": self.resamples}
             photos, _ = _look(extractor, pixels, device, "real photos")
             held_out = _image_set(photos, list(dict.fromkeys(task.held_out for task in tasks)), real)
             for name, images in rows.items():

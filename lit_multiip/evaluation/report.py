@@ -125,8 +125,8 @@ def paired(test: str, baseline: str) -> None:
     for path in sorted(folders[0].glob("features_*.safetensors")):
         (a, held_out), (b, _) = read_features(path), read_features(folders[1] / path.name)
         scores = summarise_difference(path.stem.removeprefix("features_"), a, b, held_out)
-        body = [[key, _cell(score._asdict())] for key, score in scores.items()]
-        print("\n" + _markdown([["score", "difference"], *body]))
+        body = [[key, cell(score._asdict())] for key, score in scores.items()]
+        print("\n" + markdown([["score", "difference"], *body]))
 
 
 def table(*tests: Mapping[str, Any]) -> str:
@@ -165,11 +165,11 @@ def table(*tests: Mapping[str, Any]) -> str:
             own = [scores.get(f"{column}/{name}") for column in columns]
             if any(own):
                 most = max((score for score in own if score), key=lambda score: score["n"])
-                cells = [_cell(score) for score in own]
+                cells = [cell(score) for score in own]
                 body.append([row.replace("_", " "), f"{most['n']} / {most['people']}", *cells])
         classes = f" (IS over K = {facts['num_classes']} classes)" if facts.get("num_classes") else ""
         header = ["", "images / people", *(TITLES.get(column, str(column)) for column in columns)]
-        parts.append(f"### by {name}{classes}\n\n{_markdown([header, *body])}")
+        parts.append(f"### by {name}{classes}\n\n{markdown([header, *body])}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -197,7 +197,7 @@ def commit() -> str | None:
         return None
 
 
-def _cell(score: Mapping[str, Any] | None) -> str:
+def cell(score: Mapping[str, Any] | None) -> str:
     """A value and its interval, to two digits of the interval's half-width, but to no more than 3 or 4 decimals."""
     if score is None or score["value"] is None:
         return ""
@@ -214,7 +214,7 @@ def _fixed(value: float, decimals: int) -> str:
     return f"{round(value, decimals) + 0.0:.{decimals}f}"  # the sum makes 0 of -0
 
 
-def _markdown(table: Sequence[Sequence[str]]) -> str:
+def markdown(table: Sequence[Sequence[str]]) -> str:
     """Rows of cells, the first being the header, in aligned columns."""
     rows = [[cell.replace("|", "\\|") for cell in row] for row in table]
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]

@@ -378,7 +378,7 @@ def test_tables_of_different_protocols_are_refused_and_equal_ones_share_a_table(
     ],
 )
 def test_cells_keep_two_digits_of_half_the_interval(score, text):
-    assert report._cell(score and score._asdict()) == text
+    assert report.cell(score and score._asdict()) == text
 
 
 def test_the_commit_is_this_checkouts_or_nothing():

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 DEBUG = "LIT_MULTIIP_DEBUG"
 COMMANDS = {  # dispatched before LightningCLI
     "paired": "lit_multiip.evaluation.report:paired",
+    "report": "lit_multiip.evaluation.publish:report",
     "make-mini": "lit_multiip.mini.make:make_mini",
     "measure-mini": "lit_multiip.mini.measure:measure_mini",
 }

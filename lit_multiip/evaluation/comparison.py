@@ -249,9 +249,9 @@ class Comparison:
     def _differing(self) -> dict[str, list[str]]:
         """Facts in which rows differ and need not, as `value (rows)`."""
         facts: dict[str, Callable[[Test], Any]] = {
-            "backbone": lambda test: test.metrics["describe"].get("backbone"),
+            "backbone": lambda test: Path(str(test.metrics["describe"].get("backbone"))).name,
             "sampling": lambda test: test.metrics["describe"].get("sampling"),
-            "commit": lambda test: test.metrics.get("commit"),
+            "commit": lambda test: short_commit(test.metrics.get("commit")),
             "package versions": lambda test: test.metrics.get("versions"),
         }
         differing = {}
@@ -398,6 +398,11 @@ def _unlike(comparison: Comparison) -> list[str]:
                         "weights are not the same; test both with one"
                     )
     return problems
+
+
+def short_commit(commit: str | None) -> str:
+    """The first 12 digits of a commit, with `-dirty` where files differ from it."""
+    return "unknown" if not commit else commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
 def _extractor_facts(test: Test) -> dict[str, dict[str, Any]]:

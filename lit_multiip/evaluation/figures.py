@@ -85,13 +85,13 @@ def figure6_rows(comparison: Comparison) -> list[tuple[str, list[Image.Image | N
     for row in comparison.rows:
         first: Test | None = row.tests[0] if row.tests else None
         cells = [None if first is None else opened(first.folder / person.image) for person in people]
-        rows.append((row.title if first else f"{row.title} (not run yet)", cells))
+        rows.append((row.title, cells))
     return rows
 
 
 def figure6(comparison: Comparison) -> Image.Image | None:
     """Figure 6 as one picture; None where no test wrote photos."""
-    rows = figure6_rows(comparison)
+    rows = [(title, cells) for title, cells in figure6_rows(comparison) if any(cells)]
     if not rows:
         return None
     held_out = rows[1][1][0]

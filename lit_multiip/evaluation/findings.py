@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_multiip.evaluation.comparison import Comparison, Row, Scores, best, clear, leader
+from lit_multiip.evaluation.comparison import Comparison, Row, Scores, best, clear, leader, short_commit
 from lit_multiip.evaluation.intervals import Score
 from lit_multiip.evaluation.report import TITLES, cell
 
@@ -247,7 +247,7 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
         ("Sampling", ", ".join(f"{k} {v}" for k, v in (describe.get("sampling") or {}).items()) or "unknown"),
         ("Extractors", ", ".join(said)),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version) or "unknown"),
-        ("Commit", test.metrics.get("commit") or "unknown"),
+        ("Commit", short_commit(test.metrics.get("commit"))),
     ]
 
 
@@ -277,7 +277,7 @@ def summary(comparison: Comparison) -> str:
     said = [_headline(comparison, name, i == 0) for i, name in enumerate(comparison.extractors)]
     lacking = [row.title for row in comparison.rows if not row.tests]
     if lacking:
-        said.append(f"Not run yet: {', '.join(lacking)}.")
+        said.append(f"{len(lacking)} of {len(comparison.rows)} rows are not run yet, and may lead.")
     return " ".join(filter(None, said)) or "No row has identity or FID."
 
 
@@ -326,7 +326,7 @@ def _rounded(value: float, like: str) -> str:
 
 def _cost(name: str, value: float | None) -> str:
     if value is None:
-        return "not measured"
+        return "no tuning" if name == "personalise" else "unknown"
     if name != "parameters":
         return f"{value:.2g}" if value < 10 else f"{value:.0f}"
     for unit, size in (("M", 1e6), ("k", 1e3)):

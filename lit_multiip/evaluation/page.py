@@ -39,10 +39,11 @@ nav a { color: var(--better); display: inline-block; margin-right: 1rem; padding
 .scroll:focus-visible, a:focus-visible { outline: 2px solid var(--better); outline-offset: 2px; }
 table { border-collapse: separate; border-spacing: 0; font-size: .875rem; font-variant-numeric: tabular-nums;
   width: 100%; }
-th, td { border-bottom: 1px solid var(--rule); padding: .45rem .7rem; text-align: right; vertical-align: top; }
+th, td { border-bottom: 1px solid var(--rule); padding: .45rem .55rem; text-align: right; vertical-align: top; }
+td { white-space: nowrap; } td.words, td.text { white-space: normal; }
 tbody:last-child tr:last-child > * { border-bottom: 0; }
 thead th { background: var(--band); color: var(--soft); font-weight: 600; vertical-align: bottom; }
-th:first-child { background: var(--paper); left: 0; max-width: 15rem; min-width: 7.5rem; position: sticky;
+th:first-child { background: var(--paper); left: 0; max-width: 16rem; min-width: 11.5rem; position: sticky;
   text-align: left; font-weight: 600; z-index: 1; }
 thead th:first-child, th.block { background: var(--band); }
 th.block { color: var(--soft); font-size: .8rem; }
@@ -54,7 +55,6 @@ td.text { text-align: left; }
 td.best > span:first-child { font-weight: 700; color: var(--better); }
 .pictures td, .pictures thead th { text-align: center; padding: .25rem; }
 .pictures thead th { font-weight: 400; font-size: .75rem; min-width: 104px; }
-.pictures thead th:first-child { min-width: 7.5rem; }
 .pictures tbody th { vertical-align: middle; }
 .pictures img { display: block; height: 104px; image-rendering: auto; margin: 0 auto; width: 104px;
   border-radius: 4px; }
@@ -140,6 +140,10 @@ def _figure6(comparison: Comparison) -> str:
     head = "".join(f'<th scope="col">{escape(person.prompt)}</th>' for person in people)
     body = []
     for title, cells in figure6_rows(comparison):
+        if not any(cells):
+            rest = f'<td class="words" colspan="{len(people)}">{findings.NOT_RUN}</td>'
+            body.append(f'<tr><th scope="row">{escape(title)}</th>{rest}</tr>')
+            continue
         row = []
         for person, picture in zip(people, cells, strict=True):
             text = escape(f"{title}: {person.prompt}", quote=True)
@@ -188,11 +192,15 @@ def _table(table: Table) -> str:
 
 
 def _line(line: Line) -> str:
-    return f'<tr><th scope="row">{escape(line.title)}</th>{"".join(map(_cell, line.cells))}</tr>'
+    first, *rest = line.cells
+    cells = "".join(map(_cell, line.cells))
+    if first.value.endswith(findings.NOT_RUN) and not any(cell.value for cell in rest):
+        cells = f'<td class="words" colspan="{len(line.cells)}">{escape(first.value)}</td>'
+    return f'<tr><th scope="row">{escape(line.title)}</th>{cells}</tr>'
 
 
 def _cell(cell: Cell) -> str:
-    words = cell.value.endswith(findings.NOT_RUN) or cell.value in ("left out", "not measured")
+    words = cell.value.endswith(findings.NOT_RUN) or cell.value in ("left out", "no tuning", "unknown")
     kind = (
         ' class="best"' if cell.best else ' class="words"' if words else ' class="text"' if len(cell.value) > 24 else ""
     )

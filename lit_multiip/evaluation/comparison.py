@@ -57,7 +57,7 @@ class Row:
     key: str
     title: str
     group: str  # `paper` or `control`
-    trained: bool
+    trained: bool  # by `fit`, or tuned a person
     paper: dict[str, float] | None  # the paper's own figures, `is` and `fid`
     tests: list[Test]
     missing: list[str]  # versions that are planned and not there
@@ -210,12 +210,11 @@ class Comparison:
             return dict.fromkeys(("personalise", "image", "parameters"))
         seconds = [test.metrics["seconds"] for test in row.tests]
         tuning = [float(s["personalise"]) for s in seconds if s.get("personalise") is not None]
-        trains = row.trained or any(tuning)
         described = row.tests[0].metrics["describe"].get("trained_parameters")
         return {
             "personalise": float(np.mean(tuning)) / self.protocol["people"] if tuning else None,
             "image": float(np.mean([s["method"] for s in seconds])) / self.protocol["tasks"],
-            "parameters": (described if described is None else float(described)) if trains else 0.0,
+            "parameters": (described if described is None else float(described)) if row.trained else 0.0,
         }
 
     def notes(self) -> list[str]:
@@ -438,6 +437,15 @@ def leader(comparison: Comparison, key: str, rows: Sequence[Row]) -> tuple[Row, 
 def clear(score: Score | None) -> bool:
     """Whether an interval does not hold zero."""
     return score is not None and score.low is not None and score.high is not None and score.low * score.high > 0
+
+
+def verdict(score: Score, title: str) -> str:
+    """Whether a difference is `clear` of zero, for `better` or `worse` by the arrow of its title, or is `unclear`."""
+    if not clear(score):
+        return "unclear"
+    if title[-1:] not in ("↑", "↓"):
+        return "clear"
+    return "better" if (score.value > 0) == title.endswith("↑") else "worse"
 
 
 def best(comparison: Comparison, extractor: str) -> set[tuple[str, str]]:

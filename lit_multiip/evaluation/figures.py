@@ -11,14 +11,13 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lit_multiip.evaluation.comparison import Comparison, ComparisonError, Test, clear
+from lit_multiip.evaluation.comparison import Comparison, ComparisonError, Test, verdict
 from lit_multiip.evaluation.intervals import Score
 from lit_multiip.evaluation.pictures import labelled_grid
 
 PEOPLE = 6  # pictured, at most
 PANELS = ("identity_held_out", "fid", "prompt")
 WIDTH, LINE, TOP, BOTTOM, EDGE = 420, 40, 34, 34, 10  # of a panel, px
-Better = Literal["better", "worse", "unclear"]
 COLOURS = {"better": "#1f6feb", "worse": "#c2410c", "unclear": "#6b7280", "ink": "#1f2328", "rule": "#d0d7de"}
 
 
@@ -110,7 +109,7 @@ class Panel:
 
     key: str
     title: str
-    lines: list[tuple[str, Score, Better]]
+    lines: list[tuple[str, Score, str]]
 
 
 @dataclass(frozen=True)
@@ -142,13 +141,6 @@ def panels(comparison: Comparison, extractor: str, titles: dict[str, str]) -> li
         if lines:
             found.append(Panel(key, title, lines))
     return found
-
-
-def verdict(score: Score, title: str) -> Better:
-    """Whether a difference is clear of zero, and for better or worse by the arrow of its title."""
-    if not clear(score):
-        return "unclear"
-    return "better" if (score.value > 0) == title.endswith("↑") else "worse"
 
 
 def marks(panel: Panel, number: str = "{:+.3g}") -> tuple[list[Mark], int]:

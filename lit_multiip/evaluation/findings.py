@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_multiip.evaluation.comparison import Comparison, Row, Scores, best, clear, leader, short_commit
+from lit_multiip.evaluation.comparison import Comparison, Row, Scores, best, clear, leader, short_commit, verdict
 from lit_multiip.evaluation.intervals import Score
 from lit_multiip.evaluation.report import TITLES, cell
 
@@ -25,7 +25,8 @@ class Cell:
     value: str
     interval: str = ""
     spread: str = ""  # over trainings
-    best: bool = False
+    best: bool = False  # or, of a difference, clear of zero
+    verdict: str = ""  # of a difference: better, worse or unclear
 
     def __str__(self) -> str:
         return f"{self.value} {self.interval}".strip()
@@ -153,14 +154,16 @@ def attribution(comparison: Comparison, extractor: str) -> Table | None:
 def _difference_line(
     comparison: Comparison, extractor: str, names: list[str], a: Row, b: Row, title: str, group: str = ""
 ) -> Line:
-    lacking = [row.title for row in (a, b) if not row.tests]
-    if lacking:
-        return Line(title, [Cell(f"{', '.join(lacking)} {NOT_RUN}"), *[Cell("")] * (len(names) - 1)], group)
+    if not (a.tests and b.tests):
+        return Line(title, [Cell(NOT_RUN), *[Cell("")] * (len(names) - 1)], group)
     found = comparison.difference(a.key, b.key)
     scores = [found.get(f"{name}/{extractor}") for name in names]
-    cells = [scored(score, signed=True) for score in scores]
-    marked = [Cell(c.value, c.interval, best=clear(s)) for c, s in zip(cells, scores, strict=True)]
-    return Line(title, marked, group)
+    cells = []
+    for name, score in zip(names, scores, strict=True):
+        shown = scored(score, signed=True)
+        weighed = verdict(score, titled(name)) if score is not None else ""
+        cells.append(Cell(shown.value, shown.interval, best=clear(score), verdict=weighed))
+    return Line(title, cells, group)
 
 
 def anchors(comparison: Comparison, extractor: str) -> Table | None:
@@ -205,7 +208,7 @@ def wall_times(comparison: Comparison) -> Table:
 
 
 def audits(comparison: Comparison) -> Table | None:
-    """What the audits of the tests found, by row; a line for each distinct set of findings."""
+    """What the audits of the tests found, a column for each distinct set of findings."""
     found: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for row in comparison.present:
         for test in row.tests:
@@ -214,15 +217,17 @@ def audits(comparison: Comparison) -> Table | None:
                 titles += [row.title] if row.title not in titles else []
     if not found:
         return None
-    columns = list(dict.fromkeys(name for facts in found for name, _ in facts))
-    lines = [Line(", ".join(titles), [Cell(dict(f).get(name, "")) for name in columns]) for f, titles in found.items()]
-    return Table("Audit", columns, lines)
+    names = list(dict.fromkeys(name for findings in found for name, _ in findings))
+    lines = [Line(name, [Cell(dict(findings).get(name, "")) for findings in found]) for name in names]
+    return Table("What the audits found", [", ".join(titles) for titles in found.values()], lines)
 
 
 def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
     if isinstance(value, Mapping):
         return [pair for key, item in value.items() for pair in _flat(item, f"{name} {key}".strip().replace("_", " "))]
     if isinstance(value, list):
+        if any(isinstance(item, Mapping) for item in value):
+            return [(name, f"{len(value)} listed")]
         shown = [str(item) for item in value[:5]]
         return [(name, ", ".join(shown) + (f" and {len(value) - 5} more" if len(value) > 5 else "") or "none")]
     text = {True: "yes", False: "no", None: "none"}.get(value) if value is None or isinstance(value, bool) else None
@@ -326,7 +331,7 @@ def _rounded(value: float, like: str) -> str:
 
 def _cost(name: str, value: float | None) -> str:
     if value is None:
-        return "no tuning" if name == "personalise" else "unknown"
+        return "not measured" if name == "personalise" else "unknown"
     if name != "parameters":
         return f"{value:.2g}" if value < 10 else f"{value:.0f}"
     for unit, size in (("M", 1e6), ("k", 1e3)):

@@ -53,6 +53,8 @@ td .s { color: var(--soft); font-size: .75em; font-style: italic; }
 td.words { color: var(--soft); font-style: italic; text-align: left; }
 td.text { text-align: left; }
 td.best > span:first-child { font-weight: 700; color: var(--better); }
+td.clear > span:first-child { color: var(--ink); } td.worse > span:first-child { color: var(--worse); }
+.pictures td.words, td.words { text-align: left; }
 .pictures td, .pictures thead th { text-align: center; padding: .25rem; }
 .pictures thead th { font-weight: 400; font-size: .75rem; min-width: 104px; }
 .pictures tbody th { vertical-align: middle; }
@@ -83,9 +85,8 @@ dt { color: var(--soft); } dd { margin: 0; }
 def page(comparison: Comparison) -> str:
     """The whole page."""
     names = list(comparison.extractors)
-    reference = comparison.row(comparison.reference).title
     sections = [("table", "Table 1", _table1s(comparison))]
-    sections.append(("differences", f"{reference} against each row", _differences(comparison)))
+    sections.append(("differences", "Paired differences", _differences(comparison)))
     sections.append(
         ("gain", "Where the gain comes from", _tables([findings.attribution(comparison, n) for n in names]))
     )
@@ -177,7 +178,7 @@ def _tables(tables: Sequence[Table | None]) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in ["", *table.columns])
+    head = "".join(f'<th scope="col">{escape(_kept(column))}</th>' for column in ["", *table.columns])
     bodies = []
     groups = len({line.group for line in table.lines}) > 1
     for group, lines in groupby(table.lines, key=lambda line: line.group):
@@ -200,15 +201,23 @@ def _line(line: Line) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    words = cell.value.endswith(findings.NOT_RUN) or cell.value in ("left out", "no tuning", "unknown")
-    kind = (
-        ' class="best"' if cell.best else ' class="words"' if words else ' class="text"' if len(cell.value) > 24 else ""
-    )
-    parts = [cell.value] if cell.value else []
-    small = [f'<span class="i">{escape(cell.interval)}</span>'] if cell.interval else []
-    small += [f'<span class="s">{escape(cell.spread)}</span>'] if cell.spread else []
-    value = escape(parts[0]) if parts else ""
-    return f"<td{kind}>{f'<span>{value}</span>' if len(value) <= 24 else value}{''.join(small)}</td>"
+    words = cell.value.endswith(findings.NOT_RUN) or cell.value in ("left out", "not measured", "unknown")
+    kinds = {f"best {cell.verdict}".strip(): cell.best, "words": words, "text": len(cell.value) > 24}
+    name = next((name for name, holds in kinds.items() if holds), "")
+    style = f' class="{name}"' if name else ""
+    value = escape(cell.value)
+    said = [value if len(cell.value) > 24 else f"<span>{value}</span>"] if value else []
+    said += [
+        f'<span class="{kind}">{escape(text)}</span>'
+        for kind, text in (("i", cell.interval), ("s", cell.spread))
+        if text
+    ]
+    return f"<td{style}>{''.join(said)}</td>"
+
+
+def _kept(title: str) -> str:
+    """A title whose arrow stays beside its last word."""
+    return title.replace(" ↑", "\u00a0↑").replace(" ↓", "\u00a0↓")
 
 
 def _scroll(label: str, content: str) -> str:

@@ -148,6 +148,9 @@ def identity_scores(
 ) -> dict[str, FloatArray]:
     """How much each generated face looks like its person, by cosine of identity embeddings.
 
+    An embedding that is all NaN is a face that the network did not find: in a generated image or its held-out photo it
+    leaves the score undefined (NaN), among several photos it is left out of their mean.
+
     Args:
         generated: embeddings of the generated images, (T, D).
         held_out: of each task's held-out photo, (T, D); a photo that several seeds share stands in each of its rows.
@@ -160,19 +163,19 @@ def identity_scores(
         mean of those of the references, which the method has seen: copying scores high there.
 
     Raises:
-        ValueError: shapes do not fit, or an embedding is zero or not finite.
+        ValueError: shapes do not fit, or an embedding is zero, infinite, or NaN in part.
     """
-    generated_, held_out_, references_ = _unit(_array(generated)), _unit(_array(held_out)), _unit(_array(references))
+    generated_, held_out_, references_ = (_unit_if_found(_array(rows)) for rows in (generated, held_out, references))
     labels = np.asarray(people)
     if labels.shape != generated_.shape[:1] or references_.ndim != 3 or len(references_) != len(labels):
         shapes = f"generated {generated_.shape}, references {references_.shape} and people {labels.shape}"
         raise ValueError(f"{shapes} do not fit: give (T, D), (T, R, D) and (T,)")
     _, person = np.unique(labels, return_inverse=True)  # (T,)
     return {
-        "held_out": cosine(generated_, held_out_),
+        "held_out": (generated_ * held_out_).sum(axis=1),
         # a sum has the direction of the mean
-        "held_out_mean": cosine(generated_, _sums(held_out_, person)[person]),
-        "references": cosine(generated_, references_.sum(axis=1)),
+        "held_out_mean": _cosine_if_found(generated_, _sums(np.nan_to_num(held_out_), person)[person]),
+        "references": _cosine_if_found(generated_, np.nansum(references_, axis=1)),
     }
 
 
@@ -463,6 +466,20 @@ def _unit(rows: FloatArray) -> FloatArray:
     if bad:
         raise ValueError(f"embeddings at {bad[:5]} ({len(bad)} in all) are zero or not finite: check the images")
     return rows / norms
+
+
+def _unit_if_found(rows: FloatArray) -> FloatArray:
+    """Unit embeddings; those that are all NaN stay so."""
+    found = ~np.isnan(rows).all(axis=-1)
+    unit = np.full_like(rows, np.nan)
+    unit[found] = _unit(rows[found])
+    return unit
+
+
+def _cosine_if_found(unit: FloatArray, sums: FloatArray) -> FloatArray:
+    """Cosine of unit rows to sums of rows, (T, D) and (T, D) -> (T,); NaN where nothing was summed."""
+    norms = np.linalg.norm(sums, axis=-1)  # (T,)
+    return (unit * sums).sum(axis=-1) / np.where(norms > 0, norms, np.nan)
 
 
 def _sums(rows: FloatArray, group: npt.NDArray[np.intp]) -> FloatArray:

@@ -167,10 +167,15 @@ def test_axes_have_a_few_round_ticks(span, step):
 
 def test_a_comparison_without_photos_or_reference_has_a_report_still(tmp_path, capsys):
     write_plan(tmp_path, {"self_attn": ["version_0"], "ip_adapter": ["version_0"]}, contrasts=[])
-    write_test(tmp_path / "ip_adapter/version_0/test", "First", photos={}, audit={"passed": True, "copies": []})
+    write_test(
+        tmp_path / "ip_adapter/version_0/test",
+        "First",
+        photos={},
+        audit={"passed": True, "copies": [], "pairs": [{"a": 1}]},
+    )
     html = report(str(tmp_path)).read_text("utf-8")
     assert not (tmp_path / "report" / "figure6.png").exists()
     text = " ".join(Page(html).text)
     assert "Figure 6" not in text
     assert "Self-Attention not run yet" in text
-    assert "Audit passed copies IP-Adapter yes none" in re.sub(r"\s+", " ", text)
+    assert "What the audits found IP-Adapter passed yes copies none pairs 1 listed" in re.sub(r"\s+", " ", text)

@@ -230,10 +230,12 @@ class Comparison:
         for row in self.present:
             for key, reason in self.left_out.get(row.key, {}).items():
                 notes.append(f"{row.title}: {key} is left out: {reason}.")
+            alike: dict[str, list[str]] = {}
             for key, (missing, images) in self.undefined[row.key].items():
                 why = "face not found in" if key.startswith(("identity", "nearest_reference")) else "undefined for"
                 if missing < images:
-                    notes.append(f"{row.title}: {key}: {why} {missing} of {images} images, which are not in its mean.")
+                    alike.setdefault(f"{why} {missing} of {images} images, which are not in the mean", []).append(key)
+            notes += [f"{row.title}: {', '.join(keys)}: {what}." for what, keys in alike.items()]
         for what, values in self._differing().items():
             notes.append(f"Rows differ in their {what}: {'; '.join(values)}.")
         for name, facts in self.extractors.items():
@@ -291,6 +293,7 @@ def load_comparison(folder: Path) -> Comparison:
                 problems.append(str(error))
         own = {name: entry[name] for name in ("key", "title", "group", "trained")}
         rows.append(Row(**own, paper=entry.get("paper"), tests=tests, missing=missing))
+    rows.sort(key=lambda row: row.group != "paper")
     contrasts = [Contrast(c["title"], (c["minus"][0], c["minus"][1]), c.get("text", "")) for c in plan["contrasts"]]
     comparison = Comparison(folder, plan["title"], plan["reference"], rows, contrasts)
     if not problems and not comparison.present:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lit_multiip.evaluation.comparison import Comparison, ComparisonError, Test, verdict
+from lit_multiip.evaluation.findings import scored, titled
 from lit_multiip.evaluation.intervals import Score
 from lit_multiip.evaluation.pictures import labelled_grid
 
@@ -127,23 +128,24 @@ class Mark:
     bold: bool = False
 
 
-def panels(comparison: Comparison, extractor: str, titles: dict[str, str]) -> list[Panel]:
+def panels(comparison: Comparison, extractor: str) -> list[Panel]:
     """A panel for identity, FID and prompt agreement, as far as the tests have them."""
     reference = comparison.row(comparison.reference)
     found = []
     for name in PANELS:
-        key, title = f"{name}/{extractor}", titles.get(name, name)
+        key, title = f"{name}/{extractor}", titled(name)
         lines = []
         for row in comparison.present if reference.tests else []:
             score = comparison.difference(reference.key, row.key).get(key) if row is not reference else None
             if score is not None:
                 lines.append((row.title, score, verdict(score, title)))
         if lines:
-            found.append(Panel(key, title, lines))
+            better = {"↑": ", higher is better", "↓": ", lower is better"}  # fonts of pictures have no arrows
+            found.append(Panel(key, title.rstrip(" ↑↓") + better.get(title[-1], ""), lines))
     return found
 
 
-def marks(panel: Panel, number: str = "{:+.3g}") -> tuple[list[Mark], int]:
+def marks(panel: Panel) -> tuple[list[Mark], int]:
     """What to draw of a panel, in px, and its height."""
     bounds = [bound for _, s, _ in panel.lines for bound in (s.value, s.low, s.high, 0.0) if bound is not None]
     low, high = min(bounds), max(bounds)
@@ -155,13 +157,12 @@ def marks(panel: Panel, number: str = "{:+.3g}") -> tuple[list[Mark], int]:
 
     drawn = [Mark("start", EDGE, 16, "ink", text=panel.title, bold=True)]
     floor = height - BOTTOM
-    drawn.append(Mark("line", x(0), TOP - 6, "rule", x(0), floor + 4, 1.5))
     for i, (title, score, better) in enumerate(panel.lines):
         y = TOP + LINE * i
         short = title if len(title) <= 34 else title[:33] + "…"
-        values = number.format(score.value)
+        values = str(scored(score, signed=True))
+        drawn.append(Mark("line", x(0), y + 17, "rule", x(0), y + 31, 1.5))
         if score.low is not None and score.high is not None:
-            values += f" [{number.format(score.low)}, {number.format(score.high)}]"
             drawn.append(Mark("line", x(score.low), y + 24, better, x(score.high), y + 24, 2.5))
         drawn.append(Mark("start", EDGE, y + 10, "ink", text=short))
         drawn.append(Mark("end", WIDTH - EDGE, y + 10, better, text=values))
@@ -185,10 +186,11 @@ def tick_step(span: float) -> float:
 def forest_png(found: Sequence[Panel], scale: int = 2) -> Image.Image:
     """Panels side by side, on white."""
     drawings = [marks(panel) for panel in found]
-    picture = Image.new("RGB", (WIDTH * len(found) * scale, max(h for _, h in drawings) * scale), "white")
+    step = WIDTH + 2 * EDGE
+    picture = Image.new("RGB", (step * len(found) * scale, max(h for _, h in drawings) * scale), "white")
     draw = ImageDraw.Draw(picture)
     for number, (drawn, _) in enumerate(drawings):
-        left = number * WIDTH
+        left = EDGE + number * step
         for mark in drawn:
             x, y, colour = (left + mark.x) * scale, mark.y * scale, COLOURS[mark.colour]
             if mark.kind == "line":
@@ -199,9 +201,9 @@ def forest_png(found: Sequence[Panel], scale: int = 2) -> Image.Image:
                 fill = colour if mark.kind == "dot" else "white"
                 draw.ellipse((x - r, y - r, x + r, y + r), fill, colour, 2 * scale)
             else:
-                font = ImageFont.load_default((14 if mark.bold else 12) * scale)
+                font = ImageFont.load_default((15 if mark.bold else 12) * scale)
                 anchor = {"start": "ls", "middle": "ms", "end": "rs"}[mark.kind]
-                draw.text((x, y), mark.text, colour, font, anchor=anchor, stroke_width=0.5 * scale if mark.bold else 0)
+                draw.text((x, y), mark.text, colour, font, anchor=anchor)
     return picture
 
 

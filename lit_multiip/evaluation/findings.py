@@ -279,14 +279,25 @@ def limitations(comparison: Comparison) -> list[str]:
 
 def summary(comparison: Comparison) -> str:
     """One paragraph: who leads in identity and FID, by how much, and whether that is clear of zero."""
-    said = [_headline(comparison, name, i == 0) for i, name in enumerate(comparison.extractors)]
+    first, *others = comparison.extractors
+    said = [_headline(comparison, first), *(_second_opinion(comparison, name) for name in others)]
     lacking = [row.title for row in comparison.rows if not row.tests]
     if lacking:
         said.append(f"{len(lacking)} of {len(comparison.rows)} rows are not run yet, and may lead.")
     return " ".join(filter(None, said)) or "No row has identity or FID."
 
 
-def _headline(comparison: Comparison, extractor: str, full: bool) -> str:
+def _second_opinion(comparison: Comparison, extractor: str) -> str:
+    said = []
+    for name, words in HEADLINES.items():
+        found = leader(comparison, f"{name}/{extractor}", [row for row in comparison.rows if row.group == "paper"])
+        if found is not None:
+            how = "" if found[1] is None else f", {'clear' if clear(found[2]) else 'not clear'} of {found[1].title}"
+            said.append(f"{found[0].title} in {words}{how}")
+    return f"By {extractor} the best of the paper's methods is {'; '.join(said)}." if said else ""
+
+
+def _headline(comparison: Comparison, extractor: str) -> str:
     methods = [row for row in comparison.rows if row.group == "paper"]
     controls = [row for row in comparison.rows if row.group != "paper"]
     said = []
@@ -297,18 +308,20 @@ def _headline(comparison: Comparison, extractor: str, full: bool) -> str:
             continue
         first, second, difference = found
         text = f"{first.title} has the best {words} of the paper's methods by {extractor}"
-        text += f", {scored(comparison.scores[first.key][key])}" if full else ""
+        text += f", {scored(comparison.scores[first.key][key])}"
         if second is not None:
             text += f"; to the runner-up, {second.title}, the difference is {_weighed(difference)}"
         said.append(text + ".")
         reference = comparison.row(comparison.reference)
-        if first is not reference and second is not reference and reference.tests and full:
+        if first is not reference and second is not reference and reference.tests:
             to = comparison.difference(reference.key, first.key).get(key)
             said.append(f"{reference.title} minus {first.title}: {_weighed(to)}.")
         control = leader(comparison, key, [first, *controls])
         if control is not None and control[0] is not first:
             to = comparison.difference(control[0].key, first.key).get(key)
-            said.append(f"A control is better still: {control[0].title} minus {first.title} is {_weighed(to)}.")
+            said.append(
+                f"A control has a better point estimate: {control[0].title} minus {first.title} is {_weighed(to)}."
+            )
     return " ".join(said)
 
 

@@ -14,7 +14,6 @@ from lit_multiip.evaluation import findings
 from lit_multiip.evaluation.comparison import Comparison
 from lit_multiip.evaluation.figures import figure6_rows, forest_svg, panels, pictured
 from lit_multiip.evaluation.findings import Cell, Line, Table
-from lit_multiip.evaluation.report import TITLES
 
 SIDE = 256  # px, of a picture in the page at most
 STYLE = """
@@ -123,7 +122,7 @@ def _table1s(comparison: Comparison) -> str:
 def _differences(comparison: Comparison) -> str:
     parts = []
     for name in comparison.extractors:
-        drawn = "".join(f"<figure>{forest_svg(panel)}</figure>" for panel in panels(comparison, name, TITLES))
+        drawn = "".join(f"<figure>{forest_svg(panel)}</figure>" for panel in panels(comparison, name))
         parts.append(_table(findings.differences(comparison, name)))
         if drawn:
             legend = (

@@ -10,7 +10,7 @@ from lit_multiip.evaluation.comparison import Comparison, load_comparison
 from lit_multiip.evaluation.figures import figure6, forest_png, panels
 from lit_multiip.evaluation.findings import Cell, Table
 from lit_multiip.evaluation.page import page
-from lit_multiip.evaluation.report import TITLES, markdown
+from lit_multiip.evaluation.report import markdown
 
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -42,7 +42,7 @@ def report(folder: str) -> Path:
         picture.save(out / "figure6.png")
         figures.append(("figure6.png", "Methods x people: the same prompts, references and held-out photos"))
     for name in comparison.extractors:
-        found = panels(comparison, name, TITLES)
+        found = panels(comparison, name)
         if found:
             forest_png(found).save(out / f"differences_{name}.png")
             title = comparison.row(comparison.reference).title

@@ -187,7 +187,7 @@ class Comparison:
                 return [
                     Anchor(
                         name.replace("_", " ") + (f" ({title})" if name in OF_A_METHOD else ""),
-                        {key: Score(**score) for key, score in scores.items()},
+                        {key: Score(**score) for key, score in scores.items() if score["value"] is not None},
                     )
                     for name, scores in others.items()
                 ]

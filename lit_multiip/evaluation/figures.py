@@ -18,7 +18,7 @@ from lit_multiip.evaluation.pictures import labelled_grid
 
 PEOPLE = 6  # pictured, at most
 PANELS = ("identity_held_out", "fid", "prompt")
-WIDTH, LINE, TOP, BOTTOM, EDGE = 420, 40, 34, 34, 10  # of a panel, px
+WIDTH, LINE, TOP, BOTTOM, EDGE = 370, 40, 34, 34, 10  # of a panel, px
 COLOURS = {"better": "#1f6feb", "worse": "#c2410c", "unclear": "#6b7280", "ink": "#1f2328", "rule": "#d0d7de"}
 
 
@@ -159,7 +159,7 @@ def marks(panel: Panel) -> tuple[list[Mark], int]:
     floor = height - BOTTOM
     for i, (title, score, better) in enumerate(panel.lines):
         y = TOP + LINE * i
-        short = title if len(title) <= 34 else title[:33] + "…"
+        short = title if len(title) <= 32 else title[:31] + "…"
         values = str(scored(score, signed=True))
         drawn.append(Mark("line", x(0), y + 17, "rule", x(0), y + 31, 1.5))
         if score.low is not None and score.high is not None:

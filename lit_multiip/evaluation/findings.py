@@ -93,7 +93,7 @@ def table1(comparison: Comparison, extractor: str, costs: bool) -> Table:
     counts = comparison.protocol
     notes = [
         f"{counts['tasks']} images of {counts['people']} people a row ({counts['held_out']} held-out photos x "
-        f"{counts['seeds']} noise seeds, {counts['references']} references). 95% intervals by person"
+        f"{_counted(counts['seeds'], 'noise seed')}, {counts['references']} references). 95% intervals by person"
         + (f"; IS over K = {classes} classes." if classes else "."),
         "Bold is the best of its block, where the paired difference to the runner-up is clear of zero.",
     ]
@@ -149,6 +149,22 @@ def attribution(comparison: Comparison, extractor: str) -> Table | None:
         text = f" {contrast.text}" if contrast.text else ""
         notes.append(f"{contrast.title}: {a.title} minus {b.title}.{text}")
     return Table(f"Where the gain comes from, by {extractor}", [*map(titled, names)], lines, notes)
+
+
+def attributed(comparison: Comparison) -> str:
+    """What each cause adds to identity and FID by the first extractor, in words."""
+    extractor = next(iter(comparison.extractors))
+    said = []
+    for name, words in HEADLINES.items():
+        parts = []
+        for contrast in comparison.contrasts:
+            a, b = (comparison.row(key) for key in contrast.minus)
+            if a.tests and b.tests:
+                score = comparison.difference(a.key, b.key).get(f"{name}/{extractor}")
+                parts += [f"{contrast.title} {_weighed(score)}"] if score is not None else []
+        if parts:
+            said.append(f"To {words}, by {extractor}, each cause adds: {'; '.join(parts)}.")
+    return " ".join(said)
 
 
 def _difference_line(
@@ -244,7 +260,7 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
     return [
         ("Protocol", f"{counts['sha256'][:12]}: the same people, photos, prompts and noise seeds in every row"),
         ("N", f"{counts['tasks']} images of {counts['people']} people a row and training"),
-        ("Held out", f"{counts['held_out']} photos, {counts['seeds']} noise seeds each"),
+        ("Held out", f"{counts['held_out']} photos, {_counted(counts['seeds'], 'noise seed')} each"),
         ("References", f"{counts['references']} a person, one fixed set"),
         ("Trainings", "; ".join(f"{row.title}: {_trainings(row)}" for row in comparison.rows)),
         ("Backbone", "unknown" if backbone is None else Path(str(backbone)).name),
@@ -336,6 +352,10 @@ def _trainings(row: Row) -> str:
     if row.missing:
         return f"{len(row.tests)} of {planned}"
     return str(planned) if row.trained or planned > 1 else "none"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _rounded(value: float, like: str) -> str:

@@ -42,7 +42,8 @@ th, td { border-bottom: 1px solid var(--rule); padding: .45rem .55rem; text-alig
 td { white-space: nowrap; } td.words, td.text { white-space: normal; }
 tbody:last-child tr:last-child > * { border-bottom: 0; }
 thead th { background: var(--band); color: var(--soft); font-weight: 600; vertical-align: bottom; }
-th:first-child { background: var(--paper); left: 0; max-width: 16rem; min-width: 11.5rem; position: sticky;
+th:first-child { background: var(--paper); left: 0; max-width: 16rem; min-width: 11.5rem;
+  overflow-wrap: anywhere; position: sticky;
   text-align: left; font-weight: 600; z-index: 1; }
 thead th:first-child, th.block { background: var(--band); }
 th.block { color: var(--soft); font-size: .8rem; }
@@ -86,9 +87,7 @@ def page(comparison: Comparison) -> str:
     names = list(comparison.extractors)
     sections = [("table", "Table 1", _table1s(comparison))]
     sections.append(("differences", "Paired differences", _differences(comparison)))
-    sections.append(
-        ("gain", "Where the gain comes from", _tables([findings.attribution(comparison, n) for n in names]))
-    )
+    sections.append(("gain", "Where the gain comes from", _attribution(comparison)))
     sections.append(("figure", "Figure 6: the same people and prompts", _figure6(comparison)))
     sections.append(
         ("anchors", "Anchors: what a score is worth", _tables([findings.anchors(comparison, n) for n in names]))
@@ -131,6 +130,12 @@ def _differences(comparison: Comparison) -> str:
             )
             parts.append(f'<p class="small">{legend}</p><div class="panels">{drawn}</div>')
     return "".join(parts)
+
+
+def _attribution(comparison: Comparison) -> str:
+    said = findings.attributed(comparison)
+    tables = _tables([findings.attribution(comparison, name) for name in comparison.extractors])
+    return (f"<p>{escape(said)}</p>" if said else "") + tables
 
 
 def _figure6(comparison: Comparison) -> str:

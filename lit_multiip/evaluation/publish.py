@@ -64,7 +64,12 @@ def as_markdown(comparison: Comparison, figures: list[tuple[str, str]]) -> str:
         tables += [first, findings.spreads(first), findings.differences(comparison, name)]
         tables += [findings.attribution(comparison, name), findings.anchors(comparison, name)]
     tables += [findings.paper(comparison), findings.wall_times(comparison), findings.audits(comparison)]
-    parts = [f"# {comparison.title}", findings.summary(comparison), _bullets(comparison.notes())]
+    parts = [
+        f"# {comparison.title}",
+        findings.summary(comparison),
+        findings.attributed(comparison),
+        _bullets(comparison.notes()),
+    ]
     parts += [f"![{text}]({file})" for file, text in figures]
     parts += [_markdown_table(table) for table in tables if table is not None]
     parts += ["## How it was measured", _bullets([f"{name}: {value}" for name, value in findings.facts(comparison)])]

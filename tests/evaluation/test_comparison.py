@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comparing import write_comparison, write_plan, write_test
+from test_callback import Data, Perfect, run
 
 from lit_multiip.evaluation.comparison import ComparisonError, best, leader, load_comparison
+from lit_multiip.evaluation.figures import pictured
 from lit_multiip.evaluation.intervals import person_bootstrap
 from lit_multiip.evaluation.report import read_features
 from lit_multiip.evaluation.scores import fid
@@ -219,3 +221,17 @@ def test_rows_of_another_commit_or_sampling_are_named(own):
     [note] = [note for note in load_comparison(own).notes() if "commit" in note]
     assert "cccccccccccc (IP-Adapter, Self-Attention, Control avg_pool_trained)" in note
     assert "dddddddddddd-dirty (Average Pooling)" in note
+
+
+def test_what_a_test_writes_is_read_and_scores_the_same(tmp_path):
+    write_plan(tmp_path, {"ip_adapter": ["version_0"], "self_attn": ["version_0"]}, contrasts=[])
+    for key, module in (("ip_adapter", Perfect(name="First")), ("self_attn", Perfect(name="SelfAttention"))):
+        run(tmp_path / key / "version_0" / "test", module=module, data=Data(seeds=2), anchors=key == "self_attn")
+    comparison = load_comparison(tmp_path)
+    written = comparison.first.metrics["rows"]["First"]
+    scores = comparison.scores["ip_adapter"]
+    assert {key: score.value for key, score in scores.items()} == {key: s["value"] for key, s in written.items()}
+    assert {key: score.n for key, score in scores.items()} == {key: s["n"] for key, s in written.items()}
+    assert len(comparison.anchors) == 6
+    assert all(score.value == 0 for score in comparison.difference("self_attn", "ip_adapter").values())
+    assert len(pictured(comparison)) == 3

@@ -186,7 +186,7 @@ class Comparison:
             if others:
                 return [
                     Anchor(
-                        name.replace("_", " ") + (f" ({title})" if name in OF_A_METHOD else ""),
+                        name.replace("_", " ").replace("vae", "VAE") + (f" ({title})" if name in OF_A_METHOD else ""),
                         {key: Score(**score) for key, score in scores.items() if score["value"] is not None},
                     )
                     for name, scores in others.items()

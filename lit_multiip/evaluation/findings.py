@@ -163,7 +163,8 @@ def attributed(comparison: Comparison) -> str:
                 score = comparison.difference(a.key, b.key).get(f"{name}/{extractor}")
                 parts += [f"{contrast.title} {_weighed(score)}"] if score is not None else []
         if parts:
-            said.append(f"To {words}, by {extractor}, each cause adds: {'; '.join(parts)}.")
+            better = "higher" if titled(name).endswith("↑") else "lower"
+            said.append(f"To {words} ({better} is better), by {extractor}, each cause adds: {'; '.join(parts)}.")
     return " ".join(said)
 
 

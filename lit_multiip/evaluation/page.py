@@ -23,7 +23,7 @@ STYLE = """
   --band: #171c22; --better: #6cb0ff; --worse: #ff9d66; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
-body { margin: 0 auto; max-width: 1180px; padding: 1rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 1320px; padding: 1rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0 .75rem; }
 h2 { font-size: 1.25rem; line-height: 1.25; margin: 2.5rem 0 .5rem; }

@@ -175,7 +175,7 @@ def test_scores_of_too_few_images_are_left_out_with_the_reason(tmp_path):
 def test_anchors_are_the_reference_rows_and_name_the_method_that_drew_them(own):
     assert [anchor.title for anchor in load_comparison(own).anchors] == [
         "no references (Self-Attention)",
-        "vae round trip",
+        "VAE round trip",
     ]
     shutil.rmtree(own / "self_attn")
     assert load_comparison(own).anchors == []

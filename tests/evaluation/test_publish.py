@@ -97,7 +97,9 @@ def test_the_page_names_every_row_and_says_what_is_missing(html):
     assert "Five methods & their controls" in text
     assert "Control avg_pool_trained: not run yet." in text
     assert "LFW, Inception: another scale and extractor, not comparable" in text
-    assert re.search(r"To identity to the held-out photo, by critic, each cause adds: more photos \+0\.10", text)
+    assert re.search(
+        r"To identity to the held-out photo \(higher is better\), by critic, each cause adds: more photos \+0\.10", text
+    )
     assert "more photos: Average Pooling minus IP-Adapter. Nine against one." in text
 
 

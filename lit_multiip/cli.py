@@ -24,6 +24,7 @@ COMMANDS = {  # dispatched before LightningCLI
     "compare": "lit_multiip.compare:compare",
     "sweep": "lit_multiip.sweep:sweep",
     "paired": "lit_multiip.evaluation.report:paired",
+    "report": "lit_multiip.evaluation.publish:report",
     "make-mini": "lit_multiip.mini.make:make_mini",
     "measure-mini": "lit_multiip.mini.measure:measure_mini",
 }

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 NO_SEEDS = ("vae_round_trip", "real_other_photo")  # rows that do not depend on the noise
 BATCH = 64  # images a pass of an extractor
+PHOTO_PEOPLE = 12  # whose photos are written beside the images
 
 
 class Scored(Protocol):
@@ -51,7 +52,9 @@ class Scored(Protocol):
 
 
 class ScoreTest(L.Callback):
-    """Scores the test people, and writes images, scores.csv, metrics.json, grid.png and table.md.
+    """Scores the test people, and writes images, scores.csv, metrics.json, grid.png, table.md and photos.
+
+    `photos/` holds the references and held-out photos of the first 12 people, as the model and the scores see them.
 
     Rows. The method's own images, and anchors, by which its scores can be read:
 
@@ -248,7 +251,7 @@ class ScoreTest(L.Callback):
         cells: dict[str, list[dict[str, Any]]] = {name: [{} for _ in tasks] for name in rows}
         for extractor in self.extractors:
             device = trainer.strategy.root_device
-            options = {"groups": self.groups, "resamples": self.resamples}
+            options: dict[str, Any] = {"groups": self.groups, "resamples": self.resamples}
             photos, _ = _look(extractor, pixels, device, "real photos")
             held_out = _image_set(photos, list(dict.fromkeys(task.held_out for task in tasks)), real)
             for name, images in rows.items():
@@ -275,6 +278,7 @@ class ScoreTest(L.Callback):
         report.write_csv(self._folder / "scores.csv", lines)
         seconds = {**self._seconds, "scoring": time.perf_counter() - started}
         results = report.results(protocol(tasks), scores, _facts(self.extractors), describe, seconds)
+        results["photos"] = _write_photos(self._folder, tasks, files, pixels, real)
         table = report.table(results)
         (self._folder / "table.md").write_text(table, encoding="utf-8")
         report.write_json(self._folder / "metrics.json", results)
@@ -306,6 +310,42 @@ class ScoreTest(L.Callback):
         names = [name.replace("_", " ") for name in made]
         title = f"{method}: made from the references and the held-out photo's prompt"
         return labelled_grid(cells, labels, columns + names, side, title)
+
+
+def _write_photos(
+    folder: Path, tasks: Sequence[Task], files: Sequence[str], pixels: Tensor, real: dict[Photo, int]
+) -> dict[str, Any]:
+    """Write the real photos of the first people, `photos/<person>/{reference_1.., held_out_<stem>}.png`.
+
+    Args:
+        folder: Of the test; an earlier test's photos in it are replaced.
+        tasks: What was tested.
+        files: Each task's image, as `image_files` names it.
+        pixels: Real photos, (M, 3, H, W) uint8.
+        real: Where in `pixels` a photo is.
+
+    Returns:
+        By person: `references`, files in the order of their draw, and `held_out`, a file by the photo's name.
+    """
+    for old in (folder / "photos").glob("*/*.png"):
+        old.unlink()
+    names: dict[str, Any] = {}
+    for task, file in zip(tasks, files, strict=True):
+        if task.person not in names and len(names) == PHOTO_PEOPLE:
+            continue
+        own = names.setdefault(task.person, {"references": [], "held_out": {}})
+        place = Path("photos", task.person)
+        written: list[tuple[Path, Photo]] = []
+        if not own["references"]:
+            written += [(place / f"reference_{i + 1}.png", photo) for i, photo in enumerate(task.references)]
+            own["references"] = [path.as_posix() for path, _ in written]
+        if task.held_out.name not in own["held_out"]:
+            written.append((place / f"held_out_{Path(file).stem.rpartition('_s')[0]}.png", task.held_out))
+            own["held_out"][task.held_out.name] = written[-1][0].as_posix()
+        for path, photo in written:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            _to_pil(pixels[real[photo]]).save(folder / path)
+    return names
 
 
 def _refuse_if_it_conditions(extractor: Extractor, backbone: str) -> None:

@@ -198,6 +198,21 @@ def test_written_images_are_those_that_were_scored(tested):
     assert Image.open(folder / "grid.png").width > 10 * 96
 
 
+def test_the_photos_of_the_pictured_people_lie_beside_their_images(tested):
+    folder, data, *_ = tested
+    photos = read(folder)[0]["photos"]
+    assert list(photos) == [person.name for person in data.split.test]
+    for task in data.tasks:
+        own = photos[task.person]
+        pairs = [
+            *zip(own["references"], task.references, strict=True),
+            (own["held_out"][task.held_out.name], task.held_out),
+        ]
+        for file, photo in pairs:
+            assert (np.asarray(Image.open(folder / file)) == np.asarray(photo.image())).all()
+    assert len(list((folder / "photos").rglob("*.png"))) == 3 * (4 + 2)  # references and held-out photos, seeds once
+
+
 def test_the_methods_scores_are_logged(tested):
     folder, _, _, logged = tested
     row = read(folder)[0]["rows"]["Perfect"]
@@ -363,7 +378,7 @@ def test_tables_of_different_protocols_are_refused_and_equal_ones_share_a_table(
     ],
 )
 def test_cells_keep_two_digits_of_half_the_interval(score, text):
-    assert report._cell(score and score._asdict()) == text
+    assert report.cell(score and score._asdict()) == text
 
 
 def test_the_commit_is_this_checkouts_or_nothing():

@@ -140,6 +140,19 @@ def test_identity_scores_of_known_angles():
     assert scores["references"] == pytest.approx([np.sqrt(0.5), 1, -1])
 
 
+def test_faces_that_are_not_found_are_undefined_or_left_out_of_means():
+    x, y, none = [1.0, 0.0], [0.0, 1.0], [np.nan, np.nan]
+    generated = np.array([x, none, x, x])
+    held_out = np.array([x, x, none, y])
+    references = np.array([[x, none], [x, x], [y, y], [none, none]])
+    scores = identity_scores(generated, held_out, references, np.array(["a", "a", "b", "b"]))
+    assert np.array_equal(scores["held_out"], [1, np.nan, np.nan, 0], equal_nan=True)
+    assert np.array_equal(scores["held_out_mean"], [1, np.nan, 0, 0], equal_nan=True)
+    assert np.array_equal(scores["references"], [1, np.nan, 0, np.nan], equal_nan=True)
+    with pytest.raises(ValueError, match="zero or not finite"):
+        identity_scores(generated, np.array([x, x, [np.nan, 1.0], y]), references, np.array(["a", "a", "b", "b"]))
+
+
 def test_identity_scores_ignore_the_length_of_embeddings():
     arrays = normal(6), normal(6, seed=1), normal(24, seed=2).reshape(6, 4, 6)
     lengths = np.linspace(0.1, 9, 6)[:, None]

@@ -141,7 +141,7 @@ def make_cli() -> LightningCLI:
 
     from lit_multiip.adapter import MultiIPAdapter
     from lit_multiip.aggregators import Aggregator
-    from lit_multiip.callbacks import SampleGrid, SavePredictions, ValidateAtEnd
+    from lit_multiip.callbacks import RecordPeople, SampleGrid, SavePredictions, ValidateAtEnd
     from lit_multiip.data.datamodule import MultiPhotoData
     from lit_multiip.evaluation.callback import ScoreTest
     from lit_multiip.runs import read_checkpoint
@@ -219,6 +219,7 @@ def make_cli() -> LightningCLI:
             ModelCheckpoint(filename="last", monitor=None, save_top_k=1, enable_version_counter=False),
             LearningRateMonitor("step"),
             SavePredictions(),
+            RecordPeople(),
         ],
     }
     return CLI(

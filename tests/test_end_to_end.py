@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -88,6 +89,9 @@ def test_bare_test_scores_the_run_into_its_own_folder(fitted: Path, monkeypatch,
     assert results["protocol"]["people"] == 3 and results["protocol"]["tasks"] == 6
     assert len(list((run_of(fitted) / "test" / "images").rglob("*.png"))) == 6
     assert (run_of(fitted) / "test" / "grid.png").exists()
+    training = results["audit"]["training"]
+    assert training["status"] == "recorded" and training["people_seen"] == training["photos_seen"] == 0
+    assert (training["people"], training["photos"]) == (3 + 2, 5 * 11)  # training and validation
     # no run but fit's: the next bare test must find it again
     assert [path.parent for path in fitted.glob("runs/*/*/config.yaml")] == [run_of(fitted)]
     assert [path.name for path in (fitted / "runs" / "self_attn").iterdir()] == ["version_0"]
@@ -124,6 +128,22 @@ def test_an_untrained_baseline_is_tested_without_a_checkpoint(tiny_config: str, 
     results = json.loads((tmp_path / "runs" / "avg_pool" / "version_0" / "test" / "metrics.json").read_text())
     assert results["protocol"]["tasks"] == 6
     assert not list(tmp_path.glob("runs/*/*/config.yaml"))
+
+
+def test_a_test_person_on_the_checkpoints_record_is_refused_in_one_line(
+    fitted: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(fitted)
+    checkpoint = torch.load(run_of(fitted) / "checkpoints" / "last.ckpt", weights_only=True)
+    digest = hashlib.sha256(b"test_000001").digest()
+    rows = checkpoint["trained_on"]["people"]
+    checkpoint["trained_on"]["people"] = torch.cat([rows, torch.frombuffer(bytearray(digest), dtype=torch.uint8)[None]])
+    torch.save(checkpoint, tmp_path / "leaky.ckpt")
+    with pytest.raises(SystemExit) as exit_:
+        main(["test", "--config", str(run_of(fitted) / "config.yaml"), "--ckpt_path", str(tmp_path / "leaky.ckpt")])
+    assert exit_.value.code == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: 1 of 3 test people were trained or validated on, such as 'test_000001'")
 
 
 def test_a_loss_of_nan_stops_and_keeps_the_last_good_checkpoint(

@@ -22,9 +22,11 @@ logger = logging.getLogger(__name__)
 DEBUG = "LIT_MULTIIP_DEBUG"
 COMMANDS = {  # dispatched before LightningCLI
     "paired": "lit_multiip.evaluation.report:paired",
+    "inspect": "lit_multiip.evaluation.inspection:inspect",
     "make-mini": "lit_multiip.mini.make:make_mini",
     "measure-mini": "lit_multiip.mini.measure:measure_mini",
 }
+OWN_PARSER = ("inspect",)  # these also take the options of a config, and parse the command line themselves
 DESCRIPTION = """Personalised images from several photos of a person.
 
 fit trains the method of a config; bare test scores the newest run under runs/, bare predict draws with it; --run
@@ -126,11 +128,14 @@ def _run_command(name: str, *args: str) -> None:
 
     module, function = COMMANDS[name].split(":")
     component = getattr(importlib.import_module(module), function)
+    if name in OWN_PARSER:
+        component(list(args))
+        return
     auto_cli(component, args=list(args), as_positional=False, prog=f"lit_multiip {name}")
 
 
-def make_cli() -> LightningCLI:
-    """Parse ``sys.argv`` and run it.
+def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCLI:
+    """Parse ``sys.argv`` and run it; or, not to ``execute``, parse ``args`` without a subcommand and build the objects.
 
     Model and data are fixed classes; ``backbone`` and ``image_side`` are top-level keys that both are given, so that
     configs may be laid over one another in any order. The callbacks ``checkpoint``, ``grid`` and ``score`` are set by
@@ -179,15 +184,17 @@ def make_cli() -> LightningCLI:
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             super().parse_arguments(parser, args)
+            if not execute:
+                return
             path = self.config[self.config.subcommand].get("ckpt_path")
             if path is not None and path not in ("best", "last", "hpc", "registry") and "://" not in path:
                 read_checkpoint(Path(path))  # a broken one is told before work is lost
 
         def before_instantiate_classes(self) -> None:
-            config = self.config[self.config.subcommand]
+            config = self.config[self.config.subcommand] if execute else self.config
             if config.trainer.enable_progress_bar is not False:
                 self.trainer_defaults["callbacks"].append(TQDMProgressBar())
-            if self.config.subcommand == "test":
+            if self.config.get("subcommand") == "test":
                 config.verbose = False  # ScoreTest prints a better table
             path = config.get("ckpt_path")
             if path is None:
@@ -232,6 +239,8 @@ def make_cli() -> LightningCLI:
         load_from_checkpoint_support=False,
         parser_class=Parser,
         parser_kwargs={"description": DESCRIPTION},
+        args=args,
+        run=execute,
     )
 
 

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 # What is measured of a photo -> how it is called.
 MEASURES = {
     "weight": "weight",
-    "loss_increase": "loss without it, more",
+    "loss_increase": "loss without it",
     "token_shift": "image tokens without it, 1 - cos",
 }
 TRUTHS = {"rarity": "shows what others hide", "visible_regions": "regions it shows"}
@@ -215,9 +215,9 @@ def picture(person: Inspected, weights_are: str | None, generated: Image.Image, 
     bars = []
     if "weight" in values:
         texts = [f"{100 * value:.1f} %" for value in values["weight"]]
-        bars.append(Bars(str(weights_are), values["weight"].tolist(), texts, even=1 / n))
+        bars.append(Bars(f"{weights_are} (line: all alike)", values["weight"].tolist(), texts, even=1 / n))
     relative = 100 * values["loss_increase"] / person.loss
-    bars.append(Bars("loss without it", relative.tolist(), [f"{value:+.2f} %" for value in relative]))
+    bars.append(Bars("change of the loss without it", relative.tolist(), [f"{value:+.2f} %" for value in relative]))
     if "rarity" in values:
         bars.append(Bars(TRUTHS["rarity"], values["rarity"].tolist(), [f"{value:.2f}" for value in values["rarity"]]))
     beside = {"held-out photo": square(person.held_out[0].image(), side), "generated": generated}

@@ -145,7 +145,9 @@ def photos_with_bars(
         finite = [value for value in strip.values if math.isfinite(value)]
         high, low = max([0.0, strip.even or 0.0, *finite]), min([0.0, *finite])
         scale = height / (high - low) if high > low else 0.0  # px a unit
-        zero = y + line + high * scale
+        zero, right = y + line + high * scale, left + len(photos) * step - GAP
+        if strip.even is not None:
+            draw.line((left, zero - strip.even * scale, right, zero - strip.even * scale), "lightgrey")
         for column, (value, text) in enumerate(zip(strip.values, strip.texts, strict=True)):
             middle, end = left + column * step + cell / 2, zero - (value if math.isfinite(value) else 0) * scale
             box = (middle - cell / 5, min(end, zero), middle + cell / 5, max(end, zero))
@@ -154,10 +156,7 @@ def photos_with_bars(
                 draw.text((middle, end - GAP / 2), text, "black", font, anchor="md")
             else:
                 draw.text((middle, end + GAP / 2), text, "black", font, anchor="ma")
-        right = left + len(photos) * step - GAP
         draw.line((left, zero, right, zero), "black")
-        if strip.even is not None:
-            draw.line((left, zero - strip.even * scale, right, zero - strip.even * scale), "grey")
     return picture
 
 

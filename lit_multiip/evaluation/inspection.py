@@ -46,7 +46,11 @@ MEASURES = {
     "loss_increase": "loss without it",
     "token_shift": "image tokens without it, 1 - cos",
 }
-TRUTHS = {"rarity": "shows what others hide", "visible_regions": "regions it shows"}
+TRUTHS = {
+    "rarity": "shows what others hide",
+    "needed": "shows what others hide and the held-out photo shows",
+    "visible_regions": "regions it shows",
+}
 
 
 # ---- measures of one person -------------------------------------------------------------------------------------
@@ -181,6 +185,8 @@ def inspect_person(model: Any, tasks: Sequence[Task], items: Sequence[Mapping[st
     if all(row is not None for row in shows):
         table = np.stack(shows)  # type: ignore[arg-type]
         found.values |= {"rarity": rarity(table), "visible_regions": visible_regions(table)}
+        targets = [visible_traits(task.held_out) for task in tasks]
+        found.values["needed"] = np.mean([rarity(table & target) for target in targets], axis=0)
     return found
 
 

@@ -152,6 +152,17 @@ def test_even_weights_are_shared_among_all() -> None:
     assert effective_number([1, 0, 0]) == pytest.approx(1)
 
 
+def test_only_what_the_held_out_photos_show_is_needed(tiny_backbone: Path) -> None:
+    found = inspected(tiny_backbone, MaxPool)
+    shows = np.stack([visible_traits(photo) for photo in found.references])
+    expected = np.zeros(5)
+    for target in map(visible_traits, found.held_out):
+        for n, t in np.argwhere(shows):
+            expected[n] += target[t] / shows[:, t].sum() / len(found.held_out)
+    assert found.values["needed"] == pytest.approx(expected)
+    assert (found.values["needed"] <= found.values["rarity"] + 1e-9).all()
+
+
 def person(name: str, weight: list[float], truth: list[float], regions: list[float]) -> Inspected:
     values = {"weight": weight, "loss_increase": weight, "token_shift": truth, "rarity": truth}
     values["visible_regions"] = regions

@@ -24,6 +24,8 @@ class Aggregator(nn.Module, ABC):
         ValueError: ``dim`` is not positive.
     """
 
+    weights_are: str | None = None  # what `photo_weights` are, such as "attention"
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         if dim < 1:
@@ -44,6 +46,17 @@ class Aggregator(nn.Module, ABC):
         """
         self._check(embeds)
         return self.aggregate(embeds)
+
+    def photo_weights(self, embeds: Tensor) -> Tensor | None:
+        """How much each photo gets to say, where that can be read off; for inspection.
+
+        Args:
+            embeds: image embeddings, (B, N, D).
+
+        Returns:
+            (B, N), rows of at least 0 that sum to one; None where ``weights_are`` is.
+        """
+        return None
 
     @abstractmethod
     def aggregate(self, embeds: Tensor) -> Tensor:
@@ -77,9 +90,17 @@ class First(Aggregator):
 class MaxPool(Aggregator):
     """Element-wise maximum over the photos, (B, N, D) -> (B, 1, D)."""
 
+    weights_are = "share of dimensions won"
+
     def aggregate(self, embeds: Tensor) -> Tensor:
         """Take the maximum over N."""
         return embeds.amax(dim=1, keepdim=True)  # (B, 1, D)
+
+    def photo_weights(self, embeds: Tensor) -> Tensor:
+        """Share of the D dimensions in which a photo is the maximum; photos that tie divide a dimension."""
+        self._check(embeds)
+        wins = (embeds == embeds.amax(dim=1, keepdim=True)).float()  # (B, N, D)
+        return (wins / wins.sum(dim=1, keepdim=True)).mean(dim=2)  # (B, N)
 
 
 class AvgPool(Aggregator):
@@ -117,6 +138,8 @@ class SelfAttention(Aggregator):
         ValueError: ``heads`` is not a positive divisor of ``dim``.
     """
 
+    weights_are = "attention"
+
     def __init__(self, dim: int, heads: int = 1, residual: bool = False) -> None:
         super().__init__(dim)
         if heads < 1 or dim % heads:
@@ -153,6 +176,10 @@ class SelfAttention(Aggregator):
         query, key = self._split(self.to_q(embeds)), self._split(self.to_k(embeds))  # (B, h, N, d)
         logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (B, h, N, N)
         return torch.softmax(logits, dim=-1)
+
+    def photo_weights(self, embeds: Tensor) -> Tensor:
+        """Attention that each photo receives: the mean over heads and over the photos that attend."""
+        return self.attention_weights(embeds).mean(dim=(1, 2))  # (B, h, N, N) => (B, N)
 
     def _split(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, D) -> (B, h, N, d)

@@ -1,4 +1,4 @@
-"""Callbacks of fit and predict: the last validation, pictures of validation people, and the files of predict."""
+"""Callbacks of fit and predict: last validation, record of people, pictures of validation people, predict's files."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from lit_multiip.data.people import Photo
+from lit_multiip.evaluation.audit import RECORD, training_record
 from lit_multiip.evaluation.pictures import Cell, labelled_grid, references_held_out_generated
 from lit_multiip.features import square
 
@@ -28,6 +29,22 @@ class ValidateAtEnd(L.Callback):
         """Ask the loop to stop, which it does after a validation."""
         if trainer.global_step == trainer.max_steps:
             trainer.should_stop = True
+
+
+class RecordPeople(L.Callback):
+    """Puts into every checkpoint whom it has seen, names and photos as digests; `test` audits itself by that."""
+
+    def __init__(self) -> None:
+        self.earlier: dict[str, Tensor] | None = None
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the people of the checkpoint that fit goes on from."""
+        self.earlier = checkpoint.get(RECORD)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Record the training people, and the validation people, by whom the checkpoint is chosen."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        checkpoint[RECORD] = training_record([*data.split.train, *data.split.validation], self.earlier)
 
 
 class SampleGrid(L.Callback):

@@ -25,9 +25,11 @@ COMMANDS = {  # dispatched before LightningCLI
     "sweep": "lit_multiip.sweep:sweep",
     "paired": "lit_multiip.evaluation.report:paired",
     "report": "lit_multiip.evaluation.publish:report",
+    "inspect": "lit_multiip.evaluation.inspection:inspect",
     "make-mini": "lit_multiip.mini.make:make_mini",
     "measure-mini": "lit_multiip.mini.measure:measure_mini",
 }
+OWN_PARSER = ("inspect",)  # these also take the options of a config, and parse the command line themselves
 DESCRIPTION = """Personalised images from several photos of a person.
 
 fit trains the method of a config; bare test scores the newest run under runs/, bare predict draws with it; --run
@@ -129,11 +131,14 @@ def _run_command(name: str, *args: str) -> None:
 
     module, function = COMMANDS[name].split(":")
     component = getattr(importlib.import_module(module), function)
+    if name in OWN_PARSER:
+        component(list(args))
+        return
     auto_cli(component, args=list(args), as_positional=False, prog=f"lit_multiip {name}")
 
 
-def make_cli() -> LightningCLI:
-    """Parse ``sys.argv`` and run it.
+def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCLI:
+    """Parse ``sys.argv`` and run it; or, not to ``execute``, parse ``args`` without a subcommand and build the objects.
 
     Model and data are fixed classes; ``backbone`` and ``image_side`` are top-level keys that both are given, so that
     configs may be laid over one another in any order. The callbacks ``checkpoint``, ``grid`` and ``score`` are set by
@@ -144,7 +149,7 @@ def make_cli() -> LightningCLI:
 
     from lit_multiip.adapter import MultiIPAdapter
     from lit_multiip.aggregators import Aggregator
-    from lit_multiip.callbacks import SampleGrid, SavePredictions, ValidateAtEnd
+    from lit_multiip.callbacks import RecordPeople, SampleGrid, SavePredictions, ValidateAtEnd
     from lit_multiip.data.datamodule import MultiPhotoData
     from lit_multiip.evaluation.callback import ScoreTest
     from lit_multiip.runs import read_checkpoint
@@ -182,15 +187,17 @@ def make_cli() -> LightningCLI:
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             super().parse_arguments(parser, args)
+            if not execute:
+                return
             path = self.config[self.config.subcommand].get("ckpt_path")
             if path is not None and path not in ("best", "last", "hpc", "registry") and "://" not in path:
                 read_checkpoint(Path(path))  # a broken one is told before work is lost
 
         def before_instantiate_classes(self) -> None:
-            config = self.config[self.config.subcommand]
+            config = self.config[self.config.subcommand] if execute else self.config
             if config.trainer.enable_progress_bar is not False:
                 self.trainer_defaults["callbacks"].append(TQDMProgressBar())
-            if self.config.subcommand == "test":
+            if self.config.get("subcommand") == "test":
                 config.verbose = False  # ScoreTest prints a better table
             path = config.get("ckpt_path")
             if path is None:
@@ -222,6 +229,7 @@ def make_cli() -> LightningCLI:
             ModelCheckpoint(filename="last", monitor=None, save_top_k=1, enable_version_counter=False),
             LearningRateMonitor("step"),
             SavePredictions(),
+            RecordPeople(),
         ],
     }
     return CLI(
@@ -234,6 +242,8 @@ def make_cli() -> LightningCLI:
         load_from_checkpoint_support=False,
         parser_class=Parser,
         parser_kwargs={"description": DESCRIPTION},
+        args=args,
+        run=execute,
     )
 
 

@@ -159,3 +159,37 @@ def test_the_base_class_and_an_empty_width_are_refused():
         Aggregator(DIM)  # type: ignore[abstract]
     with pytest.raises(ValueError, match="dim=0"):
         AvgPool(0)
+
+
+# What photos get to say
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_photo_weights_sum_to_one_where_they_can_be_read_off(kind):
+    module = kind(DIM)
+    weights = module.photo_weights(photos())
+    assert (weights is None) == (module.weights_are is None) == (kind in (First, AvgPool, Concat))
+    if weights is not None:
+        assert weights.shape == (2, 9) and (weights >= 0).all()
+        torch.testing.assert_close(weights.sum(dim=1), torch.ones(2))
+
+
+def test_untrained_attention_is_even_and_trained_attention_is_not():
+    even = SelfAttention(DIM).photo_weights(photos())
+    torch.testing.assert_close(even, torch.full((2, 9), 1 / 9))
+    assert (trained(heads=3).photo_weights(photos()).std(dim=1) > 1e-2).all()
+
+
+def test_attention_is_largest_for_the_photo_whose_key_all_queries_meet():
+    module = SelfAttention(2)
+    with torch.no_grad():
+        module.to_q.weight.copy_(torch.eye(2))
+    x = torch.tensor([[[1.0, 1.0], [4.0, 1.0], [1.0, 2.0]]])
+    assert module.photo_weights(x)[0].argmax() == 1
+    rows = torch.softmax(x[0] @ x[0].T / 2**0.5, dim=-1)
+    torch.testing.assert_close(module.photo_weights(x)[0], rows.mean(dim=0))
+
+
+def test_dimensions_are_won_by_the_maximum_and_ties_are_divided():
+    x = torch.tensor([[[5.0, 0.0, 1.0, 7.0], [1.0, 0.0, 2.0, 3.0], [1.0, -1.0, 2.0, 7.0]]])
+    assert MaxPool(4).photo_weights(x).tolist() == [[(1 + 0.5 + 0.5) / 4, (0.5 + 0.5) / 4, (0.5 + 0.5) / 4]]

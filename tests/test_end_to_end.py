@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import json
 from pathlib import Path
 
@@ -88,6 +90,9 @@ def test_bare_test_scores_the_run_into_its_own_folder(fitted: Path, monkeypatch,
     assert results["protocol"]["people"] == 3 and results["protocol"]["tasks"] == 6
     assert len(list((run_of(fitted) / "test" / "images").rglob("*.png"))) == 6
     assert (run_of(fitted) / "test" / "grid.png").exists()
+    training = results["audit"]["training"]
+    assert training["status"] == "recorded" and training["people_seen"] == training["photos_seen"] == 0
+    assert (training["people"], training["photos"]) == (3 + 2, 5 * 11)  # training and validation
     # no run but fit's: the next bare test must find it again
     assert [path.parent for path in fitted.glob("runs/*/*/config.yaml")] == [run_of(fitted)]
     assert [path.name for path in (fitted / "runs" / "self_attn").iterdir()] == ["version_0"]
@@ -124,6 +129,51 @@ def test_an_untrained_baseline_is_tested_without_a_checkpoint(tiny_config: str, 
     results = json.loads((tmp_path / "runs" / "avg_pool" / "version_0" / "test" / "metrics.json").read_text())
     assert results["protocol"]["tasks"] == 6
     assert not list(tmp_path.glob("runs/*/*/config.yaml"))
+
+
+def test_bare_inspect_looks_at_the_newest_run(fitted: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(fitted)
+    main(["inspect", "--people", "2", "--data.held_out", "1"])
+    folder = run_of(fitted) / "inspect"
+    found = json.loads((folder / "inspect.json").read_text())
+    assert found["checkpoint"].endswith("best-step=5.ckpt") and found["weights_are"] == "attention"
+    assert [len(person["held_out"]) for person in found["people"]] == [1, 1, 1]
+    for person in found["people"]:
+        assert sum(person["weight"]) == pytest.approx(1, abs=1e-5) and len(person["loss_increase"]) == 9
+    scores = found["summary"]
+    assert scores["spearman/loss_increase/rarity"]["people"] == 3
+    assert 1 < scores["effective_photos"]["value"] <= 9 + 1e-6
+    assert [path.name for path in sorted(folder.glob("*.png"))] == ["01_test_000000.png", "02_test_000001.png"]
+    with (folder / "photos.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 3 * 9
+    assert "attention ~ shows what others hide" in capsys.readouterr().out
+    assert [path.name for path in (fitted / "runs" / "self_attn").iterdir()] == ["version_0"]
+
+
+def test_an_untrained_method_is_inspected_by_its_config(tiny_config: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    configs = ["--config", str(CONFIGS / "max_pool.yaml"), "--config", tiny_config]
+    main(["inspect", *configs, "--split", "validation", "--people", "0", "--output", "out"])
+    found = json.loads(Path("out/inspect.json").read_text())
+    assert found["checkpoint"] is None and found["weights_are"] == "share of dimensions won"
+    assert [person["person"] for person in found["people"]] == ["validation_000000", "validation_000001"]
+    assert not Path("runs").exists() and not list(Path("out").glob("*.png"))
+
+
+def test_a_test_person_on_the_checkpoints_record_is_refused_in_one_line(
+    fitted: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = torch.load(run_of(fitted) / "checkpoints" / "last.ckpt", weights_only=True)
+    digest = hashlib.sha256(b"test_000001").digest()
+    rows = checkpoint["trained_on"]["people"]
+    checkpoint["trained_on"]["people"] = torch.cat([rows, torch.frombuffer(bytearray(digest), dtype=torch.uint8)[None]])
+    torch.save(checkpoint, tmp_path / "leaky.ckpt")
+    with pytest.raises(SystemExit) as exit_:
+        main(["test", "--config", str(run_of(fitted) / "config.yaml"), "--ckpt_path", str(tmp_path / "leaky.ckpt")])
+    assert exit_.value.code == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: 1 of 3 test people were trained or validated on, such as 'test_000001'")
 
 
 def test_a_loss_of_nan_stops_and_keeps_the_last_good_checkpoint(

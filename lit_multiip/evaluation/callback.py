@@ -19,12 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_multiip.data.people import Person, Photo
-from lit_multiip.evaluation import report
+from lit_multiip.evaluation import audit, report
 from lit_multiip.evaluation.critic import CriticExtractor, shipped_critic
 from lit_multiip.evaluation.extractors import Extraction, Extractor
-from lit_multiip.evaluation.intervals import Score
+from lit_multiip.evaluation.intervals import Score, person_bootstrap
 from lit_multiip.evaluation.pictures import labelled_grid
-from lit_multiip.evaluation.scores import ImageSet, diversity, identity_scores, summarise
+from lit_multiip.evaluation.scores import ImageSet, diversity, identity_scores, nearest_reference, summarise
 from lit_multiip.evaluation.tasks import Task, image_files, protocol
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class ScoreTest(L.Callback):
     | other_person     | references of another person                        | the identity of a stranger            |
     | vae_round_trip   | the held-out photo through the VAE                  | what the best of samplers could reach |
     | real_other_photo | a reference itself; its prompt is another one       | how alike two photos of a person are  |
+    | real_held_out    | the held-out photo itself, `nearest_reference` alone | what is not copied scores this much  |
     | real_vs_real     | as many photos of training people, set scores alone | FID and KID of real photos at this N  |
 
     FID and KID compare a row's images with all held-out photos, each once. real_vs_real takes its photos from as many
@@ -72,6 +73,9 @@ class ScoreTest(L.Callback):
 
     An extractor that conditions the images may not score them: `source` of an extractor is refused where it is the
     backbone itself or its image encoder, by id or by path. Copies elsewhere are not recognised.
+
+    What the test must not have known is audited (`evaluation.audit`): a held-out photo among its references or a test
+    person in training is refused before anything is sampled.
 
     Args:
         extractors: Networks that score; None takes the miniature's critic, and critic_b where its folder is there.
@@ -131,9 +135,10 @@ class ScoreTest(L.Callback):
         return Path(log_dir or trainer.default_root_dir) / "test"
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See, before anything is sampled, that results can be written and that no extractor also conditions.
+        """See, before anything is sampled, that nothing leaks, results can be written, and no extractor conditions.
 
         Raises:
+            LeakError: a held-out photo is among its references, or a test person was trained on.
             OSError: the output folder cannot be made or written to.
             ValueError: an extractor's weights are the backbone's image encoder.
         """
@@ -151,6 +156,10 @@ class ScoreTest(L.Callback):
                 f"cannot write test results to '{self._folder}' ({error.strerror}): set ScoreTest's output to a folder "
                 "that can be written to"
             ) from error
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self._audit = audit.audit_tasks(data.tasks, *audit.find_record(trainer, module.describe()))
+        if trainer.is_global_zero:
+            audit.warn(self._audit)
         self._index: list[Tensor] = []
         self._rows: dict[str, list[Tensor]] = defaultdict(list)
         self._seconds = {"method": 0.0, "anchors": 0.0}
@@ -253,6 +262,7 @@ class ScoreTest(L.Callback):
             device = trainer.strategy.root_device
             options: dict[str, Any] = {"groups": self.groups, "resamples": self.resamples}
             photos, _ = _look(extractor, pixels, device, "real photos")
+            audit.audit_embeddings(self._audit, extractor.name, tasks, _direction(photos), real)
             held_out = _image_set(photos, list(dict.fromkeys(task.held_out for task in tasks)), real)
             for name, images in rows.items():
                 made, prompt = _look(extractor, images, device, name, [task.prompt for task in tasks])
@@ -265,6 +275,14 @@ class ScoreTest(L.Callback):
                 for score, values in per_image.items():
                     for cell, value in zip(cells[name], values.tolist(), strict=True):
                         cell[f"{score}/{extractor.name}"] = value
+            if self.anchors:
+                copied = _nearest_reference(photos, real, tasks, _direction(photos)[_held_out(tasks, real)])
+                key = f"nearest_reference/{extractor.name}"
+                scores["real_held_out"][key] = person_bootstrap(copied, _people(tasks), resamples=self.resamples)
+                for cell, value in zip(
+                    cells.setdefault("real_held_out", [{} for _ in tasks]), copied.tolist(), strict=True
+                ):
+                    cell[key] = value
             if strangers:
                 others = _image_set(photos, strangers, real)
                 scores["real_vs_real"] |= summarise(extractor.name, others, held_out, **options)
@@ -272,17 +290,18 @@ class ScoreTest(L.Callback):
         lines = [
             {"row": name, "person": task.person, "held_out": task.held_out.name, "prompt": task.prompt}
             | {"seed": task.seed, "image": f"images/{file}" if name == method else "", **cell}
-            for name in rows
+            for name in cells
             for task, file, cell in zip(tasks, files, cells[name], strict=True)
         ]
         report.write_csv(self._folder / "scores.csv", lines)
         seconds = {**self._seconds, "scoring": time.perf_counter() - started}
         results = report.results(protocol(tasks), scores, _facts(self.extractors), describe, seconds)
         results["photos"] = _write_photos(self._folder, tasks, files, pixels, real)
+        results["audit"] = self._audit
         table = report.table(results)
         (self._folder / "table.md").write_text(table, encoding="utf-8")
         report.write_json(self._folder / "metrics.json", results)
-        print(f"\n{table}\nImages, scores and grid: {self._folder}", flush=True)
+        print(f"\n{table}\n{audit.summary(self._audit)}\n\nImages, scores and grid: {self._folder}", flush=True)
         return scores[method]
 
     def _write_images(self, images: Tensor, files: Sequence[str]) -> None:
@@ -442,14 +461,31 @@ def _per_image(
     tasks: Sequence[Task],
     seeds: bool,
 ) -> dict[str, Any]:
-    """Identity, where the extractor can tell people apart, and diversity over seeds, (T,) each."""
-    scores: dict[str, Any] = {}
+    """Copying; identity, where the extractor can tell people apart; and diversity over seeds; (T,) each."""
+    scores: dict[str, Any] = {"nearest_reference": _nearest_reference(photos, real, tasks, _direction(made))}
     if extractor.can_identify and made.embedding is not None and photos.embedding is not None:
-        held_out = photos.embedding[[real[task.held_out] for task in tasks]]  # (T, E)
-        place = torch.tensor([[real[photo] for photo in task.references] for task in tasks])  # (T, R)
-        references = photos.embedding[place]  # (T, R, E)
+        held_out = photos.embedding[_held_out(tasks, real)]  # (T, E)
+        references = photos.embedding[_references(tasks, real)]  # (T, R, E)
         identity = identity_scores(made.embedding, held_out, references, _people(tasks))
         scores |= {f"identity_{name}": values for name, values in identity.items()}
     if seeds:
-        scores["diversity"] = diversity(made.features, [real[task.held_out] for task in tasks])
+        scores["diversity"] = diversity(made.features, _held_out(tasks, real))
     return scores
+
+
+def _direction(seen: Extraction) -> Tensor:
+    """What photos are compared by: embeddings of identity (N, E), else features (N, D)."""
+    return seen.features if seen.embedding is None else seen.embedding
+
+
+def _nearest_reference(photos: Extraction, real: dict[Photo, int], tasks: Sequence[Task], images: Tensor) -> Any:
+    return nearest_reference(images, _direction(photos)[_references(tasks, real)])  # (T,)
+
+
+def _held_out(tasks: Sequence[Task], real: dict[Photo, int]) -> list[int]:
+    return [real[task.held_out] for task in tasks]
+
+
+def _references(tasks: Sequence[Task], real: dict[Photo, int]) -> Tensor:
+    """Where the references of each task are, (T, R)."""
+    return torch.tensor([[real[photo] for photo in task.references] for task in tasks])

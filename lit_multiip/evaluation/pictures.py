@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -91,6 +93,71 @@ def references_held_out_generated(
     ]
     columns = [*(f"reference {i + 1}" for i in range(most)), "held-out photo", "generated"]
     return labelled_grid(rows, row_labels, columns, side, title)
+
+
+class Bars(NamedTuple):
+    """A strip of bars under photos, one a photo."""
+
+    label: str
+    values: Sequence[float]
+    texts: Sequence[str]  # the values as they are written
+    even: float | None = None  # drawn as a line: the value if all photos were alike
+
+
+def photos_with_bars(
+    photos: Sequence[Image.Image],
+    bars: Sequence[Bars],
+    beside: Mapping[str, Image.Image],
+    side: int,
+    title: str,
+) -> Image.Image:
+    """Photos in a row, strips of bars under them (below zero in orange), and other images to the right.
+
+    Args:
+        photos: Of one person, N.
+        bars: Strips with N values each, from top to bottom; each has its own scale.
+        beside: Images to the right, by label.
+        side: Side of a cell, px.
+        title: Over the whole picture.
+
+    Raises:
+        ValueError: A strip has another number of values, or of texts, than there are photos.
+    """
+    for strip in bars:
+        if not len(photos) == len(strip.values) == len(strip.texts):
+            counts = f"{len(strip.values)} values and {len(strip.texts)} texts"
+            raise ValueError(f"strip {strip.label!r} has {counts} for {len(photos)} photos: give one each a photo")
+    labels = [*(f"reference {i + 1}" for i in range(len(photos))), *beside]
+    top = labelled_grid([[*photos, *beside.values()]], ["references"], labels, side, title)
+    cell = side * -(-MIN_CELL // side)
+    step, left, size, height = cell + GAP, 3 * cell // 2, max(12, cell // 9), cell // 2
+    line = round(1.5 * size)  # px that a text takes
+    strip_height = height + 2 * line
+    font = ImageFont.load_default(size)
+    picture = Image.new("RGB", (top.width, top.height + len(bars) * strip_height + GAP), "white")
+    picture.paste(top)
+    draw = ImageDraw.Draw(picture)
+    for number, strip in enumerate(bars):
+        y = top.height + number * strip_height
+        draw.line((left, y, left + len(photos) * step - GAP, y), "lightgrey")
+        label = _wrapped(strip.label, font, left - 3 * GAP)
+        draw.text((GAP, y + strip_height / 2), label, "black", font, anchor="lm")
+        finite = [value for value in strip.values if math.isfinite(value)]
+        high, low = max([0.0, strip.even or 0.0, *finite]), min([0.0, *finite])
+        scale = height / (high - low) if high > low else 0.0  # px a unit
+        zero, right = y + line + high * scale, left + len(photos) * step - GAP
+        if strip.even is not None:
+            draw.line((left, zero - strip.even * scale, right, zero - strip.even * scale), "lightgrey")
+        for column, (value, text) in enumerate(zip(strip.values, strip.texts, strict=True)):
+            middle, end = left + column * step + cell / 2, zero - (value if math.isfinite(value) else 0) * scale
+            box = (middle - cell / 5, min(end, zero), middle + cell / 5, max(end, zero))
+            draw.rectangle(box, "steelblue" if value >= 0 else "darkorange")
+            if value >= 0:
+                draw.text((middle, end - GAP / 2), text, "black", font, anchor="md")
+            else:
+                draw.text((middle, end + GAP / 2), text, "black", font, anchor="ma")
+        draw.line((left, zero, right, zero), "black")
+    return picture
 
 
 def _fitted(image: Image.Image, cell: int) -> Image.Image:

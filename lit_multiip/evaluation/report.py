@@ -26,6 +26,7 @@ TITLES = {
     "identity_held_out": "identity ↑",
     "identity_held_out_mean": "identity, mean photo ↑",
     "identity_references": "identity, references",  # high also where a reference is merely copied
+    "nearest_reference": "copying, nearest reference",  # to be read beside the row real held out
     "prompt": "prompt ↑",
     "fid": "FID ↓",
     "kid": "KID ↓",

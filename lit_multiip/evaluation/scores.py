@@ -179,6 +179,28 @@ def identity_scores(
     }
 
 
+def nearest_reference(generated: Features, references: Features) -> FloatArray:
+    """How near each image comes to any one of its references, max_r cos(g, x_r): where it is copied, 1.
+
+    Read it beside the same of real held-out photos: photos of one person are alike, copied or not.
+
+    Args:
+        generated: embeddings or features of the images, (T, D).
+        references: those of each task's R references, (T, R, D).
+
+    Returns:
+        (T,), in -1..1.
+
+    Raises:
+        ValueError: shapes do not fit, or an embedding is zero or not finite.
+    """
+    generated_, references_ = _unit(_array(generated)), _unit(_array(references))
+    if references_.ndim != 3 or not references_.shape[1] or references_[:, 0].shape != generated_.shape:
+        shapes = f"generated {generated_.shape} and references {references_.shape}"
+        raise ValueError(f"{shapes} do not fit: give (T, D) and (T, R, D)")
+    return np.einsum("td,trd->tr", generated_, references_).max(axis=1)
+
+
 def diversity(features: Features, groups: npt.ArrayLike) -> FloatArray:
     """How different the images of one task are over its seeds: mean of 1 - cos to the task's other images.
 

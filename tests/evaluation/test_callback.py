@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -15,13 +16,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from lit_multiip.data.people import MiniFaces, Split, split_people
 from lit_multiip.evaluation import report
+from lit_multiip.evaluation.audit import LeakError
 from lit_multiip.evaluation.callback import ScoreTest
 from lit_multiip.evaluation.extractors import Extraction, Extractor
 from lit_multiip.evaluation.intervals import Score
 from lit_multiip.evaluation.tasks import make_tasks, protocol
 
 SIDE = 64
-ANCHORS = ["no_references", "zero_embedding", "other_person", "vae_round_trip", "real_other_photo", "real_vs_real"]
+ANCHORS = ["no_references", "zero_embedding", "other_person", "vae_round_trip", "real_other_photo", "real_held_out"]
+ANCHORS += ["real_vs_real"]
 
 
 class Thumbnail(Extractor):
@@ -152,6 +155,43 @@ def test_anchors_are_made_as_documented_and_frame_the_method(tested):
     assert not any("identity" in key for key in value["real_vs_real"])
 
 
+def test_copying_is_read_beside_the_real_held_out_photos(tested):
+    folder, data, *_ = tested
+    rows, key = read(folder)[0]["rows"], "nearest_reference/thumbnail"
+    assert rows["real_held_out"].keys() == {key}
+    assert rows["Perfect"][key]["value"] == pytest.approx(rows["real_held_out"][key]["value"], abs=1e-6)
+    assert rows["real_other_photo"][key]["value"] == pytest.approx(1)  # they are references
+    assert rows["real_held_out"][key]["value"] < 0.999
+    assert (
+        rows["real_held_out"][key]["low"] <= rows["real_held_out"][key]["value"] <= rows["real_held_out"][key]["high"]
+    )
+    task, best = data.tasks[0], read(folder)[1][0][key]
+    pixels = [torch.from_numpy(np.array(photo.image())).permute(2, 0, 1) for photo in (task.held_out, *task.references)]
+    seen = F.normalize(F.adaptive_avg_pool2d(torch.stack(pixels).float(), 3).flatten(1), dim=1)
+    assert float(best) == pytest.approx(float((seen[1:] @ seen[0]).max()), abs=1e-5)
+
+
+def test_the_audit_is_in_the_results_and_printed(tmp_path, capsys):
+    data = Data()
+    run(tmp_path, data=data, anchors=False)
+    found = read(tmp_path)[0]["audit"]
+    assert (found["people"], found["tasks"], found["photos"], found["pairs"]) == (3, 6, 18, 3 * 2 * 4)
+    assert found["same_photo"] == 0
+    assert found["training"]["status"] == "nothing"
+    assert list(found["near_duplicates"]) == ["pixels", "thumbnail"]
+    assert "24 pairs of a held-out photo" in capsys.readouterr().out
+
+
+def test_a_leak_is_refused_before_anything_is_sampled(tmp_path):
+    data, module = Data(), Perfect()
+    leaky = replace(data.tasks[0], references=(*data.tasks[0].references[1:], data.tasks[0].held_out))
+    data.tasks[0] = leaky
+    with pytest.raises(LeakError, match="is the same file as its reference"):
+        run(tmp_path, module=module, data=data)
+    assert module.calls == []
+    assert not (tmp_path / "metrics.json").exists()
+
+
 def test_every_score_states_how_many_images_and_people_it_is_of(tested):
     folder, data, *_ = tested
     metrics, _ = read(folder)
@@ -178,7 +218,7 @@ def test_results_carry_what_made_them_and_no_bare_nan(tested):
 def test_the_table_of_images_gives_back_the_scores(tested):
     folder, data, *_ = tested
     metrics, lines = read(folder)
-    assert len(lines) == 12 * 6  # real_vs_real has no tasks
+    assert len(lines) == 12 * 7  # real_vs_real has no tasks
     for row, scores in metrics["rows"].items():
         own = [line for line in lines if line["row"] == row]
         for key in scores:

@@ -17,6 +17,7 @@ from lit_multiip.evaluation.scores import (
     inception_score,
     inception_score_uniform,
     kid,
+    nearest_reference,
     summarise,
     summarise_difference,
 )
@@ -24,6 +25,15 @@ from lit_multiip.evaluation.scores import (
 
 class Identity(nn.Identity):
     num_features = 6
+
+
+def test_the_nearest_reference_is_the_most_similar_one_of_the_tasks_own():
+    references = np.array([[[1.0, 0.0], [0.0, 3.0]], [[0.0, 1.0], [-2.0, 0.0]]])  # two tasks of two references
+    assert nearest_reference([[3.0, 4.0], [5.0, 0.0]], references) == pytest.approx([0.8, 0.0])
+    assert nearest_reference(2 * references[:, 1], references) == pytest.approx([1, 1])  # copied
+    for wrong in (references[:1], references[..., :1] + 1.5, references[:, 0], references[:, :0]):
+        with pytest.raises(ValueError, match="do not fit"):
+            nearest_reference([[3.0, 4.0], [5.0, 0.0]], wrong)
 
 
 def normal(n, d=6, seed=0):

@@ -132,18 +132,21 @@ def _run_command(name: str, *args: str) -> None:
 def make_cli() -> LightningCLI:
     """Parse ``sys.argv`` and run it.
 
-    Model and data are fixed classes; ``backbone`` and ``image_side`` are top-level keys that both are given, so that
-    configs may be laid over one another in any order. The callbacks ``checkpoint``, ``grid`` and ``score`` are set by
+    The model is a ``Method`` by its ``class_path``, the data a fixed class; ``backbone`` and ``image_side`` are top-level
+    keys that both are given. A config may set ``model.init_args`` without a ``class_path``: they are then those of the
+    method of the other configs, so that configs may be laid over one another in any order. The callbacks ``checkpoint``, ``grid`` and ``score`` are set by
     keys of those names; ``trainer.callbacks`` is the user's own.
     """
     from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-    from lit_multiip.adapter import MultiIPAdapter
+    import lit_multiip.adapter
+    import lit_multiip.dreambooth  # its class can be named without its module
     from lit_multiip.aggregators import Aggregator
     from lit_multiip.callbacks import SampleGrid, SavePredictions, ValidateAtEnd
     from lit_multiip.data.datamodule import MultiPhotoData
     from lit_multiip.evaluation.callback import ScoreTest
+    from lit_multiip.method import Method
     from lit_multiip.runs import read_checkpoint
 
     class Parser(LightningArgumentParser):
@@ -169,8 +172,9 @@ def make_cli() -> LightningCLI:
             parser.add_argument("--backbone", type=str, default="mini", help="mini, a diffusers folder, or a hub id")
             parser.add_argument("--image_side", type=int | None, default=None, help="px; null: the backbone's own")
             for key in ("backbone", "image_side"):
-                parser.link_arguments(key, f"model.{key}")
+                parser.link_arguments(key, f"model.init_args.{key}")
                 parser.link_arguments(key, f"data.{key}")
+            parser.set_defaults({"model": {"class_path": "lit_multiip.adapter.MultiIPAdapter"}})
             parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
             best = {"monitor": "val/loss", "mode": "min", "save_top_k": 1, "filename": "best-{step}"}
             parser.set_defaults({f"checkpoint.{key}": value for key, value in best.items()})
@@ -222,8 +226,9 @@ def make_cli() -> LightningCLI:
         ],
     }
     return CLI(
-        MultiIPAdapter,
+        Method,
         MultiPhotoData,
+        subclass_mode_model=True,
         save_config_callback=SaveFitConfig,
         trainer_defaults=trainer_defaults,
         seed_everything_default=0,

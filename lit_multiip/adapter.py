@@ -7,7 +7,6 @@ from time import perf_counter
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers.optimization import get_scheduler
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
@@ -62,10 +61,17 @@ class MultiIPAdapter(Method):
         frozen_dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__(backbone, sampling, image_side, frozen_dtype, gradient_checkpointing)
-        self.make_aggregator, self.make_optimizer = aggregator, optimizer
-        self.lr_schedule, self.lr_warmup_steps = lr_schedule, lr_warmup_steps
-        self.ip_adapter, self.trained = ip_adapter, trained
+        super().__init__(
+            backbone,
+            optimizer,
+            lr_schedule,
+            lr_warmup_steps,
+            sampling,
+            image_side,
+            frozen_dtype,
+            gradient_checkpointing,
+        )
+        self.make_aggregator, self.ip_adapter, self.trained = aggregator, ip_adapter, trained
         self.aggregator: Any = None
 
     # ---- building -----------------------------------------------------------------------------------------------
@@ -89,18 +95,11 @@ class MultiIPAdapter(Method):
 
     def configure_optimizers(self) -> Any:
         """AdamW (or what the config says) over what is trained, and its schedule by the step."""
-        trained = self.trained_parameters()
-        if not trained:
+        if not self.trained_parameters():
             raise ValueError(
                 f"{self.method()} with trained='{self.trained}' has nothing to train: set model.trained to 'adapter'"
             )
-        optimizer = self.make_optimizer(list(trained.values()))
-        schedule = get_scheduler(
-            self.lr_schedule,
-            optimizer,
-            num_warmup_steps=self.lr_warmup_steps,
-            num_training_steps=int(self.trainer.estimated_stepping_batches),
-        )
+        optimizer, schedule = self.optimizer_and_schedule(int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # ---- training -----------------------------------------------------------------------------------------------

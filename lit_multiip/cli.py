@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -132,22 +133,25 @@ def _run_command(name: str, *args: str) -> None:
 def make_cli() -> LightningCLI:
     """Parse ``sys.argv`` and run it.
 
-    The model is a ``Method`` by its ``class_path``, the data a fixed class; ``backbone`` and ``image_side`` are top-level
-    keys that both are given. A config may set ``model.init_args`` without a ``class_path``: they are then those of the
-    method of the other configs, so that configs may be laid over one another in any order. The callbacks ``checkpoint``, ``grid`` and ``score`` are set by
-    keys of those names; ``trainer.callbacks`` is the user's own.
+    The model is a ``Method`` by its ``class_path``, the data a fixed class; ``backbone`` and ``image_side`` are
+    top-level keys that both are given. A config may set ``model.init_args`` without a ``class_path``: they are those of
+    the method that another config names, or of MultiIPAdapter, so that configs may be laid over one another in any
+    order. The callbacks ``checkpoint``, ``grid`` and ``score`` are set by keys of those names; ``trainer.callbacks`` is
+    the user's own.
     """
     from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-    import lit_multiip.adapter
-    import lit_multiip.dreambooth  # its class can be named without its module
+    from lit_multiip.adapter import MultiIPAdapter
     from lit_multiip.aggregators import Aggregator
     from lit_multiip.callbacks import SampleGrid, SavePredictions, ValidateAtEnd
     from lit_multiip.data.datamodule import MultiPhotoData
+    from lit_multiip.dreambooth import DreamBooth
     from lit_multiip.evaluation.callback import ScoreTest
     from lit_multiip.method import Method
     from lit_multiip.runs import read_checkpoint
+
+    methods = (MultiIPAdapter, DreamBooth)  # that can be named without their modules
 
     class Parser(LightningArgumentParser):
         """Raises in place of a screenful of usage."""
@@ -155,9 +159,11 @@ def make_cli() -> LightningCLI:
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             if not self.exit_on_error:  # one of several types that are being tried
                 super().error(message, ex)
-            message = " ".join(message.split())
-            if '"model.aggregator"' in message:
+            message = _told(message)
+            if '"aggregator"' in message:
                 message += f"; aggregators are {', '.join(cls.__name__ for cls in Aggregator.__subclasses__())}"
+            elif '"model"' in message and "import path" in message:
+                message += f"; methods are {', '.join(cls.__name__ for cls in methods)}"
             raise UsageError(f"{message}; all options: {self.prog} --help") from ex
 
     class SaveFitConfig(SaveConfigCallback):
@@ -174,7 +180,7 @@ def make_cli() -> LightningCLI:
             for key in ("backbone", "image_side"):
                 parser.link_arguments(key, f"model.init_args.{key}")
                 parser.link_arguments(key, f"data.{key}")
-            parser.set_defaults({"model": {"class_path": "lit_multiip.adapter.MultiIPAdapter"}})
+            parser.set_defaults({"model": {"class_path": f"{methods[0].__module__}.{methods[0].__name__}"}})
             parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
             best = {"monitor": "val/loss", "mode": "min", "save_top_k": 1, "filename": "best-{step}"}
             parser.set_defaults({f"checkpoint.{key}": value for key, value in best.items()})
@@ -271,5 +277,11 @@ def _explain(error: Exception) -> str | None:
     if raised_in.is_relative_to(Path(__file__).parent):
         return str(error)
     if "jsonargparse" in raised_in.parts:  # which wraps what a constructor of this package refuses
-        return " ".join(str(error).split())
+        return _told(str(error))
     return None
+
+
+def _told(message: str) -> str:
+    """What jsonargparse has to say in one line, less what it says of types that may also be null."""
+    message = " ".join(message.split()).split(" - Expected a <class 'NoneType'>")[0]
+    return re.sub(r"Does not validate against any of the Union subtypes Subtypes: \[[^]]*\] Errors: - ", "", message)

@@ -9,6 +9,8 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
+from diffusers.optimization import get_scheduler
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from lit_multiip.backbone import fingerprint, load_component, load_vae_facts
@@ -30,11 +32,15 @@ class NonFiniteLoss(ArithmeticError):
 class Method(L.LightningModule):
     """Personalises the UNet of a backbone.
 
-    A subclass makes ``unet`` in ``build``, trains, and draws in ``generate``. A checkpoint holds what requires grad after
-    ``build``.
+    A subclass makes ``unet`` in ``build``, trains, and draws in ``generate``. What requires grad after ``build`` is
+    trained, and is all that a checkpoint holds. Arguments that subclasses share have one default, this one's: where a
+    config changes the class, the command line keeps the values of equally named arguments.
 
     Args:
         backbone: folder, hub id or ``mini``.
+        optimizer: over the trained parameters.
+        lr_schedule: a schedule of ``diffusers.optimization.get_scheduler``, stepped every optimiser step.
+        lr_warmup_steps: of the schedule.
         sampling: how images are drawn.
         image_side: of the images in px; None takes the backbone's own.
         frozen_dtype: of frozen weights; trained ones are float32.
@@ -51,9 +57,16 @@ class Method(L.LightningModule):
         "unet": "set backbone to the one it was trained on",
     }
 
+    noise: Any  # the training schedule, a DDPMScheduler
+    vae_scale: int  # px a latent
+    scaling_factor: float
+
     def __init__(
         self,
         backbone: str = "mini",
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=1e-2),
+        lr_schedule: str = "constant_with_warmup",
+        lr_warmup_steps: int = 20,
         sampling: Sampling | None = None,
         image_side: int | None = None,
         frozen_dtype: Dtype = "float32",
@@ -62,6 +75,7 @@ class Method(L.LightningModule):
         super().__init__()
         self.strict_loading = False  # a checkpoint holds only what was trained; on_load_checkpoint compares the keys
         self.backbone, self.sampling, self._image_side = backbone, sampling or Sampling(), image_side
+        self.make_optimizer, self.lr_schedule, self.lr_warmup_steps = optimizer, lr_schedule, lr_warmup_steps
         self.frozen_dtype, self.gradient_checkpointing = getattr(torch, frozen_dtype), gradient_checkpointing
         # Wall seconds of this process's test that are not drawing: "personalise", of all people, and others by name.
         self.spent: dict[str, float] = {"personalise": 0.0}
@@ -98,6 +112,7 @@ class Method(L.LightningModule):
         if self.unet is not None:
             return
         self.build()
+        assert self.unet is not None
         if self.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.noise = DDPMScheduler.from_config(load_component(self.backbone, "scheduler").config)
@@ -111,6 +126,14 @@ class Method(L.LightningModule):
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Everything that the optimiser moves, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def optimizer_and_schedule(self, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+        """AdamW (or what the config says) over what is trained, and its schedule over ``steps``."""
+        optimizer = self.make_optimizer(list(self.trained_parameters().values()))
+        schedule = get_scheduler(
+            self.lr_schedule, optimizer, num_warmup_steps=self.lr_warmup_steps, num_training_steps=steps
+        )
+        return optimizer, schedule
 
     # ---- training ---------------------------------------------------------------------------------------------------
 

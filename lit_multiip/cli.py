@@ -258,6 +258,7 @@ def _set_up_logging() -> None:
         "in eval mode at the start",
         "not supported by the model summary",
         "treespec",
+        "have no .validation_step",
     ):
         warnings.filterwarnings("ignore", f".*{nag}")
 

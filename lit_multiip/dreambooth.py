@@ -290,9 +290,9 @@ class DreamBooth(Method):
                 states = [one.expand(len(seeds), -1, -1) for one in (prompt, negative)]
                 images = self.sampler(states[0], states[1], None, seeds, self.image_side)
                 drawn.append(images.cpu())
-                encoded.append(self.sampler.encode(images).half().cpu())
+                encoded.append(self.sampler.encode(images).float().cpu())
         part = file.with_name(f"{os.getpid()}.part")
-        save_file({"images": torch.cat(drawn), "moments": torch.cat(encoded)}, part)
+        save_file({"images": torch.cat(drawn), "moments": torch.cat(encoded).half()}, part)
         os.replace(part, file)
 
     def _start(self) -> None:

@@ -530,15 +530,18 @@ def test_impossible_settings_are_refused(wrong: dict[str, Any], message: str) ->
         ({}, None, r"learns one person: set data\.person to one of the 6, such as test_000000"),
         ({}, "test_0000", r"no person 'test_0000': .* such as test_000"),
         ({"max_steps": 1}, PEOPLE[0], r"max_steps=1 would end before model\.steps=2"),
-        ({"precision": "16-mixed"}, PEOPLE[0], r"use trainer\.precision bf16-mixed"),
+        pytest.param(
+            {"precision": "16-mixed", "accelerator": "gpu"},
+            PEOPLE[0],
+            r"use trainer\.precision bf16-mixed",
+            marks=pytest.mark.gpu,
+        ),
     ],
 )
 def test_a_fit_that_cannot_go_well_is_refused_before_work(
     tiny_backbone: Path, features: str, tmp_path: Path, options: dict[str, Any], name: str | None, message: str
 ) -> None:
     module = dreambooth(tiny_backbone, features)
-    if options.get("precision") == "16-mixed" and not torch.cuda.is_available():
-        pytest.skip("Lightning refuses it by itself on a CPU")
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **options).fit(module, datamodule=faces(tiny_backbone, features, person=name))
     assert module.unet is None

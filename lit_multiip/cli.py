@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -140,9 +141,11 @@ def _run_command(name: str, *args: str) -> None:
 def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCLI:
     """Parse ``sys.argv`` and run it; or, not to ``execute``, parse ``args`` without a subcommand and build the objects.
 
-    Model and data are fixed classes; ``backbone`` and ``image_side`` are top-level keys that both are given, so that
-    configs may be laid over one another in any order. The callbacks ``checkpoint``, ``grid`` and ``score`` are set by
-    keys of those names; ``trainer.callbacks`` is the user's own.
+    The model is a ``Method`` by its ``class_path``, the data a fixed class; ``backbone`` and ``image_side`` are
+    top-level keys that both are given. A config may set ``model.init_args`` without a ``class_path``: they are those of
+    the method that another config names, or of MultiIPAdapter, so that configs may be laid over one another in any
+    order. The callbacks ``checkpoint``, ``grid`` and ``score`` are set by keys of those names; ``trainer.callbacks`` is
+    the user's own.
     """
     from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -151,8 +154,12 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
     from lit_multiip.aggregators import Aggregator
     from lit_multiip.callbacks import RecordPeople, SampleGrid, SavePredictions, ValidateAtEnd
     from lit_multiip.data.datamodule import MultiPhotoData
+    from lit_multiip.dreambooth import DreamBooth
     from lit_multiip.evaluation.callback import ScoreTest
+    from lit_multiip.method import Method
     from lit_multiip.runs import read_checkpoint
+
+    methods = (MultiIPAdapter, DreamBooth)  # that can be named without their modules
 
     class Parser(LightningArgumentParser):
         """Raises in place of a screenful of usage."""
@@ -160,9 +167,11 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             if not self.exit_on_error:  # one of several types that are being tried
                 super().error(message, ex)
-            message = " ".join(message.split())
-            if '"model.aggregator"' in message:
+            message = _told(message)
+            if '"aggregator"' in message:
                 message += f"; aggregators are {', '.join(cls.__name__ for cls in Aggregator.__subclasses__())}"
+            elif '"model"' in message and "import path" in message:
+                message += f"; methods are {', '.join(cls.__name__ for cls in methods)}"
             raise UsageError(f"{message}; all options: {self.prog} --help") from ex
 
     class SaveFitConfig(SaveConfigCallback):
@@ -177,8 +186,9 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
             parser.add_argument("--backbone", type=str, default="mini", help="mini, a diffusers folder, or a hub id")
             parser.add_argument("--image_side", type=int | None, default=None, help="px; null: the backbone's own")
             for key in ("backbone", "image_side"):
-                parser.link_arguments(key, f"model.{key}")
+                parser.link_arguments(key, f"model.init_args.{key}")
                 parser.link_arguments(key, f"data.{key}")
+            parser.set_defaults({"model": {"class_path": f"{methods[0].__module__}.{methods[0].__name__}"}})
             parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
             best = {"monitor": "val/loss", "mode": "min", "save_top_k": 1, "filename": "best-{step}"}
             parser.set_defaults({f"checkpoint.{key}": value for key, value in best.items()})
@@ -233,8 +243,9 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
         ],
     }
     return CLI(
-        MultiIPAdapter,
+        Method,
         MultiPhotoData,
+        subclass_mode_model=True,
         save_config_callback=SaveFitConfig,
         trainer_defaults=trainer_defaults,
         seed_everything_default=0,
@@ -260,6 +271,7 @@ def _set_up_logging() -> None:
         "in eval mode at the start",
         "not supported by the model summary",
         "treespec",
+        "have no .validation_step",
     ):
         warnings.filterwarnings("ignore", f".*{nag}")
 
@@ -279,5 +291,11 @@ def _explain(error: Exception) -> str | None:
     if raised_in.is_relative_to(Path(__file__).parent):
         return str(error)
     if "jsonargparse" in raised_in.parts:  # which wraps what a constructor of this package refuses
-        return " ".join(str(error).split())
+        return _told(str(error))
     return None
+
+
+def _told(message: str) -> str:
+    """What jsonargparse has to say in one line, less what it says of types that may also be null."""
+    message = " ".join(message.split()).split(" - Expected a <class 'NoneType'>")[0]
+    return re.sub(r"Does not validate against any of the Union subtypes Subtypes: \[[^]]*\] Errors: - ", "", message)

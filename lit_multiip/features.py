@@ -61,6 +61,22 @@ def to_pixels(signal: Tensor) -> Tensor:
     return ((signal.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def encode_photos(processor: Any, encoder: Any, photos: Sequence[Photo]) -> Tensor:
+    """CLIP image embeddings of photos, (B, D) float32."""
+    pixels = processor([photo.image() for photo in photos], return_tensors="pt").pixel_values
+    return encoder(pixel_values=pixels.to(encoder.device)).image_embeds.float()
+
+
+def encode_prompts(tokenizer: Any, encoder: Any, prompts: Sequence[str]) -> Tensor:
+    """Last hidden states of the text encoder, (B, L, E); what is too long is cut, and told."""
+    length = tokenizer.model_max_length
+    cut = [prompt for prompt in prompts if len(tokenizer(prompt, verbose=False).input_ids) > length]
+    if cut:
+        logger.warning("%d prompts are cut to %d tokens, such as '%s'", len(cut), length, cut[0])
+    tokens = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return encoder(tokens.input_ids.to(encoder.device)).last_hidden_state
+
+
 def prompt_key(prompt: str) -> str:
     """Key of a prompt's row: sha256 of its text."""
     return hashlib.sha256(prompt.encode()).hexdigest()
@@ -217,8 +233,7 @@ class Features:
         encoder = load_component(self.backbone, "image_encoder").to(self.device)
 
         def encode(photos: list[Photo]) -> Tensor:
-            pixels = processor([photo.image() for photo in photos], return_tensors="pt").pixel_values
-            return encoder(pixel_values=pixels.to(self.device)).image_embeds.float()  # (B, D)
+            return encode_photos(processor, encoder, photos)  # (B, D)
 
         return encode
 
@@ -237,12 +252,7 @@ class Features:
         encoder = load_component(self.backbone, "text_encoder").to(self.device)
 
         def encode(prompts: list[str]) -> Tensor:
-            length = tokenizer.model_max_length
-            cut = [prompt for prompt in prompts if len(tokenizer(prompt, verbose=False).input_ids) > length]
-            if cut:
-                logger.warning("%d prompts are cut to %d tokens, such as '%s'", len(cut), length, cut[0])
-            tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-            return encoder(tokens.input_ids.to(self.device)).last_hidden_state.half()  # (B, L, E)
+            return encode_prompts(tokenizer, encoder, prompts).half()  # (B, L, E)
 
         return encode
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lit_multiip.adapter import CheckpointError
+from lit_multiip.method import CheckpointError
 
 logger = logging.getLogger(__name__)
 

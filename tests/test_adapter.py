@@ -12,12 +12,13 @@ from tiny import make_tiny_backbone
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from lit_multiip.adapter import CheckpointError, MultiIPAdapter, NonFiniteLoss
+from lit_multiip.adapter import MultiIPAdapter
 from lit_multiip.aggregators import AvgPool, Concat, SelfAttention
 from lit_multiip.backbone import load_component
 from lit_multiip.data.datamodule import MultiPhotoData
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.evaluation.sampling import Sampling
+from lit_multiip.method import CheckpointError, NonFiniteLoss
 
 Batch = dict[str, Tensor]
 

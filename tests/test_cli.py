@@ -164,6 +164,17 @@ def test_an_unknown_aggregator_is_told_the_known_ones(capsys: pytest.CaptureFixt
     assert "First, MaxPool, AvgPool, Concat, SelfAttention" in message
 
 
+def test_an_unknown_method_or_option_of_a_method_is_told_without_jsonargparses_types(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    message, _ = failing(capsys, "fit", "--model", "Median")
+    assert "methods are MultiIPAdapter, DreamBooth" in message
+    message, _ = failing(capsys, "fit", "--model", "DreamBooth", "--model.aggregator", "MaxPool")
+    assert "Option 'aggregator' is not accepted" in message
+    message, _ = failing(capsys, "fit", "--model.no_such_option", "1")
+    assert "Option 'no_such_option' is not accepted" in message and "NoneType" not in message
+
+
 def test_wrong_values_are_one_line(here: Path, tiny_backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit = ["fit", "--backbone", str(tiny_backbone)]
     message, code = failing(capsys, *fit, "--data.references", "0")

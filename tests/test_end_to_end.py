@@ -29,7 +29,7 @@ def tiny_config(tiny_backbone: Path, random_critic: Path, tmp_path_factory: pyte
     config = {
         "backbone": str(tiny_backbone),
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1},
-        "model": {"sampling": {"steps": 2}},
+        "model": {"init_args": {"sampling": {"steps": 2}}},
         "data": {
             "source": {"class_path": "lit_multiip.data.MiniFaces", "init_args": faces},
             "batch_size": 8,
@@ -181,7 +181,14 @@ def test_a_loss_of_nan_stops_and_keeps_the_last_good_checkpoint(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     # the warm-up's first step has a learning rate of 0, and its second one breaks everything
-    broken = ["--model.optimizer.init_args.lr", "1e38", "--trainer.val_check_interval", "1", "--grid.people", "0"]
+    broken = [
+        "--model.init_args.optimizer.init_args.lr",
+        "1e38",
+        "--trainer.val_check_interval",
+        "1",
+        "--grid.people",
+        "0",
+    ]
     with pytest.raises(SystemExit) as exit_:
         main(["fit", "--config", str(CONFIGS / "self_attn.yaml"), "--config", tiny_config, *broken])
     assert exit_.value.code == 1
@@ -209,3 +216,75 @@ def test_the_config_of_fit_is_taken_by_fit_again(fitted: Path, tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     main(["fit", "--config", str(run_of(fitted) / "config.yaml"), "--trainer.max_steps", "1", "--grid.people", "0"])
     assert (run_of(tmp_path) / "checkpoints" / "last.ckpt").exists()
+
+
+# DreamBooth
+
+
+@pytest.fixture(scope="module")
+def dreambooth(tiny_config: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = str(tmp_path_factory.mktemp("class_images"))
+    short = ["--model.steps", "2", "--model.class_images", "3", "--model.class_folder", folder]
+    return ["--config", str(CONFIGS / "dreambooth.yaml"), "--config", tiny_config, *short]
+
+
+def test_dreambooth_is_tested_on_everyone_without_a_checkpoint(
+    dreambooth: list[str], tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["test", *dreambooth])
+    results = json.loads((tmp_path / "runs" / "dreambooth" / "version_0" / "test" / "metrics.json").read_text())
+    assert results["protocol"]["people"] == 3 and results["protocol"]["tasks"] == 6
+    anchors = ["no_references", "vae_round_trip", "real_other_photo", "real_vs_real"]  # there is no image embedding
+    assert list(results["rows"]) == ["DreamBooth", *anchors]
+    assert set(results["seconds"]) == {"personalise", "class_images", "method", "anchors", "scoring"}
+    assert all(seconds > 0 for seconds in results["seconds"].values())
+    assert results["describe"]["trained_parameters"] > 10_000 and results["describe"]["steps"] == 2
+
+
+def test_all_methods_are_tested_by_one_protocol_and_the_adapters_pay_for_the_image_encoder(
+    dreambooth: list[str], tiny_config: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["test", *dreambooth, "--score.anchors", "false"])
+    main(["test", "--config", str(CONFIGS / "avg_pool.yaml"), "--config", tiny_config, "--score.anchors", "false"])
+    one, two = (
+        json.loads((tmp_path / "runs" / name / "version_0" / "test" / "metrics.json").read_text())
+        for name in ("dreambooth", "avg_pool")
+    )
+    assert one["protocol"] == two["protocol"]
+    assert two["seconds"]["personalise"] > 0 and set(two["seconds"]) == {"personalise", "method", "anchors", "scoring"}
+
+
+def test_fit_keeps_one_person_whom_bare_predict_draws_and_bare_test_tests_everyone(
+    dreambooth: list[str], tmp_path: Path, monkeypatch, caplog
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO")
+    main(["fit", *dreambooth, "--data.person", "test_000002"])
+    run = tmp_path / "runs" / "dreambooth" / "version_0"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["lit_multiip"]["person"] == "test_000002" and checkpoint["global_step"] == 2
+    assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"unet"}
+
+    main(["predict", "--prompts", "a photo of a person", "--seeds", "0", "1"])
+    facts = json.loads((run / "predict" / "test_000002" / "predict.json").read_text())
+    assert facts["person"] == "test_000002" and len(facts["images"]) == 2
+    assert "predict of run runs/dreambooth/version_0, checkpoint last.ckpt" in caplog.text
+    assert "the checkpoint is of test_000002" in caplog.text
+
+    main(["test", "--score.anchors", "false"])
+    assert "the checkpoint's test_000002 is tuned on anew, as is everyone" in caplog.text
+    assert json.loads((run / "test" / "metrics.json").read_text())["protocol"]["people"] == 3
+
+
+def test_fit_of_dreambooth_asks_for_a_person(
+    dreambooth: list[str], tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", *dreambooth])
+    assert exit_.value.code == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: this method learns one person: set data.person to one of the 8, such as test_")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lit_multiip.data.groups import EpochSampler, HeldOutGroups, draw_references
+from lit_multiip.data.groups import EpochSampler, HeldOutGroups, ShareSampler, draw_references
 from lit_multiip.data.people import FilePhoto, Person
 
 
@@ -137,3 +138,11 @@ def test_epochs_have_different_orders() -> None:
     second = list(sampler)
     assert [index for _, index in first] != [index for _, index in second]
     assert {epoch for epoch, _ in first} == {0} and {epoch for epoch, _ in second} == {1}
+
+
+@pytest.mark.parametrize(("size", "world"), [(12, 1), (12, 3), (13, 3), (5, 4), (1, 2), (0, 1)])
+def test_ranks_take_runs_of_tasks_equally_long_and_together_all(size: int, world: int) -> None:
+    shares = [list(ShareSampler(size, rank, world)) for rank in range(world)]
+    assert {len(share) for share in shares} == {-(-size // world)}
+    assert {index for share in shares for index in share} == set(range(size))
+    assert all(b - a in (0, 1) for share in shares for a, b in pairwise(share))

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lit_multiip.data.groups import Balance, EpochSampler, HeldOutGroups, Target, draw_references, stable_hash
+from lit_multiip.data.groups import (
+    Balance,
+    EpochSampler,
+    HeldOutGroups,
+    ShareSampler,
+    Target,
+    draw_references,
+    stable_hash,
+)
 from lit_multiip.data.people import (
     DataError,
     MiniFaces,
@@ -39,7 +47,8 @@ class PredictArgs:
     """What ``predict`` draws: every prompt with every seed, of one person.
 
     Args:
-        photos: folder with photos of the person, any number; None takes the first test person.
+        photos: folder with photos of the person, any number; None takes data.person, else the first test person, and
+            the references that a test gives them.
         prompts: what to draw; None takes a prompt a scene of the reference photos.
         seeds: one image each per prompt.
     """
@@ -59,16 +68,31 @@ class Request:
     seed: int
 
 
-class TaskDataset(Dataset[dict[str, Tensor]]):
+def reference_set(person: str, references: Sequence[Photo], features: Features) -> dict[str, Any]:
+    """What a method needs that tunes on one person.
+
+    Returns:
+        person: the name.
+        reference_set: names the person and the photos' contents, so that a copy of another set is not taken for it.
+        reference_moments: posterior means and logvars, (R, 2C, h, w).
+    """
+    return {
+        "person": person,
+        "reference_set": f"{stable_hash(person, *map(content_key, references)):016x}",
+        "reference_moments": torch.stack([features.moments(photo) for photo in references]),
+    }
+
+
+class TaskDataset(Dataset[dict[str, Any]]):
     """Evaluation tasks (or requests, which have no held-out photo) with their features.
 
-    An item holds ``task`` (), ``references`` and ``other_references`` (R, D), the latter of the next person,
-    ``prompt_embeds`` and ``negative_prompt_embeds`` (L, E), ``seed`` (), and ``moments`` (2C, h, w) of the held-out
-    photo, where there is one.
+    An item holds ``task`` (), ``prompt``, ``prompt_embeds`` and ``negative_prompt_embeds`` (L, E), ``seed`` (), and
+    ``moments`` (2C, h, w) of the held-out photo, where there is one. Of the references it holds their embeddings,
+    ``references`` (R, D), and those of the next person, ``other_references``; or, ``per_person``, a ``reference_set``.
     """
 
-    def __init__(self, tasks: Sequence[Task | Request], features: Features) -> None:
-        self.tasks, self.features = tasks, features
+    def __init__(self, tasks: Sequence[Task | Request], features: Features, per_person: bool = False) -> None:
+        self.tasks, self.features, self.per_person = tasks, features, per_person
         references = {task.person: task.references for task in tasks}
         people = list(references)
         self.others = {name: references[people[(i + 1) % len(people)]] for i, name in enumerate(people)}
@@ -76,23 +100,41 @@ class TaskDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.tasks)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         task = self.tasks[index]
         item = {
             "task": torch.tensor(index),
-            "references": self.features.embeds(task.references),
-            "other_references": self.features.embeds(self.others[task.person]),
+            "prompt": task.prompt,
             "prompt_embeds": self.features.text(task.prompt),
             "negative_prompt_embeds": self.features.text(""),
             "seed": torch.tensor(task.seed),
         }
+        if self.per_person:
+            item |= reference_set(task.person, task.references, self.features)
+        else:
+            item["references"] = self.features.embeds(task.references)
+            item["other_references"] = self.features.embeds(self.others[task.person])
         if not isinstance(task, Request):
             item["moments"] = self.features.moments(task.held_out)
         return item
 
 
+class OnePerson(IterableDataset[dict[str, Any]]):
+    """One reference set without end: who trains on it draws from it, and decides when to stop."""
+
+    def __init__(self, item: dict[str, Any]) -> None:
+        self.item = item
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while True:
+            yield self.item
+
+
 class MultiPhotoData(L.LightningDataModule):
     """Groups of a person's photos for training, and tasks for validation, test and predict.
+
+    Where the trainer's module learns a person at a time (``per_person``), fit is given ``person`` alone: the reference
+    set that a test gives them, nothing held out, and no validation.
 
     Args:
         backbone: folder, hub id or ``mini``; its frozen encoders make the features. Linked to the model's.
@@ -126,6 +168,7 @@ class MultiPhotoData(L.LightningDataModule):
         seed: of the split, the groups and the tasks.
         training_seed: of the training groups alone, for several trainings on one protocol; None takes ``seed``.
         predict: what ``predict`` draws.
+        person: whom fit learns, where the method learns one person; whom predict draws.
     """
 
     def __init__(
@@ -159,6 +202,7 @@ class MultiPhotoData(L.LightningDataModule):
         seed: int = 0,
         training_seed: int | None = None,
         predict: PredictArgs | None = None,
+        person: str | None = None,
     ) -> None:
         super().__init__()
         if min(batch_size, eval_batch_size, encode_batch_size, references, held_out, seeds, validation_held_out) < 1:
@@ -178,12 +222,14 @@ class MultiPhotoData(L.LightningDataModule):
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.cache_dir, self.encode_batch_size, self.seed = cache_dir, encode_batch_size, seed
         self.training_seed = seed if training_seed is None else training_seed
-        self.predict_args = predict or PredictArgs()
+        self.predict_args, self.person = predict or PredictArgs(), person
+        self.per_person = False  # setup asks the trainer's module
         self.split: Split | None = None
         self.features: Features | None = None
         self.tasks: list[Task] = []
         self.validation_tasks: list[Task] = []
         self.requests: list[Request] = []
+        self.tuning: Task | None = None
 
     def prepare_data(self) -> None:
         """Fetch or extract the source once, on one process."""
@@ -193,23 +239,32 @@ class MultiPhotoData(L.LightningDataModule):
         """Choose and split the people, then encode what this stage will need."""
         from lit_multiip.evaluation.tasks import make_tasks
 
+        if self.trainer is not None:
+            self.per_person = getattr(self.trainer.lightning_module, "per_person", False)
+        if stage == "fit" and not self.per_person and self.person is not None:
+            raise DataError(f"data.person='{self.person}' is for methods that learn one person: leave it out of fit")
         if stage == "predict" and self.predict_args.photos is not None:
-            self._setup_predict(read_person(self.predict_args.photos))
+            [person] = check_photos([read_person(self.predict_args.photos)], self.on_unreadable, progress=False)
+            self._setup_predict(person, self._draw_references(_distinct(person)))
             return
         if self.split is None:
             self.split = self._split()
         if stage == "predict":
-            self._setup_predict(self.split.test[0])
+            person = self._find(self.person) if self.person else self.split.test[0]
+            self._setup_predict(person, self._tested(person).references)
             return
         photos: list[Photo] = []
         targets: list[Photo] = []
-        if stage in ("fit", "validate"):
+        if stage == "fit" and self.per_person:
+            self.tuning = self._tested(self._find(self.person))
+            targets += self.tuning.references
+        elif stage == "fit":
+            photos += [photo for person in self.split.train for photo in person.photos]
+            targets += photos
+        if stage in ("fit", "validate") and not self.per_person:
             self.validation_tasks = make_tasks(
                 self.split.validation, self.references, self.validation_held_out, 1, self.seed
             )
-        if stage == "fit":
-            photos += [photo for person in self.split.train for photo in person.photos]
-            targets += photos
         if stage == "test":
             people = select_people(getattr(self.split, self.tested), 2, self.tested_people, self.seed)
             self.tasks = make_tasks(people, self.references, self.held_out, self.seeds, self.seed)
@@ -218,6 +273,24 @@ class MultiPhotoData(L.LightningDataModule):
             targets.append(task.held_out)
         prompts = [photo.prompt for photo in targets]
         self._build(photos, targets, prompts)
+
+    def _find(self, name: str | None) -> Person:
+        """Return the person of that name, of whichever part of the split."""
+        assert self.split is not None
+        people = [*self.split.test, *self.split.validation, *self.split.train]
+        for person in people:
+            if person.name == name:
+                return person
+        known = [person.name for person in people]
+        some = ", ".join(difflib.get_close_matches(name or "", known) or known[:3])
+        wrong = "this method learns one person" if name is None else f"there is no person '{name}'"
+        raise DataError(f"{wrong}: set data.person to one of the {len(known)}, such as {some}")
+
+    def _tested(self, person: Person) -> Task:
+        """Return one of a person's tasks in a test, for the references that all have: no held-out photo is in them."""
+        from lit_multiip.evaluation.tasks import make_tasks
+
+        return make_tasks([person], self.references, self.held_out, 1, self.seed)[0]
 
     def _split(self) -> Split:
         people = select_people(self.source.people(), self.min_photos, self.max_people, self.seed)
@@ -230,22 +303,25 @@ class MultiPhotoData(L.LightningDataModule):
         logger.info("people: %s", counts)
         return split
 
-    def _setup_predict(self, person: Person) -> None:
-        [person] = check_photos([person], self.on_unreadable, progress=False)
-        photos = _distinct(person).photos
-        rng = np.random.default_rng([self.seed, stable_hash(person.name)])
-        chosen = tuple(photos[i] for i in draw_references(range(len(photos)), self.references, rng))
+    def _draw_references(self, person: Person) -> tuple[Photo, ...]:
+        photos, rng = person.photos, np.random.default_rng([self.seed, stable_hash(person.name)])
         if len(photos) != self.references:
             what = "the surplus is dropped" if len(photos) > self.references else "missing ones are drawn again"
             logger.warning("%s has %d photos, %d are used: %s", person.name, len(photos), self.references, what)
-        prompts = self.predict_args.prompts or list(dict.fromkeys(photo.prompt for photo in photos))[:4]
+        return tuple(photos[i] for i in draw_references(range(len(photos)), self.references, rng))
+
+    def _setup_predict(self, person: Person, references: tuple[Photo, ...]) -> None:
+        prompts = self.predict_args.prompts or list(dict.fromkeys(photo.prompt for photo in person.photos))[:4]
         seeds = self.predict_args.seeds
         if not seeds or not all(prompts):
             raise DataError("data.predict needs at least one seed, and prompts that are not empty")
-        self.requests = [Request(person.name, chosen, prompt, seed) for prompt in prompts for seed in seeds]
-        self._build(list(chosen), [], prompts)
+        self.requests = [Request(person.name, references, prompt, seed) for prompt in prompts for seed in seeds]
+        self._build(list(references), [], prompts)
 
     def _build(self, photos: list[Photo], targets: list[Photo], prompts: list[str]) -> None:
+        """Encode photos that condition, photos whose latents are asked for, and prompts."""
+        if self.per_person:  # which tunes on the photos' latents, and asks for no embeddings
+            photos, targets = [], photos + targets
         strategy: Any = self.trainer.strategy if self.trainer is not None else None
         device = strategy.root_device if strategy else "cpu"
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
@@ -258,6 +334,9 @@ class MultiPhotoData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of ``HeldOutGroups`` items; its own sampler serves all ranks (``use_distributed_sampler: false``)."""
         assert self.split is not None and self.features is not None
+        if self.tuning is not None:
+            item = reference_set(self.tuning.person, self.tuning.references, self.features)
+            return DataLoader(OnePerson(item), batch_size=1)
         references = 1 if self.target == "reference" else self.references
         groups = HeldOutGroups(
             self.split.train, self.features, self.training_seed, references, self.balance, self.target, self.drop
@@ -291,13 +370,8 @@ class MultiPhotoData(L.LightningDataModule):
 
     def _task_loader(self, tasks: Sequence[Task | Request]) -> DataLoader[Any]:
         assert self.features is not None
-        dataset = TaskDataset(tasks, self.features)
-        rank, world = self._rank_and_world()
-        sampler: Any = None
-        if world > 1:
-            from torch.utils.data.distributed import DistributedSampler
-
-            sampler = DistributedSampler(dataset, world, rank, shuffle=False)
+        dataset = TaskDataset(tasks, self.features, self.per_person)
+        sampler = ShareSampler(len(dataset), *self._rank_and_world())
         return DataLoader(dataset, batch_size=self.eval_batch_size, sampler=sampler)  # by name: Lightning rebuilds it
 
     def _rank_and_world(self) -> tuple[int, int]:

@@ -155,3 +155,21 @@ class EpochSampler(Sampler[tuple[int, int]]):
         padded = np.resize(order, len(self) * self.world)
         for index in padded[self.rank :: self.world]:
             yield self.epoch, int(index)
+
+
+class ShareSampler(Sampler[int]):
+    """Yields 0 .. size - 1 in order, rank r of W a run of ceil(size / W) of them.
+
+    Runs, because tasks are sorted by person and a method may work person by person. Where they are too few the last one
+    is repeated, so that all ranks have equally many.
+    """
+
+    def __init__(self, size: int, rank: int = 0, world: int = 1) -> None:
+        self.size, self.rank, self.count = size, rank, -(-size // world)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        start = self.rank * self.count
+        return (min(index, self.size - 1) for index in range(start, start + self.count))

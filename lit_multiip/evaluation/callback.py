@@ -9,7 +9,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import lightning as L
 import numpy as np
@@ -26,10 +26,12 @@ from lit_multiip.evaluation.intervals import Score, person_bootstrap
 from lit_multiip.evaluation.pictures import labelled_grid
 from lit_multiip.evaluation.scores import ImageSet, diversity, identity_scores, nearest_reference, summarise
 from lit_multiip.evaluation.tasks import Task, image_files, protocol
+from lit_multiip.method import References
 
 logger = logging.getLogger(__name__)
 
 NO_SEEDS = ("vae_round_trip", "real_other_photo")  # rows that do not depend on the noise
+ANCHORS: dict[str, References] = {"no_references": "none", "zero_embedding": "zero", "other_person": "other"}
 BATCH = 64  # images a pass of an extractor
 PHOTO_PEOPLE = 12  # whose photos are written beside the images
 
@@ -38,10 +40,10 @@ class Scored(Protocol):
     """What the callback asks of a LightningModule, besides `test_step(batch, i) -> uint8 (B, 3, H, W)`."""
 
     image_side: int  # px
+    conditions: Sequence[References]  # what `generate` can be conditioned on: of the anchors, those are made
+    spent: dict[str, float]  # wall seconds of this test that are not drawing: `personalise`, and others by name
 
-    def generate(
-        self, batch: Any, references: Literal["right", "other", "zero"] = "right", ip_scale: float | None = None
-    ) -> Tensor:
+    def generate(self, batch: Any, references: References = "right") -> Tensor:
         """Sample every task of a batch from its own noise, uint8 (B, 3, H, W)."""
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -60,13 +62,20 @@ class ScoreTest(L.Callback):
 
     | row              | images                                              | what it tells                         |
     |------------------|-----------------------------------------------------|---------------------------------------|
-    | no_references    | IP-Adapter scale 0                                  | the backbone alone                    |
+    | no_references    | IP-Adapter scale 0, or nothing tuned                | the backbone alone                    |
     | zero_embedding   | a zero image embedding, whose tokens are not zero   | the adapter alone                     |
     | other_person     | references of another person                        | the identity of a stranger            |
     | vae_round_trip   | the held-out photo through the VAE                  | what the best of samplers could reach |
     | real_other_photo | a reference itself; its prompt is another one       | how alike two photos of a person are  |
     | real_held_out    | the held-out photo itself, `nearest_reference` alone | what is not copied scores this much  |
     | real_vs_real     | as many photos of training people, set scores alone | FID and KID of real photos at this N  |
+
+    Those of the first three are made that the method can be conditioned on.
+
+    `seconds` in metrics.json are rank 0's wall time: `personalise` is what all its people cost before the first image
+    of each (DreamBooth: tuning; the adapters: the image encoder's pass over the references and the aggregator, measured
+    on one person), `class_images` what drawing those took where they were not there yet, `method` drawing alone,
+    `anchors` and `scoring` what they say.
 
     FID and KID compare a row's images with all held-out photos, each once. real_vs_real takes its photos from as many
     training people as are tested, if there are so many, and evenly; fewer photos than tasks are counted as such.
@@ -79,7 +88,7 @@ class ScoreTest(L.Callback):
 
     Args:
         extractors: Networks that score; None takes the miniature's critic, and critic_b where its folder is there.
-        anchors: Make and score the anchor rows too; three of them take as long as the method's own.
+        anchors: Make and score the anchor rows too; each of the first three takes as long as drawing the method's own.
         groups: Of the jackknife over people.
         resamples: Of the bootstrap over people.
         grid_people: People in grid.png, at most.
@@ -166,9 +175,9 @@ class ScoreTest(L.Callback):
 
     # ---- per batch --------------------------------------------------------------------------------------------------
 
-    def on_test_batch_start(self, *_: Any, **__: Any) -> None:
-        """Start the clock."""
-        self._started = time.perf_counter()
+    def on_test_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any, **__: Any) -> None:
+        """Start the clocks."""
+        self._started, self._personalised = time.perf_counter(), pl_module.spent["personalise"]
 
     def on_test_batch_end(
         self,
@@ -184,7 +193,7 @@ class ScoreTest(L.Callback):
         self._index.append(batch["task"].cpu())
         self._rows["method"].append(outputs.cpu())
         sampled = time.perf_counter()
-        self._seconds["method"] += sampled - self._started
+        self._seconds["method"] += sampled - self._started - (module.spent["personalise"] - self._personalised)
         if self.anchors:
             # hooks lack the autocast that the steps have
             with torch.no_grad(), trainer.precision_plugin.forward_context():
@@ -195,12 +204,8 @@ class ScoreTest(L.Callback):
     @staticmethod
     def _anchor_images(module: Scored, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         mean = batch["moments"].chunk(2, dim=1)[0]  # (B, 2C, h, w) => (B, C, h, w)
-        return {
-            "no_references": module.generate(batch, ip_scale=0.0),
-            "zero_embedding": module.generate(batch, references="zero"),
-            "other_person": module.generate(batch, references="other"),
-            "vae_round_trip": module.decode(mean),
-        }
+        drawn = {row: module.generate(batch, given) for row, given in ANCHORS.items() if given in module.conditions}
+        return {**drawn, "vae_round_trip": module.decode(mean)}
 
     # ---- afterwards -------------------------------------------------------------------------------------------------
 
@@ -294,7 +299,7 @@ class ScoreTest(L.Callback):
             for task, file, cell in zip(tasks, files, cells[name], strict=True)
         ]
         report.write_csv(self._folder / "scores.csv", lines)
-        seconds = {**self._seconds, "scoring": time.perf_counter() - started}
+        seconds = {**pl_module.spent, **self._seconds, "scoring": time.perf_counter() - started}
         results = report.results(protocol(tasks), scores, _facts(self.extractors), describe, seconds)
         results["photos"] = _write_photos(self._folder, tasks, files, pixels, real)
         results["audit"] = self._audit

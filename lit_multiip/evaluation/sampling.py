@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from lit_multiip.backbone import load_component, resolve_backbone, set_ip_scale
-from lit_multiip.features import to_pixels
+from lit_multiip.features import to_pixels, to_signal
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Sampler:
 
     Args:
         backbone: anything ``resolve_backbone`` takes.
-        unet: with an IP-Adapter installed.
+        unet: with or without an IP-Adapter installed.
         sampling: scheduler and steps.
     """
 
@@ -83,7 +85,7 @@ class Sampler:
         self,
         prompt_embeds: Tensor,
         negative_prompt_embeds: Tensor,
-        image_embeds: Tensor,
+        image_embeds: Tensor | None,
         seeds: list[int],
         side: int,
         ip_scale: float | None = None,
@@ -93,7 +95,8 @@ class Sampler:
         Args:
             prompt_embeds: text states, (B, L, E).
             negative_prompt_embeds: text states of "", (B, L, E).
-            image_embeds: aggregated image embeddings, (B, M, D); the negative ones are zeros.
+            image_embeds: aggregated image embeddings, (B, M, D); the negative ones are zeros. None for a UNet without
+                IP-Adapter.
             seeds: one an image.
             side: of the image in px.
             ip_scale: overrides ``sampling.ip_scale``.
@@ -102,10 +105,8 @@ class Sampler:
             RGB, (B, 3, side, side) uint8.
         """
         guided = self.sampling.guidance_scale > 1
-        embeds = torch.cat([torch.zeros_like(image_embeds), image_embeds]) if guided else image_embeds
-        set_ip_scale(self.unet, self.sampling.ip_scale if ip_scale is None else ip_scale)  # type: ignore[arg-type]
-        self.pipe.vae.to(image_embeds.device)
-        try:
+        self.pipe.vae.to(prompt_embeds.device)
+        with self._image_attention(self.sampling.ip_scale if ip_scale is None else ip_scale, image_embeds):
             images = self.pipe(
                 height=side,
                 width=side,
@@ -113,15 +114,38 @@ class Sampler:
                 guidance_scale=self.sampling.guidance_scale,
                 prompt_embeds=prompt_embeds,
                 negative_prompt_embeds=negative_prompt_embeds if guided else None,
-                ip_adapter_image_embeds=[embeds],
+                ip_adapter_image_embeds=_with_negatives(image_embeds, guided),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type="pt",
             ).images
+        return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+    @contextmanager
+    def _image_attention(self, scale: float, image_embeds: Tensor | None) -> Iterator[None]:
+        """Weigh the photos by ``scale``, where there are any; the UNet is left at 1, as it is trained."""
+        if image_embeds is None:
+            yield
+            return
+        set_ip_scale(self.unet, scale)  # type: ignore[arg-type]
+        try:
+            yield
         finally:
             set_ip_scale(self.unet, 1.0)  # type: ignore[arg-type]
-        return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Encode RGB (B, 3, H, W) uint8 to the VAE's posterior mean and logvar, (B, 2C, h, w)."""
+        vae = self.pipe.vae.to(pixels.device)
+        posterior = vae.encode(to_signal(pixels)).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode unscaled latents (B, C, h, w) to RGB, (B, 3, H, W) uint8."""
         vae = self.pipe.vae.to(latents.device)
         return to_pixels(vae.decode(latents).sample)
+
+
+def _with_negatives(image_embeds: Tensor | None, guided: bool) -> list[Tensor] | None:
+    """As the pipeline takes them: under guidance the negative ones, zeros, come first."""
+    if image_embeds is None:
+        return None
+    return [torch.cat([torch.zeros_like(image_embeds), image_embeds]) if guided else image_embeds]

@@ -75,9 +75,11 @@ class Perfect(L.LightningModule):
     """Makes the held-out photo itself; without the right references, noise that depends on the seed alone."""
 
     image_side = SIDE
+    conditions = ("right", "none", "zero", "other")
 
     def __init__(self, backbone=".", name="Perfect"):
         super().__init__()
+        self.spent = {"personalise": 0.5}
         self.backbone, self.name = backbone, name
         self.calls = []
 
@@ -88,9 +90,9 @@ class Perfect(L.LightningModule):
         self.calls.append("method")
         return self.generate(batch)
 
-    def generate(self, batch, references="right", ip_scale=None):
-        self.calls.append((references, ip_scale))
-        if references == "right" and ip_scale is None:
+    def generate(self, batch, references="right"):
+        self.calls.append(references)
+        if references == "right":
             return self.decode(batch["moments"].chunk(2, dim=1)[0])
         noise = [torch.Generator().manual_seed(int(seed)) for seed in batch["seed"]]
         return torch.stack([torch.randint(0, 256, (3, SIDE, SIDE), generator=g).to(torch.uint8) for g in noise])
@@ -143,7 +145,7 @@ def test_images_that_are_the_held_out_photos_score_perfectly(tested):
 
 def test_anchors_are_made_as_documented_and_frame_the_method(tested):
     folder, _, module, _ = tested
-    assert module.calls[:5] == ["method", ("right", None), ("right", 0.0), ("zero", None), ("other", None)]
+    assert module.calls[:5] == ["method", "right", "none", "zero", "other"]
     rows = read(folder)[0]["rows"]
     assert list(rows) == ["Perfect", *ANCHORS]
     value = {row: {key: score["value"] for key, score in scores.items()} for row, scores in rows.items()}
@@ -192,6 +194,25 @@ def test_a_leak_is_refused_before_anything_is_sampled(tmp_path):
     assert not (tmp_path / "metrics.json").exists()
 
 
+def test_only_the_anchors_are_made_that_the_method_can_be_conditioned_on(tmp_path):
+    module = Perfect()
+    module.conditions = ("right", "none")
+    run(tmp_path, module=module, data=Data(test=1))
+    assert set(module.calls) == {"method", "right", "none"}
+    assert list(read(tmp_path)[0]["rows"]) == ["Perfect", ANCHORS[0], *ANCHORS[3:]]
+
+
+def test_personalising_is_no_part_of_the_methods_seconds(tmp_path):
+    class Slow(Perfect):
+        def test_step(self, batch, i):
+            self.spent["personalise"] += 1000  # as if a thousand seconds of this step had gone into it
+            return super().test_step(batch, i)
+
+    run(tmp_path, module=Slow(), data=Data(test=2), anchors=False)  # 4 tasks, 2 batches
+    seconds = read(tmp_path)[0]["seconds"]
+    assert seconds["personalise"] == 2000.5 and -2000 < seconds["method"] < -1900
+
+
 def test_every_score_states_how_many_images_and_people_it_is_of(tested):
     folder, data, *_ = tested
     metrics, _ = read(folder)
@@ -211,7 +232,7 @@ def test_results_carry_what_made_them_and_no_bare_nan(tested):
     assert metrics["describe"]["guidance_scale"] is None
     assert metrics["versions"]["torch"] == torch.__version__.split("+")[0] or metrics["versions"]["torch"]
     assert metrics["extractors"]["thumbnail"]["num_classes"] == 27
-    assert set(metrics["seconds"]) == {"method", "anchors", "scoring"}
+    assert set(metrics["seconds"]) == {"personalise", "method", "anchors", "scoring"}
     assert all(seconds > 0 for seconds in metrics["seconds"].values())
 
 
@@ -360,9 +381,9 @@ def test_anchors_are_sampled_in_the_trainers_precision(tmp_path):
     seen = []
 
     class Watched(Perfect):
-        def generate(self, batch, references="right", ip_scale=None):
+        def generate(self, batch, references="right"):
             seen.append(torch.is_autocast_enabled("cpu"))
-            return super().generate(batch, references, ip_scale)
+            return super().generate(batch, references)
 
     run(tmp_path, module=Watched(), data=Data(test=1), trainer_options={"precision": "bf16-mixed"})
     assert seen == [True] * 4  # one batch, four rows

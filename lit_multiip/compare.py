@@ -65,6 +65,7 @@ class Row:
         fit: train it before it is tested; what is tested otherwise is the published adapter as it is, or a method that
             learns within the test.
         seeds: train it once per training seed; otherwise it has no training seed.
+        seed_options: what a training seed is given to; data, split and test tasks have their own.
         run: a run that was trained before, to be tested in place of a fit of its own.
         options: of both commands, such as ``model.trained: aggregator``.
         paper: the paper's own figures.
@@ -75,6 +76,7 @@ class Row:
     group: Literal["paper", "control"] = "control"
     fit: bool = False
     seeds: bool = False
+    seed_options: list[str] = field(default_factory=lambda: ["seed_everything", "data.training_seed"])
     run: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     paper: dict[str, float] | None = None
@@ -205,7 +207,7 @@ def make_steps(
             run = folder / name / f"version_{seed}"
             own = {**options, **row.options}
             if row.seeds:
-                own |= {"seed_everything": seed, "data.training_seed": seed}
+                own |= dict.fromkeys(row.seed_options, seed)
             place = {"save_dir": str(folder), "name": name, "version": f"version_{seed}"}
             shared = [part for file in files for part in ("--config", file)]
             shared += [f"--{key}={_as_argument(value)}" for key, value in own.items()]

@@ -28,6 +28,10 @@ from lit_multiip.evaluation.tasks import Task
 logger = logging.getLogger(__name__)
 
 RECORD = "trained_on"  # key in a checkpoint
+NO_TEST = {  # sides other than the test's that can be scored
+    "validation": "- training: NO TEST, validation people: for choosing options, which then suit them",
+    "train": "- training: NO TEST, training people: for seeing what was learned by heart",
+}
 SIGNATURE_SIDE = 32  # px
 SIMILAR_PIXELS = 0.95
 SIMILAR_EMBEDDING = 0.995
@@ -69,10 +73,14 @@ def find_record(trainer: Any, describe: Mapping[str, Any]) -> tuple[str, dict[st
     """Find out what the tested weights were trained on.
 
     Returns:
-        `recorded` and the record; `nothing` where this project trained nothing; or `unknown`.
+        `recorded` and the record; `nothing` where this project trained nothing; or `unknown`. Where those
+        who are scored are no test people (`data.tested`): their side, `validation` or `train`, and no record.
     """
     from lit_multiip.runs import read_checkpoint
 
+    side = getattr(trainer.datamodule, "tested", "test")
+    if side != "test":
+        return side, None
     path = trainer.ckpt_path
     if path is None and trainer.global_step > 0:  # fit and test of one Trainer
         split = trainer.datamodule.split
@@ -103,7 +111,8 @@ def audit_tasks(tasks: Sequence[Task], status: str, record: Mapping[str, Tensor]
         | pairs                       | of a held-out photo and a reference of its own task, all compared    |
         | same_photo                  | pairs of equal (person, name), content or pixels: 0, or refused      |
         | near_duplicates.pixels      | see `near_duplicates`                                                |
-        | training.status             | `recorded`, `nothing` or `unknown`                                   |
+        | training.status             | `recorded`, `nothing`, `unknown`; `validation` or `train` where no   |
+        |                             | test people are scored                                               |
         | training.people, .photos    | on record; None without one                                          |
         | training.people_seen        | test people among these: 0, or refused                               |
         | training.photos_seen        | test photos among these, by content: 0, or refused                   |
@@ -160,6 +169,8 @@ def _check_training(
                 f"such as '{copies[0].name}' of '{copies[0].person}': one person has two names; keep one"
             )
         facts |= {"people": len(people), "photos": len(photos), "people_seen": 0, "photos_seen": 0}
+    if status in NO_TEST:
+        return {"status": status, **facts, "drawn_people_of_other_roles": None}
     drawn = {photo.person: photo.index for photo in keys if isinstance(photo, DrawnPhoto)}
     if wrong := [name for name, index in drawn.items() if index not in mini_faces.ROLES["test"]]:
         raise LeakError(
@@ -268,6 +279,7 @@ def summary(audit: Mapping[str, Any]) -> str:
             "record, training and validation; no test person and no test photo among them",
             "nothing": "- training: nothing was trained in this project",
             "unknown": "- training: UNKNOWN, the weights carry no record of whom they were trained on",
+            **NO_TEST,
         }[training["status"]]
     )
     if training["drawn_people_of_other_roles"] is not None:

@@ -208,3 +208,13 @@ def test_what_is_not_known_is_told(caplog: pytest.LogCaptureFixture) -> None:
         assert text in summary(audit_tasks(tasks, status, None))
     warn(audit_tasks(tasks, "unknown", None))
     assert "carry no record" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["validation", "train"])
+def test_scores_of_people_who_are_no_test_people_say_so(name: str) -> None:
+    data = SimpleNamespace(tested=name)
+    trainer = SimpleNamespace(datamodule=data, ckpt_path="any.ckpt", global_step=0)
+    status, record = find_record(trainer, {})
+    assert (status, record) == (name, None)
+    audit = audit_tasks(make_tasks(side(name), 4, 2), status, record)
+    assert f"NO TEST, {'training' if name == 'train' else name} people" in summary(audit)

@@ -181,11 +181,11 @@ def inspect_person(model: Any, tasks: Sequence[Task], items: Sequence[Mapping[st
     found.values["loss_increase"] = np.mean(increases, axis=0)
     cosines = F.cosine_similarity(mean_token(model, everything), mean_token(model, without))  # (N,)
     found.values["token_shift"] = 1 - cosines.double().cpu().numpy()
-    shows = [visible_traits(photo) for photo in references]
-    if all(row is not None for row in shows):
-        table = np.stack(shows)  # type: ignore[arg-type]
+    shows = [row for photo in references if (row := visible_traits(photo)) is not None]
+    targets = [row for task in tasks if (row := visible_traits(task.held_out)) is not None]
+    if len(shows) == len(references) and targets:
+        table = np.stack(shows)  # (N, T)
         found.values |= {"rarity": rarity(table), "visible_regions": visible_regions(table)}
-        targets = [visible_traits(task.held_out) for task in tasks]
         found.values["needed"] = np.mean([rarity(table & target) for target in targets], axis=0)
     return found
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from lit_multiip.cli import COMMANDS, expand, main
 
@@ -17,6 +19,25 @@ LINES = [part.split("  #")[0].strip() for block in BLOCKS for line in block.spli
 OWN = sorted({line for line in LINES if line.startswith("python -m lit_multiip")})
 
 
+def write_gated(folder: Path) -> None:
+    [code] = re.findall(r"```python\n(.*?class Gated.*?)```", README, re.DOTALL)
+    (folder / "gated.py").write_text(code)
+
+
+def test_the_aggregator_of_the_readme_is_average_pooling_until_it_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gated(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    aggregator = importlib.import_module("gated").Gated(8)
+    embeds = torch.randn(3, 9, 8, generator=torch.Generator().manual_seed(0))
+    out = aggregator(embeds)
+    assert out.shape == (3, 1, 8) and torch.allclose(out, embeds.mean(1, keepdim=True), atol=1e-6)
+    assert len((tmp_path / "gated.py").read_text().splitlines()) <= 20
+    out.square().sum().backward()
+    assert aggregator.query.grad.abs().max() > 1e-3
+
+
 def test_two_commands_set_everything_up() -> None:
     first, second = (block.strip() for block in BLOCKS[:2])
     assert first.endswith("python -m lit_multiip test") and second.endswith("pytest")
@@ -25,9 +46,12 @@ def test_two_commands_set_everything_up() -> None:
 
 @pytest.mark.parametrize("line", OWN)
 def test_every_command_of_the_readme_parses(
-    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
+    if "gated.Gated" in line:
+        write_gated(tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
     command, *options = shlex.split(line)[3:]
     if command in COMMANDS or "--config" in options:
         check = [command, *options, "--print_config"]

@@ -296,7 +296,7 @@ def test_without_anchors_only_the_method_is_sampled(tmp_path):
     metrics, lines = read(tmp_path)
     assert list(metrics["rows"]) == ["Perfect"]
     assert len(lines) == 6
-    assert module.calls == ["method", ("right", None)] * 3
+    assert module.calls == ["method", "right"] * 3
 
 
 def test_the_protocol_is_of_the_tasks_that_were_sampled(tmp_path, caplog):

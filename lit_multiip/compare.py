@@ -7,6 +7,7 @@ skipped, and an interrupted fit goes on from its last checkpoint.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -42,6 +43,7 @@ PRESENTATION = (
     "evaluation/inspection.py",
     "evaluation/page.py",
     "evaluation/pictures.py",
+    "evaluation/plane.py",
     "evaluation/publish.py",
     "mini/gate.py",
     "mini/make.py",
@@ -213,7 +215,9 @@ def make_steps(
             shared += [f"--{key}={_as_argument(value)}" for key, value in own.items()]
             trained = Path(row.run) if row.run is not None else run
             texts = [Path(file).read_text(encoding="utf-8") for file in files]
-            key = combined_key(code, texts, own, _weights(files, own))
+            source = {name: _as_argument(value) for name, value in own.items() if name.startswith("data.source")}
+            photos = photos_fingerprint(tuple(configs), tuple(sorted(source.items())))
+            key = combined_key(code, texts, own, _weights(files, own), photos)
             if row.run is not None:
                 key = combined_key(key, _checkpoint_hash(trained))
             elif row.fit:
@@ -297,6 +301,22 @@ def code_fingerprint() -> str:
     files = sorted(PACKAGE.rglob("*.py"))
     matters = [file for file in files if file.relative_to(PACKAGE).as_posix() not in PRESENTATION]
     return combined_key(*([str(file.relative_to(PACKAGE)), file.read_text(encoding="utf-8")] for file in matters))
+
+
+@functools.cache
+def photos_fingerprint(configs: tuple[str, ...], source: tuple[tuple[str, str], ...]) -> str:
+    """Hash of the contents of all photos of a source.
+
+    Args:
+        configs: that name the source, laid over one another.
+        source: options of it, and their values.
+    """
+    from lit_multiip.cli import make_cli
+
+    files = [part for config in configs for part in ("--config", config)]
+    data: Any = make_cli([*files, *(f"--{key}={value}" for key, value in source)], execute=False).datamodule
+    people = data.source.people()
+    return combined_key(*sorted(photo.content_key() for person in people for photo in person.photos))
 
 
 def combined_key(*parts: Any) -> str:

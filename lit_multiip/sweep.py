@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from PIL import Image
 
 from lit_multiip.compare import CompareError, Row, Step, combined_key, compare, make_steps, run_step
+from lit_multiip.evaluation.plane import Series, plane
 from lit_multiip.evaluation.report import TITLES, cell, markdown, write_csv
 
 IDENTITY, PROMPT = "identity_held_out", "prompt"
@@ -100,6 +102,7 @@ def sweep(
     best = {row: best_setting([r for r in records if _is_setting(r, row)], prompt_tolerance) for row in grids}
     text = render(records, best, prompt_tolerance)
     (folder / "sweep.md").write_text(text, encoding="utf-8")
+    identity_against_prompt(records, rows, best).save(folder / "plane.png")
     print(f"\n{text}\n{len(steps)} steps done, {_minutes(started)}: {folder}", flush=True)
 
     at_best = {row: replace(rows[row], options=rows[row].options | setting) for row, setting in best.items()}
@@ -152,6 +155,22 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
         return any(b[0] >= a[0] and b[1] >= a[1] and b != a for b in points)
 
     return [i for i, point in enumerate(points) if not beaten(point)]
+
+
+def identity_against_prompt(
+    records: Sequence[Mapping[str, Any]], rows: Mapping[str, Row], best: Mapping[str, Mapping[str, Any]]
+) -> Image.Image:
+    """The plane of identity and prompt agreement: all settings, every row's Pareto front and its chosen setting."""
+    series = []
+    for row, chosen in best.items():
+        own = [record for record in records if _is_setting(record, row)]
+        points = [(r["scores"][PROMPT]["value"], r["scores"][IDENTITY]["value"]) for r in own]
+        number = [record["setting"] for record in own].index(dict(chosen))
+        series.append(Series(rows[row].title, points, pareto_front(points), number))
+    title = "Validation people: filled, on the row's Pareto front; ringed, chosen"
+    return plane(
+        series, "prompt agreement, higher is better", "identity to the held-out photo, higher is better", title
+    )
 
 
 def render(records: Sequence[Mapping[str, Any]], best: Mapping[str, Mapping[str, Any]], tolerance: float) -> str:

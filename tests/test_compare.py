@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from lit_multiip import compare as module
 from lit_multiip.cli import main
@@ -82,6 +83,25 @@ def test_a_finished_step_is_skipped_until_what_it_depends_on_changes(
     assert run_all(steps_of(rows, out), monkeypatch) == [("a", "test"), ("b", "test")]
     (out / "a" / "version_0" / "test" / "metrics.json").unlink()
     assert run_all(steps_of(rows, out), monkeypatch) == [("a", "test")]
+
+
+def test_another_photo_makes_everything_anew(config: str, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    for person in "abc":
+        for number in range(3):
+            path = folder / person / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (number * 9, ord(person), 0)).save(path)
+    overlay = tmp_path / "data.yaml"
+    source = {"class_path": "lit_multiip.data.Folder", "init_args": {"path": str(folder)}}
+    overlay.write_text(yaml.safe_dump({"data": {"source": source}}))
+    keys = []
+    for colour in (None, None, (1, 2, 3)):
+        if colour is not None:
+            Image.new("RGB", (8, 8), colour).save(folder / "b" / "1.png")
+        module.photos_fingerprint.cache_clear()
+        keys.append(steps_of({"a": Row([config], "A")}, tmp_path / "out", configs=[str(overlay)])[0].key)
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_a_failed_step_says_which_and_leaves_no_stamp(

@@ -152,6 +152,13 @@ class Maker:
         vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
         vae.half().save_pretrained(self.out / "vae")
 
+    def vae_decoder(self) -> None:
+        """Train the autoencoder's decoder further; latents, and with them the UNet, stay as they are."""
+        vae: Any = AutoencoderKL.from_pretrained(self.out / "vae").float()
+        vision = CLIPVisionModelWithProjection.from_pretrained(self.out / "image_encoder").float()
+        self._fit(stages.VAEDecoderStage(vae, vision), self._portraits(), 4000, 8, ema=0.999)
+        vae.half().save_pretrained(self.out / "vae")
+
     def unet(self) -> None:
         """Train the UNet on latents of the backbone's people."""
         data = self._portraits()
@@ -223,7 +230,7 @@ class Maker:
         save_file(flat, self.out / "ip_adapter" / "ip-adapter_mini.safetensors")
 
 
-STAGES = ["critic", "critic_b", "clip", "vae", "unet", "ip_adapter"]
+STAGES = ["critic", "critic_b", "clip", "vae", "unet", "ip_adapter", "vae_decoder"]
 
 
 def make_mini(
@@ -239,7 +246,8 @@ def make_mini(
         out: folder to write; copy it over ``lit_multiip/mini/weights`` to ship it.
         work: folder for portraits and training states, so that an interrupted training goes on.
         seed: decides portraits, initial weights and draws.
-        stages: which of critic, critic_b, clip, vae, unet, ip_adapter to make; all by default, in this order.
+        stages: which to make, of critic, critic_b, clip, vae, unet, ip_adapter and vae_decoder; all by default, in
+            this order.
         scale: multiplies every number of training steps.
     """
     unknown = set(stages or []) - set(STAGES)

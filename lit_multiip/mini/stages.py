@@ -93,6 +93,50 @@ class VAEStage(Stage):
         return loss
 
 
+class VAEDecoderStage(VAEStage):
+    """Goes on with the decoder alone, so that latents stay; adds a perceptual loss, as LPIPS is one.
+
+    That is the squared distance of the image encoder's layer-normed hidden states. The critics, which measure what the
+    autoencoder loses, have no part in it.
+    """
+
+    def __init__(self, vae: Any, vision: CLIPVisionModelWithProjection, learning_rate: float = 5e-4) -> None:
+        super().__init__(vae, learning_rate)
+        vae.requires_grad_(False)
+        vae.decoder.requires_grad_(True)
+        vae.post_quant_conv.requires_grad_(True)
+        self.frozen = [vision.eval().requires_grad_(False)]  # in a list: not a child, not in checkpoints
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1))
+
+    def training_step(self, batch: Batch) -> Tensor:
+        """Restore a batch of portraits from latents that are not trained."""
+        x = to_signal(batch["image"])  # (B, 3, 64, 64)
+        with torch.no_grad():
+            latents = self.vae.encode(x).latent_dist.sample()
+            seen = self._look(x)
+        restored = self.vae.decode(latents).sample.float()
+        error = restored - x
+        square = error.square().mean()
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        perceptual = torch.stack([F.mse_loss(a, b) for a, b in zip(self._look(restored), seen, strict=True)]).mean()
+        loss = error.abs().mean() + 2 * square + 0.5 * edges + 0.1 * perceptual
+        psnr = 10 * torch.log10(4 / square.detach())
+        self.log_dict({"loss": loss, "psnr_db": psnr, "perceptual": perceptual}, prog_bar=True)
+        return loss
+
+    def _look(self, x: Tensor) -> list[Tensor]:
+        """Layer-normed hidden states of every layer of the image encoder, (B, T, W) each."""
+        pixels = ((x + 1) / 2 - self.mean) / self.std
+        states = self.frozen[0](pixel_values=pixels, output_hidden_states=True).hidden_states
+        return [F.layer_norm(state.float(), state.shape[-1:]) for state in states]
+
+
+MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's own
+
+
 def caption(portraits: Portraits, index: int, rng: np.random.Generator, kinds: dict[str, float]) -> str:
     """Draw a caption of portrait ``index``: its ``scene``, ``traits``, ``both``, a ``bare`` one or none (``drop``)."""
     who, shot = portraits.truth(index)
@@ -155,9 +199,6 @@ class CLIPStage(Stage):
             traits = traits + F.cross_entropy(head(16 * image).float(), labels, ignore_index=HIDDEN)
         self.log_dict({"loss": loss, "accuracy": accuracy, "traits": traits / len(self.heads)}, prog_bar=True)
         return loss + 0.5 * traits
-
-
-MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's own
 
 
 class CLIPImageStage(CLIPStage):

@@ -190,7 +190,7 @@ def test_the_record_names_nobody_and_adds_up_over_resumed_fits() -> None:
 
 def test_the_record_is_found_in_the_checkpoint_or_its_absence_told(tmp_path: Path) -> None:
     def found(path: Path | None, **describe: str) -> tuple[str, object]:
-        return find_record(SimpleNamespace(ckpt_path=path, global_step=0), describe)
+        return find_record(SimpleNamespace(ckpt_path=path, global_step=0, datamodule=None), describe)
 
     record = training_record(side("train"))
     torch.save({RECORD: record, "state_dict": {}}, tmp_path / "with.ckpt")

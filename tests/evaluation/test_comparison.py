@@ -232,6 +232,6 @@ def test_what_a_test_writes_is_read_and_scores_the_same(tmp_path):
     scores = comparison.scores["ip_adapter"]
     assert {key: score.value for key, score in scores.items()} == {key: s["value"] for key, s in written.items()}
     assert {key: score.n for key, score in scores.items()} == {key: s["n"] for key, s in written.items()}
-    assert len(comparison.anchors) == 6
+    assert len(comparison.anchors) == 7
     assert all(score.value == 0 for score in comparison.difference("self_attn", "ip_adapter").values())
     assert len(pictured(comparison)) == 3

@@ -252,10 +252,16 @@ def near_duplicates(pairs: Pairs, similarity: FloatArray, threshold: float) -> d
 def audit_embeddings(
     audit: dict[str, Any], name: str, tasks: Sequence[Task], embedding: Tensor, place: Mapping[Photo, int]
 ) -> None:
-    """Add what an extractor finds near to an audit, as `near_duplicates.<name>`."""
+    """Add what an extractor finds near to an audit, as `near_duplicates.<name>`.
+
+    Pairs of which a face was not found are left out; without any other pair nothing is added.
+    """
     pairs = _pairs(tasks)
     similar = embedding_similarity(pairs, embedding, place)
-    audit["near_duplicates"][name] = near_duplicates(pairs, similar, SIMILAR_EMBEDDING)
+    found = np.flatnonzero(~np.isnan(similar))
+    if len(found):
+        near = near_duplicates([pairs[i] for i in found], similar[found], SIMILAR_EMBEDDING)
+        audit["near_duplicates"][name] = near
 
 
 # ---- for people to read -----------------------------------------------------------------------------------------

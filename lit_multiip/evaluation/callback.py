@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,7 +82,12 @@ class ScoreTest(L.Callback):
     training people as are tested, if there are so many, and evenly; fewer photos than tasks are counted as such.
 
     An extractor that conditions the images may not score them: `source` of an extractor is refused where it is the
-    backbone itself or its image encoder, by id or by path. Copies elsewhere are not recognised.
+    backbone itself or its image encoder, by id or by path; a CLIP that scores, by its weights too. Other copies
+    elsewhere are not recognised.
+
+    A face that an extractor does not find leaves that image's scores undefined. It is in no mean; how many there are
+    is printed and stands in metrics.json, `faces_not_found.<extractor>.<row>` = [missing, images], of rows and of
+    `real_photos`.
 
     What the test must not have known is audited (`evaluation.audit`): a held-out photo among its references or a test
     person in training is refused before anything is sampled.
@@ -262,17 +268,22 @@ class ScoreTest(L.Callback):
         if self.anchors:
             rows["real_other_photo"] = pixels[[real[photo] for photo in _other_photos(tasks)]]
         scores: dict[str, dict[str, Score]] = defaultdict(dict)
+        not_found: dict[str, dict[str, list[int]]] = {}
         cells: dict[str, list[dict[str, Any]]] = {name: [{} for _ in tasks] for name in rows}
         for extractor in self.extractors:
             device = trainer.strategy.root_device
             options: dict[str, Any] = {"groups": self.groups, "resamples": self.resamples}
             photos, _ = _look(extractor, pixels, device, "real photos")
+            if photos.embedding is not None:
+                not_found[extractor.name] = {"real_photos": _not_found(photos.embedding)}
             audit.audit_embeddings(self._audit, extractor.name, tasks, _direction(photos), real)
             held_out = _image_set(photos, list(dict.fromkeys(task.held_out for task in tasks)), real)
             for name, images in rows.items():
                 made, prompt = _look(extractor, images, device, name, [task.prompt for task in tasks])
                 per_image = {**_per_image(extractor, made, photos, real, tasks, name not in NO_SEEDS), "prompt": prompt}
                 per_image = {score: values for score, values in per_image.items() if not np.isnan(values).all()}
+                if made.embedding is not None:
+                    not_found[extractor.name][name] = _not_found(made.embedding)
                 generated = ImageSet(_people(tasks), made.features, made.logits, per_image)
                 scores[name] |= summarise(extractor.name, generated, held_out, **options)
                 if name == method:
@@ -283,7 +294,8 @@ class ScoreTest(L.Callback):
             if self.anchors:
                 copied = _nearest_reference(photos, real, tasks, _direction(photos)[_held_out(tasks, real)])
                 key = f"nearest_reference/{extractor.name}"
-                scores["real_held_out"][key] = person_bootstrap(copied, _people(tasks), resamples=self.resamples)
+                if not np.isnan(copied).all():
+                    scores["real_held_out"][key] = person_bootstrap(copied, _people(tasks), resamples=self.resamples)
                 for cell, value in zip(
                     cells.setdefault("real_held_out", [{} for _ in tasks]), copied.tolist(), strict=True
                 ):
@@ -303,6 +315,9 @@ class ScoreTest(L.Callback):
         results = report.results(protocol(tasks), scores, _facts(self.extractors), describe, seconds)
         results["photos"] = _write_photos(self._folder, tasks, files, pixels, real)
         results["audit"] = self._audit
+        results["faces_not_found"] = {
+            extractor: counts for extractor, counts in not_found.items() if any(missing for missing, _ in counts.values())
+        }
         table = report.table(results)
         (self._folder / "table.md").write_text(table, encoding="utf-8")
         report.write_json(self._folder / "metrics.json", results)
@@ -378,17 +393,42 @@ def _refuse_if_it_conditions(extractor: Extractor, backbone: str) -> None:
     if extractor.source is None:
         return
     source, folder = os.path.realpath(extractor.source), resolve_backbone(backbone)
-    for conditions in (backbone, folder, os.path.join(folder, "image_encoder")):
-        if extractor.source == conditions or source == os.path.realpath(conditions):
-            raise ValueError(
-                f"extractor {extractor.name!r} has the weights of the image encoder that conditions ({conditions}), "
-                "and would score its own work: take another extractor"
-            )
+    encoder = os.path.join(folder, "image_encoder")
+    same = [c for c in (backbone, folder, encoder) if extractor.source == c or source == os.path.realpath(c)]
+    if not same and (_lies_in(source, encoder) or _shares_weights(extractor, folder)):
+        same = [encoder]
+    if same:
+        raise ValueError(
+            f"extractor {extractor.name!r} has the weights of the image encoder that conditions ({same[0]}), "
+            "and would score its own work: take another extractor"
+        )
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    return Path(path).is_relative_to(os.path.realpath(folder))
+
+
+def _shares_weights(extractor: Extractor, backbone: str) -> bool:
+    """Whether an extractor says that its network is the backbone's image encoder, if that is on this disk."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = "image_encoder/model.safetensors"
+    file = os.path.join(backbone, name) if os.path.isdir(backbone) else try_to_load_from_cache(backbone, name)
+    return isinstance(file, str) and os.path.isfile(file) and extractor.shares_weights(Path(file))
 
 
 def _facts(extractors: Sequence[Extractor]) -> dict[str, dict[str, Any]]:
-    fields = ("num_features", "num_classes", "can_identify", "source")
-    return {extractor.name: {field: getattr(extractor, field) for field in fields} for extractor in extractors}
+    names = ("num_features", "num_classes", "can_identify", "source")
+    return {
+        extractor.name: {name: getattr(extractor, name) for name in names}
+        | ({} if extractor.sha256 is None else {"sha256": extractor.sha256})
+        for extractor in extractors
+    }
+
+
+def _not_found(embedding: Tensor) -> list[int]:
+    """How many of how many images have no face that was found, of embeddings (N, E)."""
+    return [int(embedding.isnan().all(dim=1).sum()), len(embedding)]
 
 
 def _people(tasks: Sequence[Task]) -> Any:
@@ -446,16 +486,16 @@ def _look(
         present = [tensor.cpu() for tensor in tensors if tensor is not None]
         return torch.cat(present) if present else None
 
-    features = torch.cat([part.features.cpu() for part in parts])
-    logits, embedding = joined([part.logits for part in parts]), joined([part.embedding for part in parts])
-    return Extraction(features, logits, embedding), torch.cat(agreement).double().numpy() if agreement else None
+    seen = Extraction(*(joined([getattr(part, field.name) for part in parts]) for field in fields(Extraction)))
+    return seen, torch.cat(agreement).double().numpy() if agreement else None
 
 
 def _image_set(photos: Extraction, chosen: Sequence[Photo], real: dict[Photo, int]) -> ImageSet:
     """Some of the real photos, for the scores of sets."""
     at = [real[photo] for photo in chosen]
     people = np.array([photo.person for photo in chosen])
-    return ImageSet(people, photos.features[at], None if photos.logits is None else photos.logits[at])
+    rows = [None if values is None else values[at] for values in (photos.features, photos.logits)]
+    return ImageSet(people, *rows)
 
 
 def _per_image(
@@ -472,15 +512,18 @@ def _per_image(
         held_out = photos.embedding[_held_out(tasks, real)]  # (T, E)
         references = photos.embedding[_references(tasks, real)]  # (T, R, E)
         identity = identity_scores(made.embedding, held_out, references, _people(tasks))
-        scores |= {f"identity_{name}": values for name, values in identity.items()}
-    if seeds:
+        scores |= {f"{extractor.likeness}_{name}": values for name, values in identity.items()}
+    if seeds and made.features is not None:
         scores["diversity"] = diversity(made.features, _held_out(tasks, real))
     return scores
 
 
 def _direction(seen: Extraction) -> Tensor:
     """What photos are compared by: embeddings of identity (N, E), else features (N, D)."""
-    return seen.features if seen.embedding is None else seen.embedding
+    direction = seen.features if seen.embedding is None else seen.embedding
+    if direction is None:
+        raise ValueError("an extractor gave neither features nor an embedding: give one of them in its `compute`")
+    return direction
 
 
 def _nearest_reference(photos: Extraction, real: dict[Photo, int], tasks: Sequence[Task], images: Tensor) -> Any:

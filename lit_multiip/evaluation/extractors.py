@@ -17,9 +17,9 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 class Extraction:
     """What an extractor says of B images."""
 
-    features: Tensor  # (B, D), for FID and KID
+    features: Tensor | None = None  # (B, D), for FID, KID and diversity
     logits: Tensor | None = None  # (B, K), for the inception scores
-    embedding: Tensor | None = None  # (B, E), unit norm: who is shown
+    embedding: Tensor | None = None  # (B, E), unit norm: who is shown; a row of NaN where no face was found
 
 
 class Extractor(nn.Module, ABC):
@@ -30,14 +30,20 @@ class Extractor(nn.Module, ABC):
     """
 
     name: str  # part of every score's key
-    num_features: int
+    num_features: int | None = None  # None: no features
     num_classes: int | None = None  # None: no logits
     can_identify: bool = False
-    source: str | None = None  # folder or hub id of its weights; what conditions the images may not score them
+    likeness: str = "identity"  # what closeness of embeddings says, the first part of those scores' keys
+    source: str | None = None  # folder, file or hub id of its weights; what conditions the images may not score them
+    sha256: str | None = None  # of its weights, where they are one file; tests by other weights are not compared
 
     @abstractmethod
     def compute(self, images: Tensor) -> Extraction:
         """One pass over checked images, uint8 (B, 3, H, W); `extract` makes embeddings unit norm."""
+
+    def shares_weights(self, file: Path) -> bool:
+        """Whether its network is that of a safetensors file; a subclass that could be a conditioning encoder says."""
+        return False
 
     def freeze(self) -> None:
         """Last line of a subclass's constructor: no gradients, evaluation mode for good."""
@@ -63,14 +69,21 @@ class Extractor(nn.Module, ABC):
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             raw = self.compute(images)
             return Extraction(
-                features=raw.features.float(),
+                features=None if raw.features is None else raw.features.float(),
                 logits=None if raw.logits is None else raw.logits.float(),
                 embedding=None if raw.embedding is None else F.normalize(raw.embedding.float(), dim=-1),
             )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features for FID and KID, uint8 (B, 3, H, W) -> (B, D)."""
-        return self.extract(images).features
+        """Features for FID and KID, uint8 (B, 3, H, W) -> (B, D).
+
+        Raises:
+            ValueError: this extractor has no features.
+        """
+        features = self.extract(images).features
+        if features is None:
+            raise ValueError(f"extractor {self.name!r} has no features: take FID and KID from another")
+        return features
 
     def logits(self, images: Tensor) -> Tensor:
         """Class logits for the inception scores, uint8 (B, 3, H, W) -> (B, K).
@@ -84,7 +97,7 @@ class Extractor(nn.Module, ABC):
         return logits
 
     def embed(self, images: Tensor) -> Tensor:
-        """Identity embeddings of unit norm, uint8 (B, 3, H, W) -> (B, E).
+        """Identity embeddings of unit norm, uint8 (B, 3, H, W) -> (B, E); a row of NaN where no face was found.
 
         Raises:
             ValueError: this extractor cannot tell people apart.

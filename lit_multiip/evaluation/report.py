@@ -26,6 +26,9 @@ TITLES = {
     "identity_held_out": "identity ↑",
     "identity_held_out_mean": "identity, mean photo ↑",
     "identity_references": "identity, references",  # high also where a reference is merely copied
+    "similarity_held_out": "similarity ↑",  # of the whole picture, which is not who is shown
+    "similarity_held_out_mean": "similarity, mean photo ↑",
+    "similarity_references": "similarity, references",
     "nearest_reference": "copying, nearest reference",  # to be read beside the row real held out
     "prompt": "prompt ↑",
     "fid": "FID ↓",
@@ -171,7 +174,19 @@ def table(*tests: Mapping[str, Any]) -> str:
         classes = f" (IS over K = {facts['num_classes']} classes)" if facts.get("num_classes") else ""
         header = ["", "images / people", *(TITLES.get(column, str(column)) for column in columns)]
         parts.append(f"### by {name}{classes}\n\n{markdown([header, *body])}")
+        parts += [f"- {line}" for test in tests for line in _not_found(test, name)]
     return "\n\n".join(parts) + "\n"
+
+
+def _not_found(test: Mapping[str, Any], extractor: str) -> list[str]:
+    """What a test says of faces that an extractor did not find, a line a row that lacks any."""
+    counts: Mapping[str, Sequence[int]] = test.get("faces_not_found", {}).get(extractor, {})
+    return [
+        f"{row.replace('_', ' ')}: face not found in {missing} of {images} images ({missing / images:.1%}), "
+        "which are in no mean"
+        for row, (missing, images) in counts.items()
+        if missing
+    ]
 
 
 def versions() -> dict[str, str | None]:

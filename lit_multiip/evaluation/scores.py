@@ -182,23 +182,23 @@ def identity_scores(
 def nearest_reference(generated: Features, references: Features) -> FloatArray:
     """How near each image comes to any one of its references, max_r cos(g, x_r): where it is copied, 1.
 
-    Read it beside the same of real held-out photos: photos of one person are alike, copied or not.
+    An embedding that is all NaN is a face that the network did not find: such references are left out. Read it beside the same of real held-out photos: photos of one person are alike, copied or not.
 
     Args:
         generated: embeddings or features of the images, (T, D).
         references: those of each task's R references, (T, R, D).
 
     Returns:
-        (T,), in -1..1.
+        (T,), in -1..1; NaN where the image's face or those of all references were not found.
 
     Raises:
-        ValueError: shapes do not fit, or an embedding is zero or not finite.
+        ValueError: shapes do not fit, or an embedding is zero, infinite, or NaN in part.
     """
-    generated_, references_ = _unit(_array(generated)), _unit(_array(references))
+    generated_, references_ = _unit_if_found(_array(generated)), _unit_if_found(_array(references))
     if references_.ndim != 3 or not references_.shape[1] or references_[:, 0].shape != generated_.shape:
         shapes = f"generated {generated_.shape} and references {references_.shape}"
         raise ValueError(f"{shapes} do not fit: give (T, D) and (T, R, D)")
-    return np.einsum("td,trd->tr", generated_, references_).max(axis=1)
+    return np.fmax.reduce(np.einsum("td,trd->tr", generated_, references_), axis=1)  # which prefers numbers to NaN
 
 
 def diversity(features: Features, groups: npt.ArrayLike) -> FloatArray:

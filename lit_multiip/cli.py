@@ -24,6 +24,7 @@ DEBUG = "LIT_MULTIIP_DEBUG"
 COMMANDS = {  # dispatched before LightningCLI
     "compare": "lit_multiip.compare:compare",
     "sweep": "lit_multiip.sweep:sweep",
+    "caption": "lit_multiip.data.caption:caption",
     "paired": "lit_multiip.evaluation.report:paired",
     "report": "lit_multiip.evaluation.publish:report",
     "inspect": "lit_multiip.evaluation.inspection:inspect",

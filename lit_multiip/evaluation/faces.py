@@ -23,7 +23,9 @@ from torch import Tensor
 from lit_multiip.evaluation.extractors import Extraction, Extractor
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
-Landmarks = npt.NDArray[np.float32]  # (5, 2), x and y in px: eyes, nose, corners of the mouth; left to right in the image
+Landmarks = npt.NDArray[
+    np.float32
+]  # (5, 2), x and y in px: eyes, nose, corners of the mouth; left to right in the image
 
 # Where recognisers that were trained on aligned faces (ArcFace, SFace, ...) expect the landmarks in a square of 112 px:
 # https://github.com/deepinsight/insightface, arcface_dst
@@ -150,7 +152,9 @@ class FaceRecognition(Extractor):
         blank = np.zeros((1, 3, self.side, self.side), dtype=np.float32)
         self._width = self._embeddings(blank).shape[1]
         if self._width < 2:
-            raise ValueError(f"the first output of '{file}' is one number an image: give a network of embeddings (B, E)")
+            raise ValueError(
+                f"the first output of '{file}' is one number an image: give a network of embeddings (B, E)"
+            )
         self.colours, self.crop, self.detector = colours, (x, y, share), detector
         self.mean, self.std = np.float32(mean), np.float32(std)
         self.name, self.source, self.sha256 = name or _key(file), path, _sha256(file)
@@ -162,7 +166,9 @@ class FaceRecognition(Extractor):
         seen = [face for face in faces if face is not None]
         found = np.empty((0, self._width), dtype=np.float32)
         if seen:
-            values = (np.stack(seen).astype(np.float32) / 255)[..., :: 1 if self.colours == "rgb" else -1]  # (F, S, S, 3)
+            values = (np.stack(seen).astype(np.float32) / 255)[
+                ..., :: 1 if self.colours == "rgb" else -1
+            ]  # (F, S, S, 3)
             found = self._embeddings(((values - self.mean) / self.std).transpose(0, 3, 1, 2))  # (F, E)
         return Extraction(embedding=_with_gaps(found, [face is not None for face in faces]).to(images.device))
 

@@ -1,0 +1,186 @@
+"""CLIP-T, CLIP-I and DINO: networks of transformers that say how alike whole pictures are, and how they fit a prompt.
+
+Likeness of whole pictures counts background, clothes and style as well as the face, so it is called `similarity_*` and
+not `identity_*`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn import functional as F
+
+from lit_multiip.evaluation.extractors import Extraction, Extractor
+
+
+class CLIP(Extractor):
+    """CLIP-T, the cosine of image and prompt, as `prompt`; CLIP-I, the cosine of two images, as `similarity_*`.
+
+    Its image embeddings, not normalised, are the features of FID and KID. Cosines are plain: not clipped at zero and
+    not multiplied by 100 or 2.5. Prompts are cut off where they are longer than the network reads.
+
+    Args:
+        model: Folder or hub id of a model with `get_image_features` and `get_text_features`, such as a CLIP or SigLIP.
+        name: Part of every score's key; None takes the last part of `model`.
+
+    Raises:
+        OSError: the model is not there, and the hub does not give it.
+        ValueError: it has no embeddings of both images and text.
+    """
+
+    can_identify = True
+    likeness = "similarity"
+
+    def __init__(self, model: str = "openai/clip-vit-large-patch14", name: str | None = None) -> None:
+        super().__init__()
+        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+        self.network, self._processor = _load(AutoModel, model), _load(AutoImageProcessor, model)
+        if not (hasattr(self.network, "get_image_features") and hasattr(self.network, "get_text_features")):
+            kind = type(self.network).__name__
+            raise ValueError(
+                f"'{model}' is a {kind}, which has no embeddings of text: give a CLIP, or use DINO for images"
+            )
+        self._tokenizer = _load(AutoTokenizer, model)
+        self._text: dict[str, Tensor] = {}  # unit embeddings (E,) on the CPU; rows share their prompts
+        self.name, self.source = name or _last_part(model), model
+        self.freeze()
+        self.num_features = self._width()
+
+    def _width(self) -> int:
+        """Width of its image embeddings, E."""
+        size = _side(self._processor)
+        return self.compute(torch.zeros(1, 3, size, size, dtype=torch.uint8)).embedding.shape[1]  # type: ignore[union-attr]
+
+    def shares_weights(self, file: Path) -> bool:
+        """See `Extractor.shares_weights`: whether a CLIP image encoder starts with this one's weights."""
+        return _same_weights(self.network, file)
+
+    @torch.no_grad()
+    def compute(self, images: Tensor) -> Extraction:
+        """See `Extractor.compute`."""
+        embeddings = _pooled(self.network.get_image_features(pixel_values=_inputs(self._processor, images)))  # (B, E)
+        return Extraction(embeddings, embedding=embeddings)
+
+    def prompt_agreement(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """CLIP-T: cosine of each image and its prompt, (B, 3, H, W) and B prompts -> (B,), in -1..1."""
+        embedding = self.extract(images).embedding
+        assert embedding is not None
+        self._read([prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text], images.device)
+        text = torch.stack([self._text[prompt] for prompt in prompts])  # (B, E)
+        return (embedding.cpu() * text).sum(dim=-1)
+
+    def _read(self, prompts: Sequence[str], device: torch.device) -> None:
+        if not prompts:
+            return
+        length = min(self._tokenizer.model_max_length, _longest(self.network.config))
+        options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": length}
+        tokens = self._tokenizer(list(prompts), return_tensors="pt", **options).to(device)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            embeddings = _pooled(self.network.get_text_features(**tokens)).float()
+        self._text |= dict(zip(prompts, F.normalize(embeddings, dim=-1).cpu(), strict=True))
+
+
+class DINO(Extractor):
+    """DINO's likeness of pictures as `similarity_*`: the cosine of the last layer's class tokens.
+
+    The class tokens, not normalised, are the features of FID and KID. Any vision transformer with a class token goes.
+
+    Args:
+        model: Folder or hub id. DreamBooth's DINO metric is that of `facebook/dino-vits16`.
+        name: Part of every score's key; None takes the last part of `model`.
+
+    Raises:
+        OSError: the model is not there, and the hub does not give it.
+    """
+
+    can_identify = True
+    likeness = "similarity"
+
+    def __init__(self, model: str = "facebook/dino-vits16", name: str | None = None) -> None:
+        super().__init__()
+        from transformers import AutoImageProcessor, AutoModel
+
+        self.network, self._processor = _load(AutoModel, model), _load(AutoImageProcessor, model)
+        self.num_features = int(self.network.config.hidden_size)
+        self.name, self.source = name or _last_part(model), model
+        self.freeze()
+
+    def shares_weights(self, file: Path) -> bool:
+        """See `Extractor.shares_weights`."""
+        return _same_weights(self.network, file)
+
+    def compute(self, images: Tensor) -> Extraction:
+        """See `Extractor.compute`."""
+        hidden = self.network(pixel_values=_inputs(self._processor, images)).last_hidden_state  # (B, T, D)
+        return Extraction(hidden[:, 0], embedding=hidden[:, 0])
+
+
+def _load(auto: Any, model: str) -> Any:
+    """A component of a model; weights come from safetensors alone, in float32, and no code of the model's is run.
+
+    Raises:
+        OSError: it cannot be loaded; the message names the model and the remedy.
+    """
+    weights = {"use_safetensors": True, "dtype": torch.float32} if auto.__name__ == "AutoModel" else {}
+    folder = Path(model).expanduser()
+    try:
+        return auto.from_pretrained(str(folder) if folder.is_dir() else model, **weights)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise OSError(
+            f"'{model}' cannot be loaded ({reason}): give a folder that save_pretrained wrote, with safetensors and "
+            "preprocessor_config.json, or a hub id that can be reached"
+        ) from error
+
+
+def _inputs(processor: Any, images: Tensor) -> Tensor:
+    """What a model's own preprocessing makes of images, uint8 (B, 3, H, W) => (B, 3, S, S)."""
+    pixels = images.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3), which every processor takes
+    values: Tensor = processor(images=list(pixels), input_data_format="channels_last", return_tensors="pt")[
+        "pixel_values"
+    ]
+    return values.to(images.device, torch.float32)
+
+
+def _side(processor: Any) -> int:
+    """px of an image that preprocessing leaves as it is, or 224."""
+    for size in (getattr(processor, "crop_size", None), getattr(processor, "size", None)):
+        if size and (side := size.get("height") or size.get("shortest_edge")):
+            return int(side)
+    return 224
+
+
+def _pooled(output: Any) -> Tensor:
+    """Embeddings (B, E), which transformers returns bare before version 5."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def _longest(config: Any) -> int:
+    return int(config.text_config.max_position_embeddings)
+
+
+def _same_weights(network: torch.nn.Module, file: Path) -> bool:
+    """Whether a safetensors file has the network's patch embedding: what differs by training differs there first."""
+    mine = {
+        name: value for name, value in network.state_dict().items() if "patch_embedding" in name and value.ndim == 4
+    }
+    with safe_open(file, "pt") as other:
+        for name in other.keys():  # noqa: SIM118 (it is no mapping)
+            if "patch_embedding" not in name:
+                continue
+            theirs = other.get_tensor(name).float()
+            for value in mine.values():
+                if value.shape == theirs.shape and torch.allclose(value.cpu(), theirs, rtol=2**-7, atol=1e-6):
+                    return True
+    return False
+
+
+def _last_part(model: str) -> str:
+    return re.sub(r"[^\w.-]", "_", Path(model).expanduser().name)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from lit_multiip.data.people import DataError, FilePhoto, Folder, Person, read_person
+from lit_multiip.data.people import METADATA, SUFFIXES, DataError, FilePhoto, Folder, Person, nfc, read_person
 
 logger = logging.getLogger(__name__)
 
@@ -128,12 +128,12 @@ def read_people(photos: str) -> list[Person]:
     Raises:
         DataError: there are no photos, or a caption cannot be used.
     """
-    folder = Path(photos).expanduser()
-    try:
-        person = read_person(folder, NONE)
-    except DataError:  # it holds no photos itself, or does not exist, which is told in the next line
+    folder = Path(os.path.abspath(Path(photos).expanduser()))
+    if not (folder.is_dir() and any(file.suffix.lower() in SUFFIXES and file.is_file() for file in folder.iterdir())):
         return Folder(str(folder), NONE).people()
-    return [person]
+    if any((folder.parent / name).exists() for name in METADATA):  # which may hold this person's captions
+        return [person for person in Folder(str(folder.parent), NONE).people() if person.name == nfc(folder.name)]
+    return [read_person(folder, NONE)]
 
 
 def caption_photos(
@@ -196,7 +196,7 @@ def without_name(text: str, name: str, prefix: str = "") -> str:
 
 def _keep(photo: FilePhoto, text: str, prefix: str, overwrite: bool, done: Captioned) -> None:
     caption = without_name(text, photo.person, " ".join(prefix.split()))
-    path = photo.path.with_suffix(".txt")
+    path = _text_file(photo.path)
     if not caption:
         done.unreadable.append(f"{photo.path}: the model has nothing to say of it; set --prefix")
         return
@@ -215,9 +215,14 @@ def _todo(people: Iterable[Person], overwrite: bool) -> tuple[list[FilePhoto], i
     """Photos to caption, one for a text file, and how many photos have a caption."""
     photos = [photo for person in people for photo in person.photos if isinstance(photo, FilePhoto)]
     chosen = [photo for photo in photos if overwrite or photo.prompt == NONE]
-    return list({photo.path.with_suffix(".txt"): photo for photo in reversed(chosen)}.values())[::-1], len(
-        photos
-    ) - len(chosen)
+    first = {photo.path.with_suffix(""): photo for photo in reversed(chosen)}  # 1.jpg and 1.png share 1.txt
+    return list(first.values())[::-1], len(photos) - len(chosen)
+
+
+def _text_file(photo: Path) -> Path:
+    """The text file of a photo; one that is there keeps its own spelling, such as 1.TXT."""
+    there = [file for file in photo.parent.iterdir() if file.stem == photo.stem and file.suffix.lower() == ".txt"]
+    return there[0] if there else photo.with_suffix(".txt")
 
 
 def _plain(text: str) -> str:

@@ -316,9 +316,7 @@ class ScoreTest(L.Callback):
         results["photos"] = _write_photos(self._folder, tasks, files, pixels, real)
         results["audit"] = self._audit
         results["faces_not_found"] = {
-            extractor: counts
-            for extractor, counts in not_found.items()
-            if any(missing for missing, _ in counts.values())
+            name: counts for name, counts in not_found.items() if any(missing for missing, _ in counts.values())
         }
         table = report.table(results)
         (self._folder / "table.md").write_text(table, encoding="utf-8")

@@ -62,9 +62,10 @@ class FaceDetector:
         self._cv2, self._network = cv2, _opencv(create, weights_file(path), "", (side, side), min_score)
 
     def largest(self, pixels: Pixels) -> npt.NDArray[np.float32] | None:
-        """OpenCV's row of the face with the largest box, in px of the image (15,): x, y, width, height, five landmarks
-        (x, y) as in `Landmarks`, score. None where no face is found.
-        """  # noqa: D205, D415
+        """OpenCV's row of the face with the largest box, (15,), or None where no face is found.
+
+        It holds, in px of the image, x, y, width, height and the five `Landmarks`, and its score.
+        """
         height, width = pixels.shape[:2]
         scale = self.side / max(height, width)
         seen = pixels if scale == 1 else _resized(pixels, (round(width * scale), round(height * scale)))
@@ -96,9 +97,9 @@ class FaceRecognition(Extractor):
         mean: Of each colour channel in 0..1, in the order of `colours`, subtracted before the division by `std`.
         std: Of each colour channel. ArcFace, for one, takes 0.5 for all of both.
         colours: Order of the channels that the network expects, `rgb` or `bgr`.
-        crop: The square of the image that is seen without a detector: its centre, as shares of width and height, and its
-            side, as share of the shorter side. (0.5, 0.48, 0.448) cuts LFW's faces as MobileFaceNet likes them: the
-            112 px square centred at (125, 120) of 250 px.
+        crop: The square of the image that is seen without a detector: its centre, as shares of width and height, and
+            its side, as share of the shorter side. (0.5, 0.48, 0.448) is the 112 px square centred at (125, 120) of
+            LFW's 250 px.
         detector: Finds and aligns the face, and `crop` is not used.
 
     Raises:
@@ -140,7 +141,7 @@ class FaceRecognition(Extractor):
         given, *more = self._session.get_inputs()
         shape = list(given.shape)  # names in place of sizes that are not fixed
         fixed = shape[2] if len(shape) == 4 and isinstance(shape[2], int) and shape[2] == shape[3] else None
-        if more or len(shape) != 4 or shape[1] not in (3, None) and not isinstance(shape[1], str):
+        if more or len(shape) != 4 or (shape[1] not in (3, None) and not isinstance(shape[1], str)):
             inputs = f"{shape} and {len(more)} more inputs" if more else f"{shape}"
             raise ValueError(f"'{file}' takes {inputs}: give a network of images alone, (B, 3, S, S)")
         if side is None and fixed is None:
@@ -152,9 +153,7 @@ class FaceRecognition(Extractor):
         blank = np.zeros((1, 3, self.side, self.side), dtype=np.float32)
         self._width = self._embeddings(blank).shape[1]
         if self._width < 2:
-            raise ValueError(
-                f"the first output of '{file}' is one number an image: give a network of embeddings (B, E)"
-            )
+            raise ValueError(f"'{file}' gives one number an image: give a network whose first output is (B, E)")
         self.colours, self.crop, self.detector = colours, (x, y, share), detector
         self.mean, self.std = np.float32(mean), np.float32(std)
         self.name, self.source, self.sha256 = name or _key(file), path, _sha256(file)
@@ -166,9 +165,8 @@ class FaceRecognition(Extractor):
         seen = [face for face in faces if face is not None]
         found = np.empty((0, self._width), dtype=np.float32)
         if seen:
-            values = (np.stack(seen).astype(np.float32) / 255)[
-                ..., :: 1 if self.colours == "rgb" else -1
-            ]  # (F, S, S, 3)
+            order = 1 if self.colours == "rgb" else -1
+            values = np.stack(seen).astype(np.float32)[..., ::order] / 255  # (F, S, S, 3)
             found = self._embeddings(((values - self.mean) / self.std).transpose(0, 3, 1, 2))  # (F, E)
         return Extraction(embedding=_with_gaps(found, [face is not None for face in faces]).to(images.device))
 
@@ -275,7 +273,7 @@ def weights_file(given: str) -> Path:
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise FileNotFoundError(
             f"'{given}' is no file here, and the hub does not give {file} of {repository} ({_line(error)}): fetch "
-            f"https://huggingface.co/{repository}/resolve/main/{file} where there is a network, and give the path of the copy"
+            f"https://huggingface.co/{repository}/resolve/main/{file} where there is a network, and give its path"
         ) from error
 
 

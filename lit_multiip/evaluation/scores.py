@@ -182,7 +182,8 @@ def identity_scores(
 def nearest_reference(generated: Features, references: Features) -> FloatArray:
     """How near each image comes to any one of its references, max_r cos(g, x_r): where it is copied, 1.
 
-    An embedding that is all NaN is a face that the network did not find: such references are left out. Read it beside the same of real held-out photos: photos of one person are alike, copied or not.
+    An embedding that is all NaN is a face that the network did not find: such references are left out. Read it beside
+    the same of real held-out photos: photos of one person are alike, copied or not.
 
     Args:
         generated: embeddings or features of the images, (T, D).

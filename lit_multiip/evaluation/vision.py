@@ -44,9 +44,7 @@ class CLIP(Extractor):
         self.network, self._processor = _load(AutoModel, model), _load(AutoImageProcessor, model)
         if not (hasattr(self.network, "get_image_features") and hasattr(self.network, "get_text_features")):
             kind = type(self.network).__name__
-            raise ValueError(
-                f"'{model}' is a {kind}, which has no embeddings of text: give a CLIP, or use DINO for images"
-            )
+            raise ValueError(f"'{model}' is a {kind}, which has no embeddings of text: give a CLIP, or take DINO")
         self._tokenizer = _load(AutoTokenizer, model)
         self._text: dict[str, Tensor] = {}  # unit embeddings (E,) on the CPU; rows share their prompts
         self.name, self.source = name or _last_part(model), model
@@ -55,8 +53,10 @@ class CLIP(Extractor):
 
     def _width(self) -> int:
         """Width of its image embeddings, E."""
-        size = _side(self._processor)
-        return self.compute(torch.zeros(1, 3, size, size, dtype=torch.uint8)).embedding.shape[1]  # type: ignore[union-attr]
+        side = _side(self._processor)
+        embedding = self.compute(torch.zeros(1, 3, side, side, dtype=torch.uint8)).embedding
+        assert embedding is not None
+        return embedding.shape[1]
 
     def shares_weights(self, file: Path) -> bool:
         """See `Extractor.shares_weights`: whether a CLIP image encoder starts with this one's weights."""
@@ -150,7 +150,7 @@ def _inputs(processor: Any, images: Tensor) -> Tensor:
 
 
 def _side(processor: Any) -> int:
-    """px of an image that preprocessing leaves as it is, or 224."""
+    """Side of an image, px, that preprocessing leaves as it is, or 224."""
     for size in (getattr(processor, "crop_size", None), getattr(processor, "size", None)):
         if size and (side := size.get("height") or size.get("shortest_edge")):
             return int(side)
@@ -168,15 +168,14 @@ def _longest(config: Any) -> int:
 
 def _same_weights(network: torch.nn.Module, file: Path) -> bool:
     """Whether a safetensors file has the network's patch embedding: what differs by training differs there first."""
-    mine = {
-        name: value for name, value in network.state_dict().items() if "patch_embedding" in name and value.ndim == 4
-    }
+    state = network.state_dict()
+    mine = [value for name, value in state.items() if "patch_embedding" in name and value.ndim == 4]
     with safe_open(file, "pt") as other:
         for name in other.keys():  # noqa: SIM118 (it is no mapping)
             if "patch_embedding" not in name:
                 continue
             theirs = other.get_tensor(name).float()
-            for value in mine.values():
+            for value in mine:
                 if value.shape == theirs.shape and torch.allclose(value.cpu(), theirs, rtol=2**-7, atol=1e-6):
                     return True
     return False

@@ -23,9 +23,7 @@ from torch import Tensor
 from lit_multiip.evaluation.extractors import Extraction, Extractor
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
-Landmarks = npt.NDArray[
-    np.float32
-]  # (5, 2), x and y in px: eyes, nose, corners of the mouth; left to right in the image
+Landmarks = npt.NDArray[np.float32]  # (5, 2), x and y in px: eyes, nose, corners of the mouth
 
 # Where recognisers that were trained on aligned faces (ArcFace, SFace, ...) expect the landmarks in a square of 112 px:
 # https://github.com/deepinsight/insightface, arcface_dst
@@ -49,8 +47,7 @@ class FaceDetector:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImportError: OpenCV is not installed.
-        ValueError: OpenCV cannot read the file, or an option is out of range.
+        ValueError: OpenCV is not installed or cannot read the file, or an option is out of range.
     """
 
     def __init__(self, path: str = YUNET, min_score: float = 0.7, side: int = 320) -> None:
@@ -104,8 +101,7 @@ class FaceRecognition(Extractor):
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImportError: onnxruntime, or OpenCV for a detector, is not installed.
-        ValueError: the file is no such network, or an option is out of range.
+        ValueError: onnxruntime is not installed, the file is no such network, or an option is out of range.
     """
 
     can_identify = True
@@ -206,8 +202,7 @@ class SFace(Extractor):
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImportError: OpenCV is not installed.
-        ValueError: OpenCV cannot read the file.
+        ValueError: OpenCV is not installed or cannot read the file.
     """
 
     can_identify = True
@@ -282,7 +277,7 @@ def _import(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = {"cv2": "OpenCV"}.get(module, module)
-        raise ImportError(f'faces need {package}, which is not installed: pip install -e ".[faces]"') from error
+        raise ValueError(f"faces need {package}, which is not installed: pip install 'lit_multiip[faces]'") from error
 
 
 def _opencv(create: Any, file: Path, *options: Any) -> Any:

@@ -337,6 +337,42 @@ def test_an_extractor_that_conditions_is_refused_before_anything_is_sampled(tmp_
     assert module.calls == []
 
 
+def test_a_file_inside_the_image_encoders_folder_is_refused(tmp_path):
+    (tmp_path / "image_encoder").mkdir()
+    source = str(tmp_path / "image_encoder" / "faces.onnx")
+    with pytest.raises(ValueError, match="would score its own work"):
+        run(tmp_path / "test", module=Perfect(str(tmp_path)), extractors=[Thumbnail(source=source)])
+
+
+class SharpFaces(Thumbnail):
+    """Finds no face in noise, and gives no features, as a face recogniser does."""
+
+    num_features = num_classes = None
+
+    def compute(self, images):
+        embedding = super().compute(images).features
+        noisy = (images[..., 1:].float() - images[..., :-1].float()).abs().mean(dim=(1, 2, 3)) > 60
+        return Extraction(embedding=embedding.masked_fill(noisy[:, None], float("nan")))
+
+
+def test_faces_that_are_not_found_are_counted_and_never_averaged_in(tmp_path, capsys):
+    run(tmp_path, extractors=[SharpFaces("faces"), Thumbnail()])
+    metrics, lines = read(tmp_path)
+    assert metrics["faces_not_found"]["faces"] == {
+        **{"real_photos": [0, 18 + 6], "Perfect": [0, 6], "vae_round_trip": [0, 6], "real_other_photo": [0, 6]},
+        **{row: [6, 6] for row in ("no_references", "zero_embedding", "other_person")},
+    }
+    assert "thumbnail" not in metrics["faces_not_found"]
+    rows = metrics["rows"]
+    assert rows["Perfect"]["identity_held_out/faces"]["value"] == pytest.approx(1)
+    assert not any(key.endswith("/faces") and "identity" in key for key in rows["no_references"])
+    assert not {"fid/faces", "kid/faces", "is/faces", "diversity/faces"} & rows["Perfect"].keys()
+    assert all(line["identity_held_out/faces"] == "" for line in lines if line["row"] == "no_references")
+    printed = capsys.readouterr().out
+    assert "- no references: face not found in 6 of 6 images (100.0%), which are in no mean" in printed
+    assert "faces" in metrics["audit"]["near_duplicates"]
+
+
 def test_another_network_inside_the_backbones_folder_may_score(tmp_path):
     module = Perfect(str(tmp_path))
     run(tmp_path / "test", module=module, extractors=[Thumbnail("critic", str(tmp_path / "critic"))], anchors=False)

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onnx_file import write_pooling
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
 from lit_multiip.evaluation import faces
 from lit_multiip.evaluation.faces import TEMPLATE, FaceDetector, FaceRecognition, SFace, aligned, weights_file
-from onnx_file import write_pooling
 
 cv2 = pytest.importorskip("cv2")
 pytest.importorskip("onnxruntime")
@@ -127,7 +127,7 @@ def test_the_largest_face_is_given_in_px_of_the_image(tmp_path, monkeypatch):
 @pytest.mark.parametrize("given", ["no.onnx", "../org/no.onnx", "/nowhere/at/no.onnx"])
 def test_a_missing_file_is_named_and_no_hub_is_asked(given, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: pytest.fail("asks the hub"))
-    with pytest.raises(FileNotFoundError, match="no file '.*no.onnx'"):
+    with pytest.raises(FileNotFoundError, match=r"no file '.*no\.onnx'"):
         FaceRecognition(given)
 
 
@@ -158,7 +158,7 @@ def test_files_and_options_that_do_not_fit_are_refused(pooling, tmp_path):
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"\0" * 100)
     for network in (FaceRecognition, SFace):
-        with pytest.raises(ValueError, match="'.*broken.onnx' is no ONNX network"):
+        with pytest.raises(ValueError, match=r"'.*broken\.onnx' is no ONNX network"):
             network(str(broken))
     for options in ({"side": 64}, {"colours": "hsv"}, {"std": (0, 1, 1)}, {"crop": (0.5, 0.5, 0)}):
         with pytest.raises(ValueError, match=next(iter(options))):

@@ -265,3 +265,11 @@ def test_one_image_is_summarised_without_the_scores_of_sets():
 def test_bad_input_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_faces_that_are_not_found_are_no_nearest_reference():
+    nan = [float("nan")] * 2
+    generated = np.array([[1.0, 0.0], [1.0, 0.0], nan])
+    references = np.array([[[0.0, 1.0], nan], [nan, nan], [[1.0, 0.0], nan]])
+    nearest = nearest_reference(generated, references)
+    assert nearest[0] == 0 and np.isnan(nearest[1:]).all()

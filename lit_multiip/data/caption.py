@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -51,6 +50,7 @@ class ImageToText:
     def __init__(
         self, model: str = MODEL, prefix: str = PREFIX, max_new_tokens: int = 30, device: str | None = None
     ) -> None:
+        import torch
         from safetensors import SafetensorError
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -75,8 +75,7 @@ class ImageToText:
         text = {"text": [self.prefix] * len(images)} if self.prefix else {}
         inputs = self.processor(images=list(images), return_tensors="pt", **text).to(self.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.network.dtype)
-        with torch.no_grad():
-            tokens = self.network.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+        tokens = self.network.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
         captions: list[str] = self.processor.batch_decode(tokens, skip_special_tokens=True)
         return captions
 

@@ -4,21 +4,13 @@ import csv
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from lit_multiip.cli import main
 from lit_multiip.data.caption import PREFIX, ImageToText, caption_photos, read_people, with_prefix, without_name
 from lit_multiip.data.people import DataError, Folder
 
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-    *["a", "photo", "of", "person", "man", "in", "the", "red", "shirt", "ann", "smiling"],
-]
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a photo of person man in the red shirt ann smiling".split()  # noqa: SIM905
 
 
 def write_photos(folder: Path, *names: str) -> Path:
@@ -43,6 +35,7 @@ class Captions:
 
 @pytest.fixture(scope="module")
 def blip(tmp_path_factory):
+    import torch
     from transformers import (
         BertTokenizerFast,
         BlipConfig,
@@ -182,7 +175,7 @@ def test_the_command_captions_a_folder_and_then_has_nothing_to_do(blip, tmp_path
 
 def test_a_model_that_is_not_there_is_told_in_one_line(tmp_path, capsys):
     write_photos(tmp_path, "Ann/1.jpg")
-    with pytest.raises(DataError, match="captioning model '.*nothing' cannot be loaded"):
+    with pytest.raises(DataError, match=r"captioning model '.*nothing' cannot be loaded"):
         ImageToText(str(tmp_path / "nothing"))
     with pytest.raises(SystemExit):
         main(["caption", "--photos", str(tmp_path), "--batch_size", "0"])

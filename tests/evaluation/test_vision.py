@@ -101,7 +101,7 @@ def test_the_conditioning_encoder_is_recognised_by_its_weights(clip, tmp_path):
 
 
 def test_what_cannot_be_loaded_or_read_is_refused(dino, tmp_path):
-    with pytest.raises(OSError, match="cannot be loaded .*safetensors"):
+    with pytest.raises(OSError, match=r"cannot be loaded .*safetensors"):
         CLIP(str(tmp_path))
     with pytest.raises(ValueError, match="is a ViTModel, which has no embeddings of text"):
         CLIP(str(dino))

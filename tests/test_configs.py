@@ -23,6 +23,7 @@ ADAPTERS = [path for path in METHODS if path.stem != "dreambooth"]
 CLASSES = [MultiIPAdapter, DreamBooth]
 DATA = sorted((ROOT / "configs" / "data").glob("*.yaml"))
 ON = sorted((ROOT / "configs" / "on").glob("*.yaml"))
+SCORE = sorted((ROOT / "configs" / "score").glob("*.yaml"))
 OTHERS = [ROOT / "lit_multiip" / "mini" / "ip_adapter.yaml"]
 
 
@@ -40,7 +41,7 @@ def name(path: Path) -> str:
 
 
 @pytest.mark.parametrize("command", ["fit", "test"])
-@pytest.mark.parametrize("config", [*METHODS, *DATA, *ON, *OTHERS], ids=name)
+@pytest.mark.parametrize("config", [*METHODS, *DATA, *ON, *SCORE, *OTHERS], ids=name)
 def test_every_config_parses(config: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     values = parsed(capsys, command, config)
     if config in METHODS:
@@ -51,7 +52,7 @@ def test_every_config_parses(config: Path, command: str, capsys: pytest.CaptureF
         )
 
 
-@pytest.mark.parametrize("overlay", [*DATA, *ON], ids=name)
+@pytest.mark.parametrize("overlay", [*DATA, *ON, *SCORE], ids=name)
 @pytest.mark.parametrize("method", [ROOT / "configs" / f"{stem}.yaml" for stem in CHOSEN], ids=name)
 def test_the_order_of_overlays_does_not_matter(method: Path, overlay: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = (parsed(capsys, "fit", *order) for order in permutations([method, overlay]))

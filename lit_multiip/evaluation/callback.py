@@ -494,8 +494,8 @@ def _image_set(photos: Extraction, chosen: Sequence[Photo], real: dict[Photo, in
     """Some of the real photos, for the scores of sets."""
     at = [real[photo] for photo in chosen]
     people = np.array([photo.person for photo in chosen])
-    rows = [None if values is None else values[at] for values in (photos.features, photos.logits)]
-    return ImageSet(people, *rows)
+    features, logits = (None if values is None else values[at] for values in (photos.features, photos.logits))
+    return ImageSet(people, features, logits)
 
 
 def _per_image(

@@ -151,7 +151,7 @@ class FaceRecognition(Extractor):
         if self._width < 2:
             raise ValueError(f"'{file}' gives one number an image: give a network whose first output is (B, E)")
         self.colours, self.crop, self.detector = colours, (x, y, share), detector
-        self.mean, self.std = np.float32(mean), np.float32(std)
+        self.mean, self.std = np.asarray(mean, dtype=np.float32), np.asarray(std, dtype=np.float32)
         self.name, self.source, self.sha256 = name or _key(file), path, _sha256(file)
         self.freeze()
 

@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
 from lit_multiip.evaluation import faces
+from lit_multiip.evaluation.callback import ScoreTest
 from lit_multiip.evaluation.faces import TEMPLATE, FaceDetector, FaceRecognition, SFace, aligned, weights_file
 
 cv2 = pytest.importorskip("cv2")
@@ -163,6 +164,22 @@ def test_files_and_options_that_do_not_fit_are_refused(pooling, tmp_path):
     for options in ({"side": 64}, {"colours": "hsv"}, {"std": (0, 1, 1)}, {"crop": (0.5, 0.5, 0)}):
         with pytest.raises(ValueError, match=next(iter(options))):
             FaceRecognition(pooling, **options)
+
+
+def test_a_config_names_networks_and_detector(pooling, monkeypatch):
+    monkeypatch.setattr(cv2.FaceDetectorYN, "create", lambda *_: YuNet())
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ScoreTest, "score")
+    detector = {"class_path": "lit_multiip.evaluation.faces.FaceDetector", "init_args": {"path": pooling}}
+    settings = [
+        ("FaceRecognition", {"path": pooling, "crop": [0.5, 0.48, 0.448], "std": [1, 1, 1], "name": "mine"}),
+        ("SFace", {"path": pooling, "detector": detector}),
+    ]
+    classes = [{"class_path": f"lit_multiip.evaluation.faces.{name}", "init_args": args} for name, args in settings]
+    config = parser.parse_object({"score": {"extractors": classes}})
+    first, second = parser.instantiate_classes(config).score.extractors
+    assert (first.name, first.crop, second.name) == ("mine", LFW_CROP, "sface")
+    assert isinstance(second.detector, FaceDetector)
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def write_clip(folder: Path, seed: int = 0) -> Path:
     )
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": MAX_TOKENS, "pad_token_id": tokenizer.pad_token_id}
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    vision = {**TOWER, "image_size": SIDE, "patch_size": 8}
+    vision = {**TOWER, "image_size": SIDE, "patch_size": 8, "projection_dim": WIDTH}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = CLIPConfig(text_config={**TOWER, **text, **ids}, vision_config=vision, projection_dim=WIDTH)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from onnx_file import write_pooling
 from PIL import Image
 from sklearn.metrics import roc_auc_score

@@ -281,7 +281,9 @@ class ScoreTest(L.Callback):
             for name, images in rows.items():
                 made, prompt = _look(extractor, images, device, name, [task.prompt for task in tasks])
                 per_image = {**_per_image(extractor, made, photos, real, tasks, name not in NO_SEEDS), "prompt": prompt}
-                per_image = {score: values for score, values in per_image.items() if not np.isnan(values).all()}
+                # all undefined is no score, but that no face was found is one to be told of
+                silent = [score for score in ("prompt", "diversity") if np.isnan(per_image.get(score, np.nan)).all()]
+                per_image = {score: values for score, values in per_image.items() if score not in silent}
                 if made.embedding is not None:
                     not_found[extractor.name][name] = _not_found(made.embedding)
                 generated = ImageSet(_people(tasks), made.features, made.logits, per_image)

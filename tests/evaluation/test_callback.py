@@ -20,6 +20,7 @@ from lit_multiip.evaluation.audit import LeakError
 from lit_multiip.evaluation.callback import ScoreTest
 from lit_multiip.evaluation.extractors import Extraction, Extractor
 from lit_multiip.evaluation.intervals import Score
+from lit_multiip.evaluation.scores import summarise
 from lit_multiip.evaluation.tasks import make_tasks, protocol
 
 SIDE = 64
@@ -371,6 +372,20 @@ def test_faces_that_are_not_found_are_counted_and_never_averaged_in(tmp_path, ca
     printed = capsys.readouterr().out
     assert "- no references: face not found in 6 of 6 images (100.0%), which are in no mean" in printed
     assert "faces" in metrics["audit"]["near_duplicates"]
+
+
+def test_a_method_without_any_face_says_so_and_keeps_its_empty_scores(tmp_path, capsys):
+    class Noise(Perfect):
+        def generate(self, batch, references="right"):
+            return super().generate(batch, "none")
+
+    run(tmp_path, module=Noise(name="Noise"), extractors=[SharpFaces("faces")], anchors=False)
+    assert "- Noise: face not found in 6 of 6 images (100.0%), which are in no mean" in capsys.readouterr().out
+    assert read(tmp_path)[0]["rows"]["Noise"].keys() == {"prompt/faces"}
+    generated, held_out = report.read_features(tmp_path / "features_faces.safetensors")
+    assert np.isnan(generated.per_image["identity_held_out"]).all() and held_out.features is None
+    assert summarise("faces", generated, held_out, left_out=(reasons := {})).keys() == {"prompt/faces"}
+    assert reasons["identity_held_out/faces"] == "it is undefined for all 6 images"
 
 
 def test_another_network_inside_the_backbones_folder_may_score(tmp_path):

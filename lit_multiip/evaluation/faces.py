@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -317,4 +316,4 @@ def _sha256(file: Path) -> str:
 
 
 def _line(error: Exception) -> str:
-    return os.linesep.join((str(error) or type(error).__name__).strip().splitlines()[:1])
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -162,7 +162,8 @@ class FaceRecognition(Extractor):
         if seen:
             order = 1 if self.colours == "rgb" else -1
             values = np.stack(seen).astype(np.float32)[..., ::order] / 255  # (F, S, S, 3)
-            found = self._embeddings(((values - self.mean) / self.std).transpose(0, 3, 1, 2))  # (F, E)
+            inputs = np.asarray((values - self.mean) / self.std, dtype=np.float32)
+            found = self._embeddings(inputs.transpose(0, 3, 1, 2))  # (F, E)
         return Extraction(embedding=_with_gaps(found, [face is not None for face in faces]).to(images.device))
 
     def _face(self, pixels: Pixels) -> Pixels | None:

@@ -154,7 +154,8 @@ class ScoreTest(L.Callback):
         assert self.extractors is not None
         module: Any = pl_module
         for extractor in self.extractors:
-            _refuse_if_it_conditions(extractor, str(module.describe()["backbone"]))
+            facts = module.describe()
+            _refuse_if_it_conditions(extractor, str(facts["backbone"]), facts.get("image_encoder"))
         self._folder = self._output_folder(trainer)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -372,13 +373,14 @@ def _write_photos(
     return names
 
 
-def _refuse_if_it_conditions(extractor: Extractor, backbone: str) -> None:
+def _refuse_if_it_conditions(extractor: Extractor, backbone: str, image_encoder: str | None = None) -> None:
     from lit_multiip.backbone import resolve_backbone
 
     if extractor.source is None:
         return
     source, folder = os.path.realpath(extractor.source), resolve_backbone(backbone)
-    for conditions in (backbone, folder, os.path.join(folder, "image_encoder")):
+    own = os.path.join(folder, "image_encoder")
+    for conditions in (backbone, folder, own, *([image_encoder] if image_encoder else [])):
         if extractor.source == conditions or source == os.path.realpath(conditions):
             raise ValueError(
                 f"extractor {extractor.name!r} has the weights of the image encoder that conditions ({conditions}), "

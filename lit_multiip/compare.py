@@ -328,7 +328,8 @@ def _weights(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     """Fingerprints of the backbone, of its adapter, and of the user's own modules that the configs name."""
     import yaml
 
-    backbone, apart, classes = "mini", dict.fromkeys(("image_encoder", "published_adapter")), set()
+    backbone, classes = "mini", set()
+    apart: dict[str, Any] = dict.fromkeys(("image_encoder", "published_adapter"))
     for file in files:
         text = Path(file).read_text(encoding="utf-8")
         content = yaml.safe_load(text)

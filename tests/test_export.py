@@ -217,7 +217,7 @@ def test_another_aggregator_than_it_was_trained_with_is_refused(exported: Path, 
     path = str(exported / ADAPTER)
     with pytest.raises(BackboneError, match=r"was trained with SelfAttention\(dim=24.*, not AvgPool\(dim=24\)"):
         built(tiny_backbone, ip_adapter=path, aggregator=AvgPool)
-    with pytest.raises(BackboneError, match="heads=1.*heads=2"):  # of equal shapes
+    with pytest.raises(BackboneError, match=r"heads=1.*heads=2"):  # of equal shapes
         built(tiny_backbone, ip_adapter=path, aggregator=lambda dim: SelfAttention(dim, heads=2))
 
 

@@ -279,8 +279,8 @@ def fingerprint(backbone: str, component: str) -> str:
     """Name a component by its content, for use in cache keys.
 
     A local component is named by its files (configuration and weights); one on the hub by its id and the commit that
-    the local hub cache holds, or by the id alone where it was never fetched and cannot be. A
-    feature_extractor that the folder lacks is named after the image encoder, which then determines it.
+    the local hub cache holds, or by the id alone where it was never fetched and cannot be. A feature_extractor that
+    the folder lacks is named after the image encoder, which then determines it.
 
     Returns:
         16 hexadecimal digits.

@@ -128,7 +128,7 @@ licence of that backbone.
 ## Use
 
 In plain diffusers, with the embeddings of a person that `python -m lit_multiip export --photos <folder>` writes;
-img2img, inpainting and ControlNet pipelines take the same two lines. `guidance_scale` must be above 1.
+img2img, inpainting and ControlNet pipelines take the same three lines. `guidance_scale` must be above 1.
 
 ```python
 {snippet(backbone)}
@@ -155,9 +155,10 @@ Trained with:
 
 
 def snippet(backbone: str, folder: str = "exported", person: str = "my_photos") -> str:
-    """Five lines of plain diffusers."""
+    """Use in plain diffusers, as the card and the README show it."""
     return f"""from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
+
 pipe = StableDiffusionPipeline.from_pretrained("{backbone}")
 pipe.load_ip_adapter("{folder}", subfolder="", weight_name="{ADAPTER}", image_encoder_folder=None)
 embeds = load_file("{folder}/embeds/{person}.safetensors")["{EMBEDS}"]

@@ -232,6 +232,9 @@ def _image_encoder_place(backbone: str, image_encoder: str | None) -> tuple[str,
 def _image_encoder_config(backbone: str, image_encoder: str | None) -> Any:
     root, subfolder = _image_encoder_place(backbone, image_encoder)
     try:
+        values, _ = CLIPVisionConfig.get_config_dict(root, subfolder=subfolder)
+        if "model_type" not in values:  # where there is no file, transformers has its defaults to offer
+            raise OSError("there is no such file")
         return CLIPVisionConfig.from_pretrained(root, subfolder=subfolder)
     except (OSError, ValueError) as error:
         if image_encoder is None:

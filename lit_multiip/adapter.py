@@ -12,12 +12,15 @@ from torch import Tensor
 
 from lit_multiip.aggregators import Aggregator, SelfAttention
 from lit_multiip.backbone import (
+    BackboneError,
     find_ip_adapter,
     install_ip_adapter,
     ip_adapter_from_text,
     ip_adapter_parameters,
     load_component,
     load_embed_dim,
+    load_image_encoder,
+    read_adapter_record,
     read_ip_adapter,
 )
 from lit_multiip.evaluation.sampling import Sampling
@@ -36,12 +39,15 @@ class MultiIPAdapter(Method):
         optimizer: over the trained parameters.
         lr_schedule: a schedule of ``diffusers.optimization.get_scheduler``, stepped every optimiser step.
         lr_warmup_steps: of the schedule.
-        ip_adapter: ``auto`` (the backbone's ip_adapter/, else ``text``), ``text`` (from the text K and V), or a file.
+        ip_adapter: ``auto`` (``published_adapter``, else the backbone's ip_adapter/, else ``text``), ``text`` (from the
+            text K and V), a file, or hub id and file. One exported with an aggregator's weights brings these too.
         trained: ``adapter``, or ``aggregator`` alone.
         sampling: how images are drawn.
         image_side: of the images in px; None takes the backbone's own.
         frozen_dtype: of the UNet's frozen weights; trained ones are float32.
         gradient_checkpointing: trade 35 % more arithmetic for a fifth of the activations.
+        image_encoder: folder, or hub id and subfolder, of the CLIP vision model; None takes the backbone's own.
+        published_adapter: file, or hub id and file, where the backbone's adapter lies apart from it.
     """
 
     conditions: ClassVar[tuple[References, ...]] = ("right", "none", "zero", "other")
@@ -60,6 +66,8 @@ class MultiIPAdapter(Method):
         image_side: int | None = None,
         frozen_dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
+        image_encoder: str | None = None,
+        published_adapter: str | None = None,
     ) -> None:
         super().__init__(
             backbone,
@@ -72,6 +80,7 @@ class MultiIPAdapter(Method):
             gradient_checkpointing,
         )
         self.make_aggregator, self.ip_adapter, self.trained = aggregator, ip_adapter, trained
+        self.image_encoder, self.published_adapter = image_encoder, published_adapter
         self.aggregator: Any = None
 
     # ---- building -----------------------------------------------------------------------------------------------
@@ -79,19 +88,31 @@ class MultiIPAdapter(Method):
     def build(self) -> None:
         """Load the UNet and install the adapter."""
         self.unet = load_component(self.backbone, "unet", self.frozen_dtype)
-        width = load_embed_dim(self.backbone)
-        path = find_ip_adapter(self.backbone) if self.ip_adapter == "auto" else self.ip_adapter
+        width = load_embed_dim(self.backbone, self.image_encoder)
+        path: str | None = self.ip_adapter
+        if path == "auto":
+            path = self.published_adapter or find_ip_adapter(self.backbone)
         if path is None or path == "text":
             state: Any = ip_adapter_from_text(self.unet, width)
         else:
             state = read_ip_adapter(path)
         install_ip_adapter(self.unet, state, width)
         self.aggregator = self.make_aggregator(width)
-        if "aggregator" in state:
-            self.aggregator.load_state_dict(state["aggregator"])
+        if path is not None and "aggregator" in state:
+            self._load_aggregator(state["aggregator"], path)
         if self.trained == "aggregator":
             for parameter in ip_adapter_parameters(self.unet).values():
                 parameter.requires_grad_(False)
+
+    def _load_aggregator(self, weights: dict[str, Tensor], path: str) -> None:
+        """Take the aggregator's weights from an exported adapter, whose K' and V' know its output alone."""
+        own = self.settings()
+        found = read_adapter_record(path).get("aggregator", own)
+        own_keys = set(self.aggregator.state_dict())
+        if found != own or own_keys != set(weights):
+            what = found if found != own else f"another aggregator (weights {', '.join(sorted(weights))})"
+            raise BackboneError(f"adapter '{path}' was trained with {what}, not {own}: set model.aggregator likewise")
+        self.aggregator.load_state_dict(weights)
 
     def configure_optimizers(self) -> Any:
         """AdamW (or what the config says) over what is trained, and its schedule by the step."""
@@ -170,8 +191,8 @@ class MultiIPAdapter(Method):
         tasks = getattr(getattr(self.trainer, "datamodule", None), "tasks", None)
         if not tasks or not self.trainer.is_global_zero:
             return
-        processor = load_component(self.backbone, "feature_extractor")
-        encoder = load_component(self.backbone, "image_encoder").to(self.device)
+        processor, encoder = load_image_encoder(self.backbone, self.image_encoder)
+        encoder.to(self.device)
         for _ in range(2):
             start = perf_counter()
             self.condition(encode_photos(processor, encoder, tasks[0].references)[None]).cpu()
@@ -195,4 +216,8 @@ class MultiIPAdapter(Method):
     def describe(self) -> dict[str, Any]:
         """Method, backbone, sampling and numbers of parameters, for a results file."""
         file = self.ip_adapter if self.ip_adapter in ("auto", "text") else "file"
-        return super().describe() | {"aggregator": self.settings(), "ip_adapter": file}
+        return super().describe() | {
+            "aggregator": self.settings(),
+            "ip_adapter": file,
+            "image_encoder": self.image_encoder,
+        }

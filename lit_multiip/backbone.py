@@ -2,6 +2,8 @@
 
 A backbone is what diffusers calls a pipeline: unet/, vae/, text_encoder/, tokenizer/, scheduler/ and model_index.json,
 plus image_encoder/ and, optionally, feature_extractor/ and ip_adapter/. All sizes come from the loaded weights.
+Backbones that were published before their adapter have no image_encoder/: it is then named apart, by a folder or by
+hub id and subfolder, such as ``h94/IP-Adapter/models/image_encoder``; an adapter's file likewise.
 
 The IP-Adapter's modules are diffusers' own and go in through its public ``load_ip_adapter``. Their published names,
 used throughout, are ``image_proj.proj.{weight,bias}`` (Linear), ``image_proj.norm.{weight,bias}`` (LayerNorm) and
@@ -13,28 +15,31 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import logging
 import math
 import pickle
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders import IPAdapterMixin
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPImageProcessor, CLIPVisionConfig
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+RECORD = "lit_multiip"  # key of a safetensors file's metadata
 TOKENS = 4  # image tokens per embedding; diffusers' loader knows no other number for this layout
 COMPONENTS = (
     "unet",
@@ -164,23 +169,103 @@ def load_component(backbone: str, name: str, dtype: torch.dtype = torch.float32)
     return component.requires_grad_(False).eval() if isinstance(component, nn.Module) else component
 
 
-def load_image_side(backbone: str) -> int:
-    """Side in pixels of the square photo that the backbone's image encoder sees."""
-    backbone = resolve_backbone(backbone)
+def load_image_encoder(
+    backbone: str, image_encoder: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Any, Any]:
+    """Load what makes an embedding of a photo: the preprocessing, and the image encoder, frozen and in eval mode.
+
+    Args:
+        backbone: anything ``resolve_backbone`` takes.
+        image_encoder: None takes the backbone's image_encoder/ and feature_extractor/. Else a folder, or a hub id with
+            or without a subfolder; the preprocessing is then CLIP's at the encoder's own side.
+        dtype: of the weights.
+
+    Returns:
+        Processor and encoder.
+
+    Raises:
+        BackboneError: there is no such encoder, or it cannot be read.
+    """
+    if image_encoder is None:
+        return load_component(backbone, "feature_extractor"), load_component(backbone, "image_encoder", dtype)
+    root, subfolder = _image_encoder_place(backbone, image_encoder)
+    side = load_image_side(backbone, image_encoder)
     try:
-        config: Any = CLIPVisionConfig.from_pretrained(backbone, subfolder="image_encoder")
-        return int(config.image_size)
-    except (OSError, ValueError) as error:
-        raise BackboneError(_lacks(backbone, "image_encoder")) from error
+        encoder: Any = CLIPVisionModelWithProjection.from_pretrained(
+            root, subfolder=subfolder, dtype=dtype, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise BackboneError(
+            f"image encoder '{image_encoder}' cannot be read ({_first_line(error)}): "
+            "it needs config.json and whole safetensors weights of a CLIPVisionModelWithProjection"
+        ) from error
+    processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return processor, encoder.requires_grad_(False).eval()
 
 
-def load_embed_dim(backbone: str) -> int:
+def load_image_side(backbone: str, image_encoder: str | None = None) -> int:
+    """Side in pixels of the square photo that the image encoder sees."""
+    return int(_image_encoder_config(backbone, image_encoder).image_size)
+
+
+def load_embed_dim(backbone: str, image_encoder: str | None = None) -> int:
     """Width D of the image encoder's embeddings."""
+    return int(_image_encoder_config(backbone, image_encoder).projection_dim)
+
+
+def find_image_encoder(backbone: str, image_encoder: str | None = None) -> tuple[str, Path | None]:
+    """Name the place of the image encoder, and its weights' file where that is on this disk."""
+    root, subfolder = _image_encoder_place(backbone, image_encoder)
+    if Path(root).is_dir():
+        return str(Path(root, subfolder)), Path(root, subfolder, "model.safetensors")
+    found = try_to_load_from_cache(root, f"{subfolder}/model.safetensors".lstrip("/"))
+    return f"{root}/{subfolder}".rstrip("/"), Path(found) if isinstance(found, str) else None
+
+
+def _image_encoder_place(backbone: str, image_encoder: str | None) -> tuple[str, str]:
+    """Folder or hub id, and the subfolder in it, that hold the image encoder."""
+    if image_encoder is None:
+        return resolve_backbone(backbone), "image_encoder"
+    folder = Path(image_encoder).expanduser()
+    if folder.is_dir():
+        return str(folder), ""
+    place = _hub_place(image_encoder)
+    if place is None:
+        raise BackboneError(
+            f"image encoder '{image_encoder}' is not an existing folder, nor a hub id with or without a subfolder, "
+            "such as 'h94/IP-Adapter/models/image_encoder'"
+        )
+    return place
+
+
+def _image_encoder_config(backbone: str, image_encoder: str | None) -> Any:
+    root, subfolder = _image_encoder_place(backbone, image_encoder)
     try:
-        config: Any = CLIPVisionConfig.from_pretrained(resolve_backbone(backbone), subfolder="image_encoder")
-        return int(config.projection_dim)
+        values, _ = CLIPVisionConfig.get_config_dict(root, subfolder=subfolder)
+        if "model_type" not in values:  # where there is no file, transformers has its defaults to offer
+            raise OSError("there is no such file")
+        return CLIPVisionConfig.from_pretrained(root, subfolder=subfolder)
     except (OSError, ValueError) as error:
-        raise BackboneError(_lacks(backbone, "image_encoder")) from error
+        if image_encoder is None:
+            raise BackboneError(_lacks(backbone, "image_encoder")) from error
+        raise BackboneError(
+            f"image encoder '{image_encoder}' has no readable config.json ({_first_line(error)}): give the folder of a "
+            "CLIPVisionModelWithProjection, or where the hub cannot be reached, that of a local copy"
+        ) from error
+
+
+def _hub_place(name: str) -> tuple[str, str] | None:
+    """Split ``org/name/some/thing`` into hub id and the rest; None for what is local or cannot be a hub id."""
+    org, _, rest = name.partition("/")
+    repository, _, inside = rest.partition("/")
+    hub_id = f"{org}/{repository}"
+    if Path(hub_id).expanduser().exists() or Path(name).is_absolute() or ".." in name.split("/"):
+        return None
+    try:
+        validate_repo_id(hub_id)
+    except HFValidationError:
+        return None
+    return (hub_id, inside.strip("/")) if org and repository else None
 
 
 def load_vae_facts(backbone: str) -> tuple[int, float]:
@@ -206,32 +291,62 @@ def fingerprint(backbone: str, component: str) -> str:
     """Name a component by its content, for use in cache keys.
 
     A local component is named by its files (configuration and weights); one on the hub by its id and the commit that
-    the local hub cache holds, or by the id alone before it was ever fetched. A feature_extractor that the folder lacks
-    is named after the image encoder, which then determines it.
+    the local hub cache holds, or by the id alone where it was never fetched and cannot be. A feature_extractor that
+    the folder lacks is named after the image encoder, which then determines it.
 
     Returns:
         16 hexadecimal digits.
     """
     backbone = resolve_backbone(backbone)
-    digest = hashlib.sha256()
     if not Path(backbone).is_dir():
-        index = try_to_load_from_cache(backbone, "model_index.json")
-        commit = Path(index).parent.name if isinstance(index, str) else "unresolved"
-        digest.update(f"{backbone}@{commit}/{component}".encode())
-        return digest.hexdigest()[:16]
-
+        return _hub_fingerprint(backbone, "model_index.json", component)
     folder = Path(backbone) / component
     if component == "feature_extractor" and not folder.is_dir():
         return fingerprint(backbone, "image_encoder")
+    return _folder_fingerprint(folder) or _refuse(_lacks(backbone, component))
+
+
+def fingerprint_image_encoder(backbone: str, image_encoder: str | None = None) -> str:
+    """Name image encoder and preprocessing by their content, as ``fingerprint`` does; 32 hexadecimal digits."""
+    if image_encoder is None:
+        return fingerprint(backbone, "image_encoder") + fingerprint(backbone, "feature_extractor")
+    root, subfolder = _image_encoder_place(backbone, image_encoder)
+    if Path(root).is_dir():
+        found = _folder_fingerprint(Path(root)) or _refuse(f"image encoder '{image_encoder}' is an empty folder")
+    else:
+        found = _hub_fingerprint(root, f"{subfolder}/config.json".lstrip("/"), subfolder)
+    return 2 * found  # the encoder determines its preprocessing
+
+
+def _folder_fingerprint(folder: Path) -> str | None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    if not files:
-        raise BackboneError(_lacks(backbone, component))
+    digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:16] if files else None
+
+
+def _hub_fingerprint(hub_id: str, probe: str, component: str) -> str:
+    found = try_to_load_from_cache(hub_id, probe)
+    file = found if isinstance(found, str) else _fetched(hub_id, probe)
+    commit = "unresolved" if file is None else Path(file.removesuffix(probe)).name
+    return hashlib.sha256(f"{hub_id}@{commit}/{component}".encode()).hexdigest()[:16]
+
+
+@lru_cache
+def _fetched(hub_id: str, file: str) -> str | None:
+    """Fetch a small file, or the first run would know a repository by another name than the second; once a process."""
+    try:
+        return hf_hub_download(hub_id, file)
+    except (OSError, ValueError):
+        return None
+
+
+def _refuse(message: str) -> NoReturn:
+    raise BackboneError(message)
 
 
 def _component_class(library: str, class_name: str, backbone: str) -> Any:
@@ -249,7 +364,10 @@ def _component_class(library: str, class_name: str, backbone: str) -> Any:
 def _lacks(backbone: str, name: str) -> str:
     remedy = f"add {name}/"
     if name == "image_encoder":
-        remedy = "put the CLIP vision model that the IP-Adapter was trained with into a local copy's image_encoder/"
+        remedy = (
+            "name the CLIP vision model that the IP-Adapter was trained with, such as "
+            "--image_encoder h94/IP-Adapter/models/image_encoder, or put it into a local copy's image_encoder/"
+        )
     return (
         f"backbone '{backbone}' lacks the component '{name}': {remedy} (a backbone has model_index.json, unet/, vae/, "
         "text_encoder/, tokenizer/, scheduler/ and image_encoder/)"
@@ -285,15 +403,16 @@ def ip_adapter_from_text(unet: UNet2DConditionModel, embed_dim: int, *, seed: in
 def read_ip_adapter(path: str) -> State:
     """Read adapter weights as published (.safetensors with flat keys, or .bin); nothing is unpickled.
 
+    Args:
+        path: a file, or hub id and file, such as ``h94/IP-Adapter/models/ip-adapter_sd15.safetensors``.
+
     Returns:
         ``{"image_proj": {...}, "ip_adapter": {...}}`` and any other sections, such as ``aggregator``.
 
     Raises:
         BackboneError: the file is missing or broken, holds a pickled object, or is of another adapter family.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise BackboneError(f"there is no IP-Adapter file '{path}': give a .safetensors or .bin file")
+    file = find_adapter_file(path)
     try:
         if file.suffix == ".safetensors":
             state: Any = _nested(load_file(file), copy=False)
@@ -311,6 +430,44 @@ def read_ip_adapter(path: str) -> State:
         raise BackboneError(f"IP-Adapter file '{path}' is broken ({_first_line(error)}): fetch it again") from error
     _check_layout(state, f"IP-Adapter file '{path}'")
     return state
+
+
+def find_adapter_file(path: str) -> Path:
+    """Find an adapter's file on this machine, or fetch it from the hub.
+
+    Raises:
+        BackboneError: it is neither here nor to be had; the message says what was looked for.
+    """
+    file = Path(path).expanduser()
+    if file.is_file():
+        return file
+    place = _hub_place(path)
+    if place is None or Path(place[1]).suffix not in (".safetensors", ".bin"):
+        raise BackboneError(
+            f"there is no IP-Adapter file '{path}': give a .safetensors or .bin file, or hub id and file, such as "
+            "'h94/IP-Adapter/models/ip-adapter_sd15.safetensors'"
+        )
+    try:
+        return Path(hf_hub_download(*place))
+    except (OSError, ValueError) as error:
+        raise BackboneError(
+            f"there is no IP-Adapter file '{path}' on this machine, and '{place[1]}' of the hub's '{place[0]}' cannot "
+            f"be fetched ({_first_line(error)}): fetch it where there is a network, and give your copy's path, "
+            "--model.ip_adapter <file>"
+        ) from error
+
+
+def read_adapter_record(path: str) -> dict[str, Any]:
+    """What an exported adapter says of itself, such as its ``aggregator``; empty for one that others published."""
+    file = find_adapter_file(path)
+    if file.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            record = json.loads((opened.metadata() or {}).get(RECORD, "{}"))
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise BackboneError(f"IP-Adapter file '{path}' is broken ({_first_line(error)}): fetch it again") from error
+    return record if isinstance(record, dict) else {}
 
 
 def find_ip_adapter(backbone: str) -> str | None:

@@ -12,6 +12,7 @@ import re
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,10 +29,11 @@ COMMANDS = {  # dispatched before LightningCLI
     "paired": "lit_multiip.evaluation.report:paired",
     "report": "lit_multiip.evaluation.publish:report",
     "inspect": "lit_multiip.evaluation.inspection:inspect",
+    "export": "lit_multiip.export:export",
     "make-mini": "lit_multiip.mini.make:make_mini",
     "measure-mini": "lit_multiip.mini.measure:measure_mini",
 }
-OWN_PARSER = ("inspect",)  # these also take the options of a config, and parse the command line themselves
+OWN_PARSER = ("inspect", "export")  # these also take the options of a config, and parse the command line themselves
 DESCRIPTION = """Personalised images from several photos of a person.
 
 fit trains the method of a config; bare test scores the newest run under runs/, bare predict draws with it; --run
@@ -64,7 +66,7 @@ def main(args: list[str] | None = None) -> None:
             _run_command(*args)
         else:
             # Ranks that Lightning starts inherit argv, and must not look for the newest run again.
-            sys.argv[1:] = expand(args)
+            sys.argv[1:] = _backbones_last(expand(args))
             make_cli()
     except Exception as error:
         message = _explain(error)
@@ -111,6 +113,29 @@ def expand(args: list[str]) -> list[str]:
     return [command, *chosen, *rest]
 
 
+def _backbones_last(args: list[str]) -> list[str]:
+    """Move configs that name a backbone and no method behind the others, so that the order they are typed in is free.
+
+    Steps and learning rate go with the backbone's size, and the method files hold those of the miniature.
+    """
+    import yaml
+
+    def is_backbone(config: str) -> bool:
+        try:
+            values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+            return "backbone" in values and "class_path" not in (values.get("model") or {})
+        except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
+            return False  # the parser will say what is wrong with it
+
+    options = ("-c", "--config")
+    slots = [i for i, arg in enumerate(args) if arg.startswith("--config=") or (i > 0 and args[i - 1] in options)]
+    configs = sorted((args[i].removeprefix("--config=") for i in slots), key=is_backbone)
+    result = list(args)
+    for i, config in zip(slots, configs, strict=True):
+        result[i] = f"--config={config}" if args[i].startswith("--config=") else config
+    return result
+
+
 def _choose_run(command: str, folder: str | None) -> tuple[Path, Path]:
     from lit_multiip.runs import best_checkpoint, newest_run
 
@@ -139,11 +164,44 @@ def _run_command(name: str, *args: str) -> None:
     auto_cli(component, args=list(args), as_positional=False, prog=f"lit_multiip {name}")
 
 
+def build_run(
+    command: str, run: str | None, configs: Sequence[str], options: Sequence[str]
+) -> tuple[LightningCLI, Path | None, Path | None]:
+    """Build, for one process, the objects of a run or of configs; nothing is run.
+
+    Args:
+        command: who asks, for messages.
+        run: a folder; None takes the newest, or, where there are configs, a method of which nothing is trained.
+        configs: laid over the run's own.
+        options: as on the command line, laid over all.
+
+    Returns:
+        The objects, the run's folder and its best checkpoint; None and None where there is no run.
+    """
+    import yaml
+
+    folder, checkpoint, given = None, None, []
+    if run is not None or not (configs or {"--print_config", "--help"} & set(options)):
+        folder, checkpoint = _choose_run(command, run)
+        logger.info("%s of run %s, checkpoint %s", command, folder, checkpoint.name)
+        values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        for key in ("ckpt_path", "weights_only"):  # of fit alone
+            values.pop(key, None)
+        given = ["--config", json.dumps(values)]
+    for config in configs:
+        given += ["--config", config]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LightningCLI's args parameter")
+        one_process = ["--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
+        return make_cli([*given, *one_process, *options], execute=False), folder, checkpoint
+
+
 def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCLI:
     """Parse ``sys.argv`` and run it; or, not to ``execute``, parse ``args`` without a subcommand and build the objects.
 
-    The model is a ``Method`` by its ``class_path``, the data a fixed class; ``backbone`` and ``image_side`` are
-    top-level keys that both are given. A config may set ``model.init_args`` without a ``class_path``: they are those of
+    The model is a ``Method`` by its ``class_path``, the data a fixed class; ``backbone``, ``image_encoder``,
+    ``published_adapter`` and ``image_side`` are top-level keys that both are given. A config of a backbone is laid over
+    the others (``_backbones_last``). A config may set ``model.init_args`` without a ``class_path``: they are those of
     the method that another config names, or of MultiIPAdapter, so that configs may be laid over one another in any
     order. The callbacks ``checkpoint``, ``grid`` and ``score`` are set by keys of those names; ``trainer.callbacks`` is
     the user's own.
@@ -186,9 +244,14 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_argument("--backbone", type=str, default="mini", help="mini, a diffusers folder, or a hub id")
             parser.add_argument("--image_side", type=int | None, default=None, help="px; null: the backbone's own")
-            for key in ("backbone", "image_side"):
+            where = "folder, or hub id and subfolder; null: the backbone's own"
+            parser.add_argument("--image_encoder", type=str | None, default=None, help=where)
+            where = "file, or hub id and file; null: the backbone's ip_adapter/"
+            parser.add_argument("--published_adapter", type=str | None, default=None, help=where)
+            for key in ("backbone", "image_encoder", "published_adapter", "image_side"):
                 parser.link_arguments(key, f"model.init_args.{key}")
-                parser.link_arguments(key, f"data.{key}")
+                if key != "published_adapter":
+                    parser.link_arguments(key, f"data.{key}")
             parser.set_defaults({"model": {"class_path": f"{methods[0].__module__}.{methods[0].__name__}"}})
             parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
             best = {"monitor": "val/loss", "mode": "min", "save_top_k": 1, "filename": "best-{step}"}
@@ -254,7 +317,7 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
         load_from_checkpoint_support=False,
         parser_class=Parser,
         parser_kwargs={"description": DESCRIPTION},
-        args=args,
+        args=None if args is None else _backbones_last(args),
         run=execute,
     )
 

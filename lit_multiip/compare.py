@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lit_multiip.backbone import COMPONENTS, BackboneError, find_ip_adapter, fingerprint
+from lit_multiip.backbone import COMPONENTS, BackboneError, find_ip_adapter, fingerprint, fingerprint_image_encoder
 from lit_multiip.evaluation.report import write_json
 from lit_multiip.runs import best_checkpoint, read_checkpoint
 
@@ -329,19 +329,29 @@ def _weights(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     import yaml
 
     backbone, classes = "mini", set()
+    apart: dict[str, Any] = dict.fromkeys(("image_encoder", "published_adapter"))
     for file in files:
         text = Path(file).read_text(encoding="utf-8")
         content = yaml.safe_load(text)
         backbone = str((content or {}).get("backbone", backbone))
+        apart = {key: (content or {}).get(key, value) for key, value in apart.items()}
         classes |= set(re.findall(r"class_path:\s*([\w.]+)", text))
     backbone = str(options.get("backbone", backbone))
+    apart = {key: options.get(key, value) for key, value in apart.items()}
     found = []
     for component in COMPONENTS:
         try:
             found.append(fingerprint(backbone, component))
         except BackboneError:  # not every pipeline has every component
             continue
-    adapter = find_ip_adapter(backbone) if Path(backbone).is_dir() or backbone == "mini" else None
+    if apart["image_encoder"] is not None:
+        found.append(fingerprint_image_encoder(backbone, apart["image_encoder"]))
+    adapter: Any = apart["published_adapter"]
+    if adapter is not None and not Path(adapter).expanduser().is_file():
+        found.append(str(adapter))  # on the hub
+        adapter = None
+    elif adapter is None and (Path(backbone).is_dir() or backbone == "mini"):
+        adapter = find_ip_adapter(backbone)
     if adapter is not None:
         found.append(hashlib.sha256(Path(adapter).read_bytes()).hexdigest())
     for module in sorted({name.rpartition(".")[0] for name in classes}):

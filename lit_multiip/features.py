@@ -31,7 +31,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lit_multiip.backbone import fingerprint, load_component, load_native_side
+from lit_multiip.backbone import (
+    fingerprint,
+    fingerprint_image_encoder,
+    load_component,
+    load_image_encoder,
+    load_native_side,
+)
 from lit_multiip.data.people import DataError, Photo
 
 SHARD_ROWS = 1024  # an interrupted build loses at most this many rows
@@ -139,6 +145,7 @@ class Features:
         image_side: side of the square target image in px; None reads it from the UNet and VAE.
         device: where the encoders run.
         batch_size: photos a forward pass of an encoder.
+        image_encoder: anything ``load_image_encoder`` takes; None is the backbone's own.
     """
 
     def __init__(
@@ -148,13 +155,14 @@ class Features:
         image_side: int | None = None,
         device: torch.device | str = "cpu",
         batch_size: int = 32,
+        image_encoder: str | None = None,
     ) -> None:
         self.backbone, self.device, self.batch_size = backbone, device, batch_size
+        self.image_encoder = image_encoder
         self.image_side = image_side or load_native_side(backbone)
-        clip = fingerprint(backbone, "image_encoder") + fingerprint(backbone, "feature_extractor")
         text = fingerprint(backbone, "text_encoder") + fingerprint(backbone, "tokenizer")
         names = {
-            "embeds": clip,
+            "embeds": fingerprint_image_encoder(backbone, image_encoder),
             "latent": f"{fingerprint(backbone, 'vae')}-{self.image_side}px",
             "text": text,
         }
@@ -229,8 +237,8 @@ class Features:
         gc.collect()  # fit keeps no encoder in memory
 
     def _embedder(self) -> Callable[[list[Photo]], Tensor]:
-        processor = load_component(self.backbone, "feature_extractor")
-        encoder = load_component(self.backbone, "image_encoder").to(self.device)
+        processor, encoder = load_image_encoder(self.backbone, self.image_encoder)
+        encoder.to(self.device)
 
         def encode(photos: list[Photo]) -> Tensor:
             return encode_photos(processor, encoder, photos)  # (B, D)

@@ -29,6 +29,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint '{path}' cannot be read ({reason}): give another one") from error
 
 
+def load_trained(model: Any, path: Path) -> dict[str, Any]:
+    """Give a built method the weights of a checkpoint of its kind, and return the checkpoint."""
+    checkpoint = read_checkpoint(path)
+    model.on_load_checkpoint(checkpoint)
+    model.load_state_dict(checkpoint["state_dict"], strict=False)  # it holds what was trained alone
+    return checkpoint
+
+
 def best_checkpoint(run: Path) -> Path | None:
     """Find the loadable checkpoint of a run with the lowest validation loss, else its last; None if there is none."""
     scored = []

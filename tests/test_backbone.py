@@ -18,11 +18,15 @@ from lit_multiip.backbone import (
     BackboneError,
     find_ip_adapter,
     fingerprint,
+    fingerprint_image_encoder,
     install_ip_adapter,
     ip_adapter_from_text,
     ip_adapter_parameters,
     ip_adapter_state,
     load_component,
+    load_embed_dim,
+    load_image_encoder,
+    load_image_side,
     read_ip_adapter,
     resolve_backbone,
     set_ip_scale,
@@ -229,6 +233,7 @@ def test_fingerprint_of_a_hub_id_follows_the_commit_in_the_local_cache(monkeypat
     def cached(commit: str | None) -> str:
         path = commit and f"/cache/models--org--name/snapshots/{commit}/model_index.json"
         monkeypatch.setattr(backbone, "try_to_load_from_cache", lambda *_: path)
+        monkeypatch.setattr(backbone, "_fetched", lambda *_: None)
         return fingerprint("org/name", "unet")
 
     assert len({cached("abc"), cached("def"), cached(None)}) == 3
@@ -508,3 +513,68 @@ def test_a_folder_without_an_adapter_has_none_and_one_with_two_must_be_told_whic
     shutil.rmtree(copy / "ip_adapter")
     assert find_ip_adapter(str(copy)) is None
     assert find_ip_adapter("org/name") is None
+
+
+# ---- apart from the backbone ----
+
+
+def test_an_image_encoder_apart_is_the_same_encoder_with_clips_preprocessing(folder, copy):
+    apart = copy / "image_encoder"
+    processor, encoder = load_image_encoder("org/name", str(apart))
+    own_processor, own = load_image_encoder(str(folder))
+    assert all(torch.equal(a, b) for a, b in zip(own.parameters(), encoder.parameters(), strict=True))
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    assert processor.crop_size == own_processor.crop_size
+    assert (load_embed_dim("org/name", str(apart)), load_image_side("org/name", str(apart))) == (EMBED, 32)
+    with pytest.raises(BackboneError, match=r"image encoder '.*gone' is not an existing folder, nor a hub id"):
+        load_image_encoder(str(folder), str(folder / "gone"))
+    with pytest.raises(BackboneError, match=r"image encoder '.*' has no readable config.json"):
+        load_embed_dim(str(folder), str(folder))
+
+
+def test_the_name_of_an_image_encoder_follows_its_content(folder, copy):
+    apart = copy / "image_encoder"
+    before = fingerprint_image_encoder(str(folder), str(apart))
+    assert before == fingerprint_image_encoder("org/name", str(apart)) and len(before) == 32
+    assert before[:16] == fingerprint(str(folder), "image_encoder")
+    config = apart / "config.json"
+    config.write_text(config.read_text().replace("}", " }"))
+    assert fingerprint_image_encoder(str(folder), str(apart)) != before
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("h94/IP-Adapter/models/image_encoder", ("h94/IP-Adapter", "models/image_encoder")),
+        ("openai/clip-vit-large-patch14", ("openai/clip-vit-large-patch14", "")),
+        ("/models/image_encoder", None),
+        ("../models/image_encoder", None),
+        ("encoder", None),
+    ],
+)
+def test_hub_id_and_path_are_told_apart(name, place):
+    assert backbone._hub_place(name) == place
+
+
+def test_an_adapter_on_the_hub_is_fetched_or_the_message_says_what_was_wanted(folder, monkeypatch):
+    wanted = "h94/IP-Adapter/models/ip-adapter_sd15.safetensors"
+    asked = []
+
+    def fetch(*place):
+        asked.append(place)
+        return find_ip_adapter(str(folder))
+
+    monkeypatch.setattr(backbone, "hf_hub_download", fetch)
+    assert len(read_ip_adapter(wanted)["ip_adapter"]) == 8
+    assert asked == [("h94/IP-Adapter", "models/ip-adapter_sd15.safetensors")]
+
+    def unreachable(*_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(backbone, "hf_hub_download", unreachable)
+    with pytest.raises(
+        BackboneError,
+        match=r"'models/ip-adapter_sd15.safetensors' of the hub's 'h94/IP-Adapter' cannot be fetched \(no network\).*"
+        r"--model.ip_adapter <file>",
+    ):
+        read_ip_adapter(wanted)

@@ -9,6 +9,7 @@ from PIL import Image
 from tiny import make_tiny_backbone
 from torch import Tensor
 
+from lit_multiip import backbone as backbone_module
 from lit_multiip import features
 from lit_multiip.backbone import load_component, load_native_side
 from lit_multiip.data.people import DataError, FilePhoto, MiniFaces, Photo
@@ -26,7 +27,8 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(name)
         return load_component(backbone, name, *args)
 
-    monkeypatch.setattr(features, "load_component", counted)
+    for module in (features, backbone_module):  # which loads the image encoder
+        monkeypatch.setattr(module, "load_component", counted)
     monkeypatch.setattr(features, "_content_keys", {})
     return names
 

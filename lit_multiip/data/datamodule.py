@@ -169,6 +169,7 @@ class MultiPhotoData(L.LightningDataModule):
         training_seed: of the training groups alone, for several trainings on one protocol; None takes ``seed``.
         predict: what ``predict`` draws.
         person: whom fit learns, where the method learns one person; whom predict draws.
+        image_encoder: folder, or hub id and subfolder; None takes the backbone's own. Linked to the model's.
     """
 
     def __init__(
@@ -203,13 +204,14 @@ class MultiPhotoData(L.LightningDataModule):
         training_seed: int | None = None,
         predict: PredictArgs | None = None,
         person: str | None = None,
+        image_encoder: str | None = None,
     ) -> None:
         super().__init__()
         if min(batch_size, eval_batch_size, encode_batch_size, references, held_out, seeds, validation_held_out) < 1:
             raise DataError("batch sizes, references, held_out and seeds must be at least 1")
         if min(drop) < 0 or sum(drop) > 1:
             raise DataError(f"data.drop={drop} are no probabilities: give three of at least 0 that add to at most 1")
-        self.backbone, self.source = backbone, source or MiniFaces()
+        self.backbone, self.image_encoder, self.source = backbone, image_encoder, source or MiniFaces()
         self.image_side, self.references = image_side, references
         self.min_photos, self.max_people, self.training_people = min_photos, max_people, training_people
         self.balance, self.target, self.drop = balance, target, drop
@@ -244,8 +246,7 @@ class MultiPhotoData(L.LightningDataModule):
         if stage == "fit" and not self.per_person and self.person is not None:
             raise DataError(f"data.person='{self.person}' is for methods that learn one person: leave it out of fit")
         if stage == "predict" and self.predict_args.photos is not None:
-            [person] = check_photos([read_person(self.predict_args.photos)], self.on_unreadable, progress=False)
-            self._setup_predict(person, self._draw_references(_distinct(person)))
+            self._setup_predict(*self.read_references(self.predict_args.photos))
             return
         if self.split is None:
             self.split = self._split()
@@ -273,6 +274,11 @@ class MultiPhotoData(L.LightningDataModule):
             targets.append(task.held_out)
         prompts = [photo.prompt for photo in targets]
         self._build(photos, targets, prompts)
+
+    def read_references(self, folder: str) -> tuple[Person, tuple[Photo, ...]]:
+        """Read a folder with photos of one person, any number, and draw ``references`` of them."""
+        [person] = check_photos([read_person(folder)], self.on_unreadable, progress=False)
+        return person, self._draw_references(_distinct(person))
 
     def _find(self, name: str | None) -> Person:
         """Return the person of that name, of whichever part of the split."""
@@ -325,7 +331,9 @@ class MultiPhotoData(L.LightningDataModule):
         strategy: Any = self.trainer.strategy if self.trainer is not None else None
         device = strategy.root_device if strategy else "cpu"
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-        self.features = Features(self.backbone, self.cache_dir, self.image_side, device, self.encode_batch_size)
+        self.features = Features(
+            self.backbone, self.cache_dir, self.image_side, device, self.encode_batch_size, self.image_encoder
+        )
         self.features.build(photos, targets, prompts, rank, world)
         if strategy:
             strategy.barrier("features")

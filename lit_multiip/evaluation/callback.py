@@ -160,7 +160,8 @@ class ScoreTest(L.Callback):
         assert self.extractors is not None
         module: Any = pl_module
         for extractor in self.extractors:
-            _refuse_if_it_conditions(extractor, str(module.describe()["backbone"]))
+            facts = module.describe()
+            _refuse_if_it_conditions(extractor, str(facts["backbone"]), facts.get("image_encoder"))
         self._folder = self._output_folder(trainer)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -389,34 +390,22 @@ def _write_photos(
     return names
 
 
-def _refuse_if_it_conditions(extractor: Extractor, backbone: str) -> None:
-    from lit_multiip.backbone import resolve_backbone
+def _refuse_if_it_conditions(extractor: Extractor, backbone: str, image_encoder: str | None = None) -> None:
+    from lit_multiip.backbone import find_image_encoder, resolve_backbone
 
     if extractor.source is None:
         return
-    source, folder = os.path.realpath(extractor.source), resolve_backbone(backbone)
-    encoder = os.path.join(folder, "image_encoder")
-    same = [c for c in (backbone, folder, encoder) if extractor.source == c or source == os.path.realpath(c)]
-    if not same and (_lies_in(source, encoder) or _shares_weights(extractor, folder)):
-        same = [encoder]
-    if same:
+    encoder, weights = find_image_encoder(backbone, image_encoder)
+    source = os.path.realpath(extractor.source)
+    places = (backbone, resolve_backbone(backbone), encoder)
+    same = [place for place in places if extractor.source == place or source == os.path.realpath(place)]
+    if weights is not None and weights.is_file() and extractor.shares_weights(weights):
+        same.append(encoder)
+    if same or Path(source).is_relative_to(os.path.realpath(encoder)):
         raise ValueError(
-            f"extractor {extractor.name!r} has the weights of the image encoder that conditions ({same[0]}), "
-            "and would score its own work: take another extractor"
+            f"extractor {extractor.name!r} has the weights of the image encoder that conditions "
+            f"({(same or [encoder])[0]}), and would score its own work: take another extractor"
         )
-
-
-def _lies_in(path: str, folder: str) -> bool:
-    return Path(path).is_relative_to(os.path.realpath(folder))
-
-
-def _shares_weights(extractor: Extractor, backbone: str) -> bool:
-    """Whether an extractor says that its network is the backbone's image encoder, if that is on this disk."""
-    from huggingface_hub import try_to_load_from_cache
-
-    name = "image_encoder/model.safetensors"
-    file = os.path.join(backbone, name) if os.path.isdir(backbone) else try_to_load_from_cache(backbone, name)
-    return isinstance(file, str) and os.path.isfile(file) and extractor.shares_weights(Path(file))
 
 
 def _facts(extractors: Sequence[Extractor]) -> dict[str, dict[str, Any]]:

@@ -8,11 +8,8 @@ shows, so that both can be held against the truth: do they go to photos that sho
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import math
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -22,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-import yaml
 from PIL import Image
 from scipy import stats
 from torch import Tensor
@@ -37,8 +33,6 @@ from lit_multiip.evaluation import report
 from lit_multiip.evaluation.intervals import FloatArray, Score, person_bootstrap
 from lit_multiip.evaluation.pictures import Bars, photos_with_bars
 from lit_multiip.evaluation.tasks import Task
-
-logger = logging.getLogger(__name__)
 
 # What is measured of a photo -> how it is called.
 MEASURES = {
@@ -324,32 +318,17 @@ def load(run: str | None, configs: Sequence[str], options: Sequence[str], split:
         options: As on the command line, laid over all.
         split: `test` or `validation`, whose features are made.
     """
-    from lit_multiip.cli import _choose_run, make_cli
-    from lit_multiip.runs import read_checkpoint
+    from lit_multiip.cli import build_run
+    from lit_multiip.runs import load_trained
 
-    folder, checkpoint, given = None, None, []
-    if run is not None or not (configs or {"--print_config", "--help"} & set(options)):
-        folder, checkpoint = _choose_run("inspect", run)
-        logger.info("inspect of run %s, checkpoint %s", folder, checkpoint.name)
-        values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        for key in ("ckpt_path", "weights_only"):  # of fit alone
-            values.pop(key, None)
-        given = ["--config", json.dumps(values)]
-    for config in configs:
-        given += ["--config", config]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*LightningCLI's args parameter")
-        one_process = ["--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
-        cli = make_cli([*given, *one_process, *options], execute=False)
+    cli, folder, checkpoint = build_run("inspect", run, configs, options)
     model, data, trainer = cli.model, cli.datamodule, cli.trainer
     data.trainer = trainer
     data.prepare_data()
     data.setup("test" if split == "test" else "validate")
     model.configure_model()
     if checkpoint is not None:
-        state = read_checkpoint(checkpoint)
-        model.on_load_checkpoint(state)
-        model.load_state_dict(state["state_dict"], strict=False)  # it holds what was trained alone
+        load_trained(model, checkpoint)
     device = trainer.strategy.root_device
     model.to(device).eval()
     return Loaded(model, data, device, folder or Path(trainer.log_dir or trainer.default_root_dir), checkpoint)

@@ -335,7 +335,8 @@ def load(run: str | None, configs: Sequence[str], options: Sequence[str], split:
 
 
 def _to(item: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    return {key: values[0].to(device) for key, values in default_collate([item]).items()}
+    tensors = {key: value for key, value in item.items() if isinstance(value, Tensor)}  # prompts are words
+    return {key: values[0].to(device) for key, values in default_collate([tensors]).items()}
 
 
 def _facts(person: Inspected) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.utils.data import default_collate
 
 from lit_multiip.data.people import Photo
 from lit_multiip.evaluation.audit import RECORD, training_record
-from lit_multiip.evaluation.pictures import Cell, labelled_grid, references_held_out_generated
+from lit_multiip.evaluation.pictures import Cell, labelled_grid, references_held_out_generated, to_pictures
 from lit_multiip.features import square
 
 
@@ -79,7 +79,7 @@ class SampleGrid(L.Callback):
         picture = references_held_out_generated(
             [_read(task.references, side) for task in tasks],
             _read([task.held_out for task in tasks], side),
-            _pictures(images),
+            to_pictures(images),
             [f"{task.person}\n{task.prompt}" for task in tasks],
             side,
             f"{module.method()}, step {trainer.global_step}",
@@ -123,7 +123,7 @@ class SavePredictions(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write a batch; an image that two ranks draw is the same."""
-        for index, image in zip(batch["task"].tolist(), _pictures(outputs), strict=True):
+        for index, image in zip(batch["task"].tolist(), to_pictures(outputs), strict=True):
             image.save(self._file(index))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -188,11 +188,6 @@ def _new_folder(wanted: Path) -> Path:
 def _slug(text: str) -> str:
     """Make a file name of ``text``; a person's name keeps its underscores."""
     return re.sub(r"[^\w-]+", "-", text).strip("-") or "_"
-
-
-def _pictures(images: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) uint8 => B pictures."""
-    return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def _stacked(*pictures: Image.Image) -> Image.Image:

@@ -24,7 +24,7 @@ from lit_multiip.evaluation import audit, report
 from lit_multiip.evaluation.critic import CriticExtractor, shipped_critic
 from lit_multiip.evaluation.extractors import Extraction, Extractor
 from lit_multiip.evaluation.intervals import Score, person_bootstrap
-from lit_multiip.evaluation.pictures import labelled_grid
+from lit_multiip.evaluation.pictures import labelled_grid, to_pictures
 from lit_multiip.evaluation.scores import ImageSet, diversity, identity_scores, nearest_reference, summarise
 from lit_multiip.evaluation.tasks import Task, image_files, protocol
 from lit_multiip.method import References
@@ -333,10 +333,11 @@ class ScoreTest(L.Callback):
             metrics.unlink()
             for old in folder.glob("*/*.png"):
                 old.unlink()
-        for image, file in zip(tqdm(images, "writing images", unit="image", delay=3), files, strict=True):
+        bar = tqdm(to_pictures(images), "writing images", unit="image", delay=3)
+        for picture, file in zip(bar, files, strict=True):
             path = folder / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            _to_pil(image).save(path)
+            picture.save(path)
 
     def _grid(self, tasks: Sequence[Task], rows: dict[str, Tensor], method: str, side: int) -> Image.Image:
         first = {task.person: i for i, task in reversed(list(enumerate(tasks)))}  # each person's first task
@@ -346,7 +347,7 @@ class ScoreTest(L.Callback):
         cells, labels = [], []
         for i in chosen:
             photos = [*tasks[i].references[:most], tasks[i].held_out]
-            cells.append([*map(_to_pil, _read_photos(photos, side)), *(_to_pil(rows[name][i]) for name in made)])
+            cells.append(to_pictures([*_read_photos(photos, side), *(rows[name][i] for name in made)]))
             labels.append(f"{tasks[i].person}\n{tasks[i].prompt}")
         columns = [*(f"reference {i + 1}" for i in range(most)), "held-out photo"]
         names = [name.replace("_", " ") for name in made]
@@ -386,7 +387,7 @@ def _write_photos(
             own["held_out"][task.held_out.name] = written[-1][0].as_posix()
         for path, photo in written:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            _to_pil(pixels[real[photo]]).save(folder / path)
+            to_pictures([pixels[real[photo]]])[0].save(folder / path)
     return names
 
 
@@ -455,10 +456,6 @@ def _read_photos(photos: Sequence[Photo], side: int) -> Tensor:
 
     bar = tqdm(photos, "reading real photos", unit="photo", delay=3)
     return torch.cat([to_tensor([square(photo.image(), side)]) for photo in bar])
-
-
-def _to_pil(image: Tensor) -> Image.Image:
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())  # (3, H, W) => (H, W, 3)
 
 
 def _look(

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MIN_CELL = 96  # px; below it faces and labels cannot be read
 GAP = 4  # px
 Cell = Image.Image | None
+
+
+def to_pictures(images: Iterable[Tensor]) -> list[Image.Image]:
+    """(B, 3, H, W) uint8, or B of (3, H, W) => B pictures."""
+    return [Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()) for image in images]
 
 
 def labelled_grid(

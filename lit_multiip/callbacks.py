@@ -18,7 +18,7 @@ from torch.utils.data import default_collate
 
 from lit_multiip.data.people import Photo
 from lit_multiip.evaluation.audit import RECORD, training_record
-from lit_multiip.evaluation.pictures import Cell, labelled_grid, references_held_out_generated, to_pictures
+from lit_multiip.evaluation.pictures import Cell, labelled_grid, references_held_out_generated, to_picture
 from lit_multiip.features import square
 
 
@@ -79,7 +79,7 @@ class SampleGrid(L.Callback):
         picture = references_held_out_generated(
             [_read(task.references, side) for task in tasks],
             _read([task.held_out for task in tasks], side),
-            to_pictures(images),
+            [to_picture(image) for image in images],
             [f"{task.person}\n{task.prompt}" for task in tasks],
             side,
             f"{module.method()}, step {trainer.global_step}",
@@ -123,8 +123,8 @@ class SavePredictions(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write a batch; an image that two ranks draw is the same."""
-        for index, image in zip(batch["task"].tolist(), to_pictures(outputs), strict=True):
-            image.save(self._file(index))
+        for index, image in zip(batch["task"].tolist(), outputs, strict=True):
+            to_picture(image).save(self._file(index))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lay all images out on rank 0: the references, and under them a prompt a row and a seed a column."""

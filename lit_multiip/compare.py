@@ -31,12 +31,10 @@ logger = logging.getLogger(__name__)
 PACKAGE = Path(__file__).parent
 # Modules that no number depends on: changing them leaves finished steps valid.
 PRESENTATION = (
-    "__main__.py",
-    "cli.py",
     "compare.py",
     "sweep.py",
-    "callbacks.py",
     "export.py",
+    "data/caption.py",
     "evaluation/comparison.py",
     "evaluation/figures.py",
     "evaluation/findings.py",
@@ -181,7 +179,6 @@ def compare(
             continue
         print(f"{name}, {(time.perf_counter() - started) / 60:.0f} min so far", flush=True)
         run_step(step)
-    require_one_protocol({step.row: step.run / "test" / "metrics.json" for step in steps if step.command == "test"})
     print(f"all {len(steps)} steps done, {(time.perf_counter() - started) / 60:.1f} min", flush=True)
 
     from lit_multiip.evaluation.publish import report
@@ -264,29 +261,6 @@ def run_step(step: Step) -> None:
     began.unlink()
 
 
-def require_one_protocol(tests: Mapping[str, Path]) -> None:
-    """Refuse tests of different protocols.
-
-    Args:
-        tests: a test's metrics.json, by row.
-
-    Raises:
-        CompareError: two rows were tested on different tasks.
-    """
-    seen: dict[str, str] = {}
-    for row, path in tests.items():
-        try:
-            seen.setdefault(json.loads(path.read_text(encoding="utf-8"))["protocol"]["sha256"], row)
-        except (OSError, ValueError, KeyError) as error:
-            raise CompareError(f"'{path}' cannot be read ({error}): delete it and run compare again") from error
-    if len(seen) > 1:
-        names = " and ".join(f"'{row}' ({sha[:12]})" for sha, row in seen.items())
-        raise CompareError(
-            f"rows {names} were tested by different protocols: data options and photos must be the same for all rows; "
-            "delete the test/ folders that are older than the change"
-        )
-
-
 def read_stamp(path: Path) -> dict[str, Any] | None:
     """Return what a step left; None where there is nothing that can be read."""
     try:
@@ -305,7 +279,7 @@ def code_fingerprint() -> str:
 
 @functools.cache
 def photos_fingerprint(configs: tuple[str, ...], source: tuple[tuple[str, str], ...]) -> str:
-    """Hash of the contents of all photos of a source.
+    """Hash of all people, photos and prompts of a source.
 
     Args:
         configs: that name the source, laid over one another.
@@ -316,7 +290,7 @@ def photos_fingerprint(configs: tuple[str, ...], source: tuple[tuple[str, str], 
     files = [part for config in configs for part in ("--config", config)]
     data: Any = make_cli([*files, *(f"--{key}={value}" for key, value in source)], execute=False).datamodule
     people = data.source.people()
-    return combined_key(*sorted(photo.content_key() for person in people for photo in person.photos))
+    return combined_key(*sorted((p.name, x.name, x.content_key(), x.prompt) for p in people for x in p.photos))
 
 
 def combined_key(*parts: Any) -> str:
@@ -338,12 +312,7 @@ def _weights(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
         classes |= set(re.findall(r"class_path:\s*([\w.]+)", text))
     backbone = str(options.get("backbone", backbone))
     apart = {key: options.get(key, value) for key, value in apart.items()}
-    found = []
-    for component in COMPONENTS:
-        try:
-            found.append(fingerprint(backbone, component))
-        except BackboneError:  # not every pipeline has every component
-            continue
+    found = [*_components(backbone)]
     if apart["image_encoder"] is not None:
         found.append(fingerprint_image_encoder(backbone, apart["image_encoder"]))
     adapter: Any = apart["published_adapter"]
@@ -361,6 +330,18 @@ def _weights(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
         if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
             found.append(hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest())
     return found
+
+
+@functools.cache
+def _components(backbone: str) -> tuple[str, ...]:
+    """Fingerprints of a backbone's components; gigabytes are read, so once and not for every step."""
+    found = []
+    for component in COMPONENTS:
+        try:
+            found.append(fingerprint(backbone, component))
+        except BackboneError:  # not every pipeline has every component
+            continue
+    return tuple(found)
 
 
 def _checkpoint_hash(run: Path) -> str:

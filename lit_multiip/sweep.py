@@ -180,8 +180,8 @@ def render(records: Sequence[Mapping[str, Any]], best: Mapping[str, Mapping[str,
     for (part, row), found in groups:
         group = list(found)
         columns = [score for score in SHOWN if all(score in record["scores"] for record in group)]
-        plane = [(r["scores"][IDENTITY]["value"], r["scores"][PROMPT]["value"]) for r in group]
-        front = pareto_front(plane) if part == "settings" else []
+        found_at = [(r["scores"][IDENTITY]["value"], r["scores"][PROMPT]["value"]) for r in group]
+        front = pareto_front(found_at) if part == "settings" else []
         body = []
         for i, record in enumerate(group):
             marks = ["*"] if i in front else []

@@ -24,7 +24,7 @@ from lit_multiip.evaluation import audit, report
 from lit_multiip.evaluation.critic import CriticExtractor, shipped_critic
 from lit_multiip.evaluation.extractors import Extraction, Extractor
 from lit_multiip.evaluation.intervals import Score, person_bootstrap
-from lit_multiip.evaluation.pictures import labelled_grid, to_pictures
+from lit_multiip.evaluation.pictures import labelled_grid, to_picture
 from lit_multiip.evaluation.scores import ImageSet, diversity, identity_scores, nearest_reference, summarise
 from lit_multiip.evaluation.tasks import Task, image_files, protocol
 from lit_multiip.method import References
@@ -333,11 +333,10 @@ class ScoreTest(L.Callback):
             metrics.unlink()
             for old in folder.glob("*/*.png"):
                 old.unlink()
-        bar = tqdm(to_pictures(images), "writing images", unit="image", delay=3)
-        for picture, file in zip(bar, files, strict=True):
+        for image, file in zip(tqdm(images, "writing images", unit="image", delay=3), files, strict=True):
             path = folder / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
+            to_picture(image).save(path)
 
     def _grid(self, tasks: Sequence[Task], rows: dict[str, Tensor], method: str, side: int) -> Image.Image:
         first = {task.person: i for i, task in reversed(list(enumerate(tasks)))}  # each person's first task
@@ -347,7 +346,7 @@ class ScoreTest(L.Callback):
         cells, labels = [], []
         for i in chosen:
             photos = [*tasks[i].references[:most], tasks[i].held_out]
-            cells.append(to_pictures([*_read_photos(photos, side), *(rows[name][i] for name in made)]))
+            cells.append([*map(to_picture, _read_photos(photos, side)), *(to_picture(rows[name][i]) for name in made)])
             labels.append(f"{tasks[i].person}\n{tasks[i].prompt}")
         columns = [*(f"reference {i + 1}" for i in range(most)), "held-out photo"]
         names = [name.replace("_", " ") for name in made]
@@ -387,7 +386,7 @@ def _write_photos(
             own["held_out"][task.held_out.name] = written[-1][0].as_posix()
         for path, photo in written:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            to_pictures([pixels[real[photo]]])[0].save(folder / path)
+            to_picture(pixels[real[photo]]).save(folder / path)
     return names
 
 

@@ -31,7 +31,7 @@ from lit_multiip.data import mini_faces
 from lit_multiip.data.people import DrawnPhoto, Photo
 from lit_multiip.evaluation import report
 from lit_multiip.evaluation.intervals import FloatArray, Score, person_bootstrap
-from lit_multiip.evaluation.pictures import Bars, photos_with_bars, to_pictures
+from lit_multiip.evaluation.pictures import Bars, photos_with_bars, to_picture
 from lit_multiip.evaluation.tasks import Task
 
 # What is measured of a photo -> how it is called.
@@ -284,7 +284,7 @@ def inspect(args: Sequence[str]) -> None:
             people.append(person)
             if len(people) <= options.people:
                 [image] = model.generate({key: value[None] for key, value in items[0].items()})
-                [drawn] = to_pictures([image])
+                drawn = to_picture(image)
                 made = picture(person, weights_are, drawn, model.image_side, model.method())
                 slug = re.sub(r"[^\w-]+", "-", name)
                 made.save(folder / f"{len(people):02d}_{slug}.png")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -17,9 +17,9 @@ GAP = 4  # px
 Cell = Image.Image | None
 
 
-def to_pictures(images: Iterable[Tensor]) -> list[Image.Image]:
-    """(B, 3, H, W) uint8, or B of (3, H, W) => B pictures."""
-    return [Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()) for image in images]
+def to_picture(image: Tensor) -> Image.Image:
+    """(3, H, W) uint8 => a picture."""
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def labelled_grid(

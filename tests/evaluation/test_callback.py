@@ -391,6 +391,7 @@ def test_a_method_without_any_face_says_so_and_keeps_its_empty_scores(tmp_path, 
 def test_another_network_inside_the_backbones_folder_may_score(tmp_path):
     module = Perfect(str(tmp_path))
     run(tmp_path / "test", module=module, extractors=[Thumbnail("critic", str(tmp_path / "critic"))], anchors=False)
+    assert "fid/critic" in read(tmp_path / "test")[0]["rows"]["Perfect"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_sampled(tmp_path):

@@ -65,7 +65,7 @@ def _jitter(images: Tensor) -> Tensor:
     pixels = images.float()
     blurred = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
     share = torch.rand(len(pixels), 1, 1, 1, device=pixels.device)
-    noise = torch.randn_like(pixels) * torch.rand(len(pixels), 1, 1, 1, device=pixels.device) * 24
+    noise = torch.randn_like(pixels) * torch.rand(len(pixels), 1, 1, 1, device=pixels.device) * 16
     return (pixels + share * (blurred - pixels) + noise).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -137,23 +137,31 @@ class HeldOutGroups(Dataset[dict[str, Tensor]]):
 class EpochSampler(Sampler[tuple[int, int]]):
     """Yields ``(epoch, index)`` in an order drawn from (seed, epoch); rank r of W takes every W-th.
 
-    The epoch is padded from its own start so that all ranks have equally many.
+    So that all ranks have equally many and none twice, up to W - 1 samples of an epoch are left out.
+
+    Args:
+        size: samples of an epoch.
+        seed: of the orders.
+        rank: this process's number.
+        world: W.
+        start: an epoch, and how many samples of it this rank has had, where training goes on from there.
     """
 
-    def __init__(self, size: int, seed: int, rank: int = 0, world: int = 1) -> None:
-        self.size, self.seed, self.rank, self.world, self.epoch = size, seed, rank, world, 0
+    def __init__(self, size: int, seed: int, rank: int = 0, world: int = 1, start: tuple[int, int] = (0, 0)) -> None:
+        self.size, self.seed, self.rank, self.world, self.start = size, seed, rank, world, start
+        self.epoch = start[0]
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch; Lightning calls this."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-self.size // self.world)
+        return self.size // self.world
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
-        padded = np.resize(order, len(self) * self.world)
-        for index in padded[self.rank :: self.world]:
+        own = order[self.rank :: self.world][: len(self)]
+        for index in own[self.start[1] if self.epoch == self.start[0] else 0 :]:
             yield self.epoch, int(index)
 
 

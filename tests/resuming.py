@@ -1,0 +1,200 @@
+"""A short ``fit`` on a tiny backbone, in a process of its own, that can be killed and gone on with."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parents[1]
+METHOD = ROOT / "configs" / "self_attn.yaml"
+STEPS = 13  # an epoch has 30 samples, so 7 batches of 4
+
+
+def write_config(path: Path, backbone: Path, cache: Path, **options: Any) -> Path:
+    """A config of 13 steps of 4 samples, validated every 3."""
+    faces = {"train": 3, "validation": 1, "test": 1, "photos": 11}
+    config = {
+        "backbone": str(backbone),
+        "trainer": {
+            "accelerator": "cpu",
+            "precision": "32-true",
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 1,
+            "max_steps": STEPS,
+            "val_check_interval": 3,
+            **options.pop("trainer", {}),
+        },
+        "model": {"init_args": {"sampling": {"steps": 1}}},
+        "data": {
+            "source": {"class_path": "lit_multiip.data.MiniFaces", "init_args": faces},
+            "batch_size": 4,
+            "validation_held_out": 1,
+            "cache_dir": str(cache),
+            **options.pop("data", {}),
+        },
+        "grid": {"people": 0},
+        "score": {"anchors": False},
+        **options,
+    }
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+# Commands are run in children of a server that has imported everything, which takes a tenth of a second, not ten.
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["lit_multiip.adapter", "lit_multiip.cli", "lit_multiip.data.datamodule", "resuming"])
+
+
+def _command(folder: Path, args: Sequence[str], stop: str | None) -> None:
+    """What a child does."""
+    os.setsid()  # its ranks and workers can be killed with it
+    os.chdir(folder)
+    with open("said.txt", "w", buffering=1) as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+    sys.argv = ["lit_multiip", *args]
+    for name in [name for name in os.environ if name.startswith("PL_")]:
+        del os.environ[name]
+    torch.set_num_threads(1)
+    if stop is not None:
+        _arm(*stop.split(":"))
+    from lit_multiip.cli import main
+
+    main(list(args))
+
+
+def _arm(where: str, count: str = "1", sign: str = "KILL") -> None:
+    """Have this process send itself a signal at the ``count``-th time that it comes to a place.
+
+    Args:
+        where: ``features`` (made, nothing else), ``batch`` (its loss is computed), ``validation``, ``writing`` (half of a
+            checkpoint), ``renaming`` (before a checkpoint takes its name), ``renamed`` (just after).
+        count: how often it must have come there.
+        sign: ``KILL`` or ``TERM``.
+    """
+    from lit_multiip import files, resume
+    from lit_multiip.adapter import MultiIPAdapter
+
+    left = [int(count)]
+
+    def come() -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), getattr(signal, f"SIG{sign}"))
+
+    def armed(owner: Any, name: str, after: bool = False) -> None:
+        plain = getattr(owner, name)
+
+        def patched(*args: Any, **kwargs: Any) -> Any:
+            if not after:
+                come()
+            result = plain(*args, **kwargs)
+            if after:
+                come()
+            return result
+
+        setattr(owner, name, patched)
+
+    if where == "features":
+        armed(MultiIPAdapter, "configure_model")
+    elif where == "batch":
+        armed(MultiIPAdapter, "training_step", after=True)
+    elif where == "validation":
+        armed(MultiIPAdapter, "validation_step")
+    elif where == "writing":
+        save = torch.save
+
+        def half(checkpoint: Any, file: Any) -> None:
+            whole = io.BytesIO()
+            save(checkpoint, whole)
+            file.write(whole.getvalue()[: whole.tell() // 2])
+            file.flush()
+            come()
+            file.write(whole.getvalue()[whole.tell() // 2 :])
+
+        resume.torch.save = half
+    else:
+        assert where in ("renaming", "renamed")
+        armed(resume, "write_durably", after=True) if where == "renamed" else armed(files.os, "replace")
+
+
+class Command:
+    """A command line in a process of its own, and what became of it."""
+
+    def __init__(self, folder: Path, *args: str, stop: str | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.process = _SERVER.Process(target=_command, args=(folder, args, stop))
+        self.process.start()
+
+    def wait(self, seconds: float = 300) -> int:
+        """Wait for its end, and return the exit code, or minus the signal that ended it."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.kill()
+            raise TimeoutError(f"{self.folder} did not end: {self.said()[-2000:]}")
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        """End it, and its ranks and workers, at once."""
+        assert self.process.pid is not None
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.join()
+
+    def said(self) -> str:
+        """All that it printed."""
+        file = self.folder / "said.txt"
+        return file.read_text(errors="replace") if file.exists() else ""
+
+
+def run(folder: Path, *args: str, stop: str | None = None) -> Command:
+    """Run a command to its end."""
+    command = Command(folder, *args, stop=stop)
+    command.wait()
+    return command
+
+
+def run_of(folder: Path) -> Path:
+    return folder / "runs" / "self_attn" / "version_0"
+
+
+def state_of(run: Path, name: str = "last.ckpt") -> dict[str, Any]:
+    """What must be equal: weights, optimiser, schedule, loops and position."""
+    checkpoint = torch.load(run / "checkpoints" / name, weights_only=True)
+    kept = ("global_step", "epoch", "state_dict", "optimizer_states", "lr_schedulers", "loops", "MultiPhotoData")
+    return {key: checkpoint[key] for key in kept}
+
+
+def differences(a: Any, b: Any, place: str = "") -> list[str]:
+    """Where two nested values differ in any bit."""
+    if isinstance(a, torch.Tensor):
+        same = isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+        return [] if same else [place]
+    if isinstance(a, dict):
+        keys = {*a, *(b if isinstance(b, dict) else ())}
+        return [d for key in sorted(keys, key=str) for d in differences(a.get(key), b.get(key), f"{place}/{key}")]
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return [place]
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{place}/{i}")]
+    return [] if a == b else [f"{place}: {a} != {b}"]
+
+
+def logged(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values of all that was logged, less what later starts have made void."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

@@ -260,6 +260,11 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
 
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
             path = Path(trainer.log_dir or trainer.default_root_dir) / "config.yaml"  # a collective call
+            if stage == "fit" and trainer.strategy.broadcast(path.exists() and not self.overwrite):
+                raise FileExistsError(
+                    f"'{path.parent}' holds another run: go on with it by --ckpt_path last, or write elsewhere by "
+                    "--trainer.logger.init_args.version"
+                )
             if stage == "fit" and trainer.is_global_zero:
                 text = self.parser.dump(self.config, skip_none=False)
                 write_durably(path, lambda file: file.write(text.encode()))
@@ -299,6 +304,7 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
                 logger.info("%s of run %s, checkpoint %s", self.config.subcommand, run, checkpoint.name)
                 if self.config.subcommand == "fit" and path == "last":
                     self.continued = run
+                    self.save_config_kwargs["overwrite"] = True
             elif path is not None and path not in ("hpc", "registry") and "://" not in path:
                 read_checkpoint(Path(path))  # a broken one is told before work is lost
 
@@ -314,7 +320,7 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
             config.weights_only = True  # nothing is unpickled
             run, log = Path(path).parent.parent, config.trainer.logger
             if self.continued is not None:
-                self.version, log.init_args.version = log.init_args.get("version"), self.continued.name
+                log.init_args.version = self.continued.name
                 return
             if not run.parent.name:
                 run = run.resolve()
@@ -327,16 +333,15 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
         def instantiate_trainer(self, **kwargs: Any) -> Any:
             trainer = super().instantiate_trainer(**kwargs)
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
-            if self.continued is not None:  # its config stays as it was typed
+            if self.continued is not None:  # its config does not say so, for it may be the start of other runs
                 config = self.config[self.config.subcommand]
-                config.trainer.logger.init_args.version = self.version
+                config.trainer.logger.init_args.version = None
                 config.ckpt_path = config.weights_only = None
             return trainer
 
         def fit(self, **kwargs: Any) -> None:
-            folder = getattr(self.trainer.logger, "log_dir", None)
-            alone = folder is not None and self.trainer.is_global_zero
-            with only_writer(Path(folder)) if alone else nullcontext():
+            folder: Any = getattr(self.trainer.logger, "log_dir", None)
+            with only_writer(Path(folder)) if folder and self.trainer.is_global_zero else nullcontext():
                 self.trainer.fit(**kwargs)
 
     trainer_defaults = {
@@ -400,6 +405,8 @@ def _set_up_logging() -> None:
         "not supported by the model summary",
         "treespec",
         "have no .validation_step",
+        "your dataloader is not resumable",  # the samplers are
+        "Checkpoint directory .* exists and is not empty",
     ):
         warnings.filterwarnings("ignore", f".*{nag}")
 

@@ -1,7 +1,7 @@
 """Stopping at any moment and going on as if nothing had happened: checkpoints that say exactly where training is.
 
-All draws are functions of (seed, epoch, index), so the number of optimiser steps taken says all: which epoch, which batch
-of it, and every counter of the loops. A checkpoint is therefore of a whole step; batches that were accumulated
+All draws are functions of (seed, epoch, index), so the number of optimiser steps taken says all: which epoch, which
+batch of it, and every counter of the loops. A checkpoint is therefore of a whole step; batches that were accumulated
 after it are drawn again.
 """
 
@@ -62,7 +62,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read tensors and plain values; a URL is refused, as is what cannot be read."""
-        return read_checkpoint(Path(path), mmap=False)
+        return read_checkpoint(Path(path), verify=True)
 
 
 class ExactResume(L.Callback):
@@ -96,9 +96,8 @@ class ExactResume(L.Callback):
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         if not trainer.strategy.reduce_boolean_decision(self.terminated, all=False):
             return
-        [folder] = {callback.dirpath for callback in trainer.checkpoint_callbacks if _is_last(callback)}
-        assert folder is not None
-        path = Path(folder) / LAST
+        callbacks: list[Any] = [callback for callback in trainer.checkpoint_callbacks if _is_last(callback)]
+        path = Path(callbacks[0].dirpath) / LAST
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             logger.warning("SIGTERM: stopped after step %d, kept in %s", trainer.global_step, path)

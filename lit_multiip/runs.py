@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ logger = logging.getLogger(__name__)
 LAST = "last.ckpt"
 
 
-def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:
+def read_checkpoint(path: Path, verify: bool = False) -> dict[str, Any]:
     """Open a checkpoint; nothing but tensors and plain values is unpickled.
 
     Args:
         path: of the file.
-        mmap: leave tensors on the disk until they are used; otherwise all is read, and its checksums verified.
+        verify: read all of it, and compare its checksums; otherwise tensors are left on the disk until they are used.
 
     Raises:
         CheckpointError: It is missing, torn, or holds more than that.
@@ -28,11 +29,15 @@ def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint '{path}': give one from a run's checkpoints/")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if verify:  # which torch.load does not
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"bad checksum of {damaged}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=not verify)
     except Exception as error:  # damaged bytes raise nearly anything in the unpickler
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise CheckpointError(f"checkpoint '{path}' cannot be read ({reason}): give another one") from error
-    if not isinstance(checkpoint, dict) or not {"state_dict", "global_step"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict):
         raise CheckpointError(f"'{path}' holds no checkpoint of a run: give one from a run's checkpoints/")
     return checkpoint
 
@@ -74,7 +79,8 @@ def newest_checkpoint(run: Path) -> Path | None:
     readable = []
     for path in sorted((run / "checkpoints").glob("*.ckpt")):
         try:
-            readable.append((int(read_checkpoint(path, mmap=False)["global_step"]), path.name == LAST, path))
+            step = int(read_checkpoint(path, verify=True).get("global_step", 0))
+            readable.append((step, path.name == LAST, path))
         except CheckpointError as error:
             logger.warning("passed over: %s", error)
     return max(readable)[2] if readable else None

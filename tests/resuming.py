@@ -6,7 +6,9 @@ import io
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -57,16 +59,18 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["lit_multiip.adapter", "lit_multiip.cli", "lit_multiip.data.datamodule", "resuming"])
 
 
-def _command(folder: Path, args: Sequence[str], stop: str | None) -> None:
+def _command(folder: Path, args: Sequence[str], stop: str | None, variables: dict[str, str]) -> None:
     """What a child does."""
-    os.setsid()  # its ranks and workers can be killed with it
+    os.setsid()  # its workers can be killed with it
+    multiprocessing.set_start_method("fork", force=True)  # of loaders' workers, as in any other process
     os.chdir(folder)
-    with open("said.txt", "w", buffering=1) as said:
+    with open(f"said_{variables.get('LOCAL_RANK', 0)}.txt", "w", buffering=1) as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
     sys.argv = ["lit_multiip", *args]
     for name in [name for name in os.environ if name.startswith("PL_")]:
         del os.environ[name]
+    os.environ.update(variables)
     torch.set_num_threads(1)
     if stop is not None:
         _arm(*stop.split(":"))
@@ -79,8 +83,8 @@ def _arm(where: str, count: str = "1", sign: str = "KILL") -> None:
     """Have this process send itself a signal at the ``count``-th time that it comes to a place.
 
     Args:
-        where: ``features`` (made, nothing else), ``batch`` (its loss is computed), ``validation``, ``writing`` (half of a
-            checkpoint), ``renaming`` (before a checkpoint takes its name), ``renamed`` (just after).
+        where: ``features`` (made, nothing else), ``batch`` (its loss is computed), ``validation``, ``writing`` (half of
+            a checkpoint), ``renaming`` (before a checkpoint takes its name), ``renamed`` (just after).
         count: how often it must have come there.
         sign: ``KILL`` or ``TERM``.
     """
@@ -131,38 +135,56 @@ def _arm(where: str, count: str = "1", sign: str = "KILL") -> None:
 
 
 class Command:
-    """A command line in a process of its own, and what became of it."""
+    """A command line in a process of its own, or one a rank, and what became of it."""
 
-    def __init__(self, folder: Path, *args: str, stop: str | None = None) -> None:
+    def __init__(self, folder: Path, *args: str, stop: str | None = None, ranks: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.process = _SERVER.Process(target=_command, args=(folder, args, stop))
-        self.process.start()
+        variables: list[dict[str, str]] = [{}]
+        if ranks > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "NODE_RANK": "0"}
+            variables = [{**shared, "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+            args = (*args, f"--trainer.devices={ranks}", "--trainer.strategy=ddp")
+        self.processes = [_SERVER.Process(target=_command, args=(folder, args, stop, own)) for own in variables]
+        for process in self.processes:
+            process.start()
 
     def wait(self, seconds: float = 300) -> int:
-        """Wait for its end, and return the exit code, or minus the signal that ended it."""
-        self.process.join(seconds)
-        if self.process.exitcode is None:
+        """Wait for the end of all, and return the first one's exit code, or minus the signal that ended it."""
+        end = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        if any(process.exitcode is None for process in self.processes):
             self.kill()
             raise TimeoutError(f"{self.folder} did not end: {self.said()[-2000:]}")
-        return self.process.exitcode
+        code = self.processes[0].exitcode
+        assert code is not None
+        return code
 
     def kill(self) -> None:
         """End it, and its ranks and workers, at once."""
-        assert self.process.pid is not None
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.join()
+        for process in self.processes:
+            assert process.pid is not None
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()
 
-    def said(self) -> str:
+    @property
+    def code(self) -> int:
+        """Exit code, or minus the signal that ended it."""
+        return self.wait()
+
+    def said(self, rank: int = 0) -> str:
         """All that it printed."""
-        file = self.folder / "said.txt"
+        file = self.folder / f"said_{rank}.txt"
         return file.read_text(errors="replace") if file.exists() else ""
 
 
-def run(folder: Path, *args: str, stop: str | None = None) -> Command:
+def run(folder: Path, *args: str, stop: str | None = None, ranks: int = 1) -> Command:
     """Run a command to its end."""
-    command = Command(folder, *args, stop=stop)
+    command = Command(folder, *args, stop=stop, ranks=ranks)
     command.wait()
     return command
 

@@ -73,6 +73,7 @@ class SampleGrid(L.Callback):
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or self.people == 0:
             return
         self.validations += 1
+        folder = run_folder(trainer) / "grids"  # on every rank, or the first one waits for ever
         if self.validations % self.every or not trainer.is_global_zero:
             return
         module: Any = pl_module
@@ -92,7 +93,6 @@ class SampleGrid(L.Callback):
             side,
             f"{module.method()}, step {trainer.global_step}",
         )
-        folder = run_folder(trainer) / "grids"
         folder.mkdir(parents=True, exist_ok=True)
         picture.save(folder / f"step_{trainer.global_step:06d}.png")
         for logger in trainer.loggers:

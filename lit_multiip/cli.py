@@ -420,6 +420,12 @@ def _explain(error: Exception) -> str | None:
 
     if isinstance(error, (UsageError, OSError, MisconfigurationException)):
         return str(error) or type(error).__name__
+    if isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)|TCPStore", str(error)):
+        reason = str(error).strip().splitlines()[0].split(". ")[0]
+        return (
+            f"another rank has died or cannot be reached ({reason}): what it said tells why; --ckpt_path last goes on "
+            "from the last checkpoint"
+        )
     if not isinstance(error, (ValueError, ArithmeticError)):
         return None
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)

@@ -72,11 +72,26 @@ def _command(folder: Path, args: Sequence[str], stop: str | None, variables: dic
         del os.environ[name]
     os.environ.update(variables)
     torch.set_num_threads(1)
+    if "WATCHED" in variables:
+        _watch(folder / f"written_{variables.get('LOCAL_RANK', 0)}.txt")
     if stop is not None:
         _arm(*stop.split(":"))
     from lit_multiip.cli import main
 
     main(list(args))
+
+
+def _watch(record: Path) -> None:
+    """Note every file that this process opens to write, and every name that it gives one."""
+    file = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR) and isinstance(args[0], str):
+            os.write(file, f"{os.path.abspath(args[0])}\n".encode())
+        elif event == "os.rename":
+            os.write(file, f"{os.path.abspath(args[1])}\n".encode())
+
+    sys.addaudithook(hook)
 
 
 def _arm(where: str, count: str = "1", sign: str = "KILL") -> None:
@@ -137,7 +152,18 @@ def _arm(where: str, count: str = "1", sign: str = "KILL") -> None:
 class Command:
     """A command line in a process of its own, or one a rank, and what became of it."""
 
-    def __init__(self, folder: Path, *args: str, stop: str | None = None, ranks: int = 1) -> None:
+    def __init__(
+        self, folder: Path, *args: str, stop: str | None = None, ranks: int = 1, stopped_rank: int | None = None
+    ) -> None:
+        """Start it.
+
+        Args:
+            folder: to work in.
+            args: the command line.
+            stop: where to stop, see ``_arm``.
+            ranks: 2 or more are started as by a cluster, not by Lightning.
+            stopped_rank: which of them stops; None: all.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         variables: list[dict[str, str]] = [{}]
@@ -145,13 +171,17 @@ class Command:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "NODE_RANK": "0"}
-            variables = [{**shared, "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+            variables = [{**shared, "LOCAL_RANK": str(rank), "WATCHED": "1"} for rank in range(ranks)]
             args = (*args, f"--trainer.devices={ranks}", "--trainer.strategy=ddp")
-        self.processes = [_SERVER.Process(target=_command, args=(folder, args, stop, own)) for own in variables]
+        stops = [stop if stopped_rank in (None, rank) else None for rank in range(ranks)]
+        self.processes = [
+            _SERVER.Process(target=_command, args=(folder, args, stop, own))
+            for stop, own in zip(stops, variables, strict=True)
+        ]
         for process in self.processes:
             process.start()
 
-    def wait(self, seconds: float = 300) -> int:
+    def wait(self, seconds: float = 120) -> int:
         """Wait for the end of all, and return the first one's exit code, or minus the signal that ended it."""
         end = time.monotonic() + seconds
         for process in self.processes:
@@ -182,9 +212,9 @@ class Command:
         return file.read_text(errors="replace") if file.exists() else ""
 
 
-def run(folder: Path, *args: str, stop: str | None = None, ranks: int = 1) -> Command:
+def run(folder: Path, *args: str, **options: Any) -> Command:
     """Run a command to its end."""
-    command = Command(folder, *args, stop=stop, ranks=ranks)
+    command = Command(folder, *args, **options)
     command.wait()
     return command
 

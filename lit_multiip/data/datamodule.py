@@ -87,9 +87,10 @@ def reference_set(person: str, references: Sequence[Photo], features: Features) 
 class TaskDataset(Dataset[dict[str, Any]]):
     """Evaluation tasks (or requests, which have no held-out photo) with their features.
 
-    An item holds ``task`` (), ``prompt``, ``prompt_embeds`` and ``negative_prompt_embeds`` (L, E), ``seed`` (), and
-    ``moments`` (2C, h, w) of the held-out photo, where there is one. Of the references it holds their embeddings,
-    ``references`` (R, D), and those of the next person, ``other_references``; or, ``per_person``, a ``reference_set``.
+    An item holds ``task`` (), ``repeated`` () bool, ``prompt``, ``prompt_embeds`` and ``negative_prompt_embeds``
+    (L, E), ``seed`` (), and ``moments`` (2C, h, w) and ``photo`` (person/name) of the held-out photo, where there is
+    one. Of the references it holds their embeddings, ``references`` (R, D), and those of the next person,
+    ``other_references``; or, ``per_person``, a ``reference_set``.
     """
 
     def __init__(self, tasks: Sequence[Task | Request], features: Features, per_person: bool = False) -> None:
@@ -102,9 +103,11 @@ class TaskDataset(Dataset[dict[str, Any]]):
         return len(self.tasks)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        repeated, index = index >= len(self.tasks), min(index, len(self.tasks) - 1)
         task = self.tasks[index]
         item = {
             "task": torch.tensor(index),
+            "repeated": torch.tensor(repeated),  # only so that all ranks have equally many
             "prompt": task.prompt,
             "prompt_embeds": self.features.text(task.prompt),
             "negative_prompt_embeds": self.features.text(""),
@@ -116,6 +119,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
             item["references"] = self.features.embeds(task.references)
             item["other_references"] = self.features.embeds(self.others[task.person])
         if not isinstance(task, Request):
+            item["photo"] = f"{task.person}/{task.held_out.name}"
             item["moments"] = self.features.moments(task.held_out)
         return item
 

@@ -305,7 +305,9 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
                 if self.config.subcommand == "fit" and path == "last":
                     self.continued = run
                     self.save_config_kwargs["overwrite"] = True
-            elif path is not None and path not in ("hpc", "registry") and "://" not in path:
+            elif path is not None and path not in ("hpc", "registry"):
+                if "://" in path:
+                    raise UsageError(f"ckpt_path '{path}' is no file: fetch it from whom you trust, and give its path")
                 read_checkpoint(Path(path))  # a broken one is told before work is lost
 
         def before_instantiate_classes(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,6 +45,16 @@ def write_durably(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             f"'{path}' cannot be written ({reason.strerror or reason}): free space, or make the folder writable; what "
             "was there before is whole"
         ) from error
+
+
+def move_into(part: Path, folder: Path) -> None:
+    """Have all that lies in ``part`` replace what is called the same in ``folder``; ``part`` is gone then."""
+    for new in sorted(part.iterdir()):
+        old = folder / new.name
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        os.replace(new, old)
+    part.rmdir()
 
 
 def _sync_folder(folder: Path) -> None:

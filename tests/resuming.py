@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -73,7 +74,10 @@ def _command(folder: Path, args: Sequence[str], stop: str | None, variables: dic
     os.environ.update(variables)
     torch.set_num_threads(1)
     if "WATCHED" in variables:
-        _watch(folder / f"written_{variables.get('LOCAL_RANK', 0)}.txt")
+        _watch(*(folder / f"{what}_{variables.get('LOCAL_RANK', 0)}.txt" for what in ("written", "asked")))
+    if "LARGEST_FILE" in variables:
+        size = int(variables["LARGEST_FILE"])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     if stop is not None:
         _arm(*stop.split(":"))
     from lit_multiip.cli import main
@@ -81,15 +85,17 @@ def _command(folder: Path, args: Sequence[str], stop: str | None, variables: dic
     main(list(args))
 
 
-def _watch(record: Path) -> None:
-    """Note every file that this process opens to write, and every name that it gives one."""
-    file = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+def _watch(written: Path, asked: Path) -> None:
+    """Note every file that this process opens to write, every name that it gives one, and every address asked for."""
+    file, network = (os.open(record, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for record in (written, asked))
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR) and isinstance(args[0], str):
             os.write(file, f"{os.path.abspath(args[0])}\n".encode())
         elif event == "os.rename":
             os.write(file, f"{os.path.abspath(args[1])}\n".encode())
+        elif event in ("socket.connect", "socket.getaddrinfo") and not isinstance(args[1], str):
+            os.write(network, f"{event} {args}\n".encode())
 
     sys.addaudithook(hook)
 
@@ -99,12 +105,14 @@ def _arm(where: str, count: str = "1", sign: str = "KILL") -> None:
 
     Args:
         where: ``features`` (made, nothing else), ``batch`` (its loss is computed), ``validation``, ``writing`` (half of
-            a checkpoint), ``renaming`` (before a checkpoint takes its name), ``renamed`` (just after).
+            a checkpoint), ``renaming`` (before a file takes its name), ``renamed`` (just after a checkpoint has), and
+            of a test ``drawing`` (a batch) and ``scores`` (of one extractor, when its images are written).
         count: how often it must have come there.
-        sign: ``KILL`` or ``TERM``.
+        sign: ``KILL``, ``TERM`` or ``INT``.
     """
     from lit_multiip import files, resume
     from lit_multiip.adapter import MultiIPAdapter
+    from lit_multiip.evaluation import callback
 
     left = [int(count)]
 
@@ -130,6 +138,10 @@ def _arm(where: str, count: str = "1", sign: str = "KILL") -> None:
         armed(MultiIPAdapter, "configure_model")
     elif where == "batch":
         armed(MultiIPAdapter, "training_step", after=True)
+    elif where == "drawing":
+        armed(MultiIPAdapter, "generate")
+    elif where == "scores":
+        armed(callback, "_look")
     elif where == "validation":
         armed(MultiIPAdapter, "validation_step")
     elif where == "writing":
@@ -153,7 +165,14 @@ class Command:
     """A command line in a process of its own, or one a rank, and what became of it."""
 
     def __init__(
-        self, folder: Path, *args: str, stop: str | None = None, ranks: int = 1, stopped_rank: int | None = None
+        self,
+        folder: Path,
+        *args: str,
+        stop: str | None = None,
+        ranks: int = 1,
+        stopped_rank: int | None = None,
+        watched: bool = False,
+        largest_file: int | None = None,
     ) -> None:
         """Start it.
 
@@ -163,19 +182,23 @@ class Command:
             stop: where to stop, see ``_arm``.
             ranks: 2 or more are started as by a cluster, not by Lightning.
             stopped_rank: which of them stops; None: all.
+            watched: see ``_watch``.
+            largest_file: bytes that it can write to one, as if the disk were full then.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         variables: list[dict[str, str]] = [{}]
+        options = {"WATCHED": "1"} if watched else {}
+        options |= {} if largest_file is None else {"LARGEST_FILE": str(largest_file)}
         if ranks > 1:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "NODE_RANK": "0"}
-            variables = [{**shared, "LOCAL_RANK": str(rank), "WATCHED": "1"} for rank in range(ranks)]
+            variables = [{**shared, "LOCAL_RANK": str(rank)} for rank in range(ranks)]
             args = (*args, f"--trainer.devices={ranks}", "--trainer.strategy=ddp")
         stops = [stop if stopped_rank in (None, rank) else None for rank in range(ranks)]
         self.processes = [
-            _SERVER.Process(target=_command, args=(folder, args, stop, own))
+            _SERVER.Process(target=_command, args=(folder, args, stop, own | options))
             for stop, own in zip(stops, variables, strict=True)
         ]
         for process in self.processes:

@@ -62,7 +62,7 @@ def test_two_ranks_score_an_uneven_number_of_tasks_as_one_does_to_the_last_digit
 def test_every_file_has_one_writer_and_validation_counts_every_task_once(config: Path, tmp_path: Path) -> None:
     args = ["fit", "--config", str(METHOD), "--config", str(config)]
     fresh = ["--data.cache_dir", str(tmp_path / "features"), "--grid.people=2"]
-    two = run(tmp_path / "two", *args, *fresh, "--data.batch_size=2", ranks=2)
+    two = run(tmp_path / "two", *args, *fresh, "--data.batch_size=2", ranks=2, watched=True)
     assert two.code == 0, two.said()
     written = [set((two.folder / f"written_{rank}.txt").read_text().split("\n")) for rank in range(2)]
     files = [{file for file in one if str(tmp_path) in file and "said_" not in file} for one in written]

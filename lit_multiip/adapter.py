@@ -82,6 +82,7 @@ class MultiIPAdapter(Method):
         self.make_aggregator, self.ip_adapter, self.trained = aggregator, ip_adapter, trained
         self.image_encoder, self.published_adapter = image_encoder, published_adapter
         self.aggregator: Any = None
+        self._photos: list[str] = []  # targets since the last optimiser step
 
     # ---- building -----------------------------------------------------------------------------------------------
 
@@ -135,31 +136,44 @@ class MultiIPAdapter(Method):
         embeds = self.condition(batch["references"])  # (B, M, D)
         embeds = embeds * ~batch["drop_image"][:, None, None]  # zeros AFTER aggregation
         t = (batch["time"] * self.noise.config.num_train_timesteps).long()  # (B,)
-        loss = self.denoising_loss(x, batch["eps"], t, batch["prompt_embeds"], embeds).mean()
-        self.require_finite(loss.detach(), "loss", self.global_step)
+        error = self.denoising_loss(x, batch["eps"], t, batch["prompt_embeds"], embeds)  # (B,)
+        loss = error.mean()
+        self.require_finite(error.detach(), "loss", self.global_step, batch)
+        self._photos += batch.get("photo", [])
         self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Stop before a broken gradient reaches the weights; a scaler of float16 gradients sees to that itself."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            self.require_finite_gradients(self.global_step, self._photos)
+        self._photos = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss at fixed noise a timestep bin, and the reference gap: what shuffling or dropping the photos costs."""
         mean, _ = batch["moments"].chunk(2, dim=1)
-        x, count = mean * self.scaling_factor, len(mean)
+        x = mean * self.scaling_factor
+        weight = (~batch["repeated"]).float()  # (B,); whatever the number of ranks, every task counts once
+        count = int(weight.sum())
+        # Lightning averages these numbers over ranks as integers, so they are multiples of the number of ranks
+        size = count * (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
         right = self.condition(batch["references"])
         variants = {"right": right, "shuffled": self.condition(batch["other_references"]), "dropped": 0 * right}
         sums = dict.fromkeys(variants, torch.zeros((), device=x.device))
         for number, time in enumerate(VALIDATION_TIMES):
             generators = [torch.Generator().manual_seed(int(seed) + number) for seed in batch["seed"]]
             eps = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)
-            t = torch.full((count,), int(time * self.noise.config.num_train_timesteps), device=x.device)
+            t = torch.full((len(x),), int(time * self.noise.config.num_train_timesteps), device=x.device)
             for name, embeds in variants.items():
-                loss = self.denoising_loss(x, eps, t, batch["prompt_embeds"], embeds).mean()
+                error = self.denoising_loss(x, eps, t, batch["prompt_embeds"], embeds)  # (B,)
+                self.require_finite(error, "validation loss", self.global_step, batch)  # before a checkpoint is written
+                loss = (error * weight).sum() / max(count, 1)
                 sums[name] = sums[name] + loss / len(VALIDATION_TIMES)
                 if name == "right":
-                    self.log(f"val/loss_t{int(t[0])}", loss, batch_size=count, sync_dist=True)
-        self.require_finite(sums["right"], "validation loss", self.global_step)  # before a checkpoint is written
-        self.log("val/loss", sums["right"], batch_size=count, sync_dist=True, prog_bar=True)
+                    self.log(f"val/loss_t{int(t[0])}", loss, batch_size=size, sync_dist=True)
+        self.log("val/loss", sums["right"], batch_size=size, sync_dist=True, prog_bar=True)
         for name in ("shuffled", "dropped"):
-            self.log(f"val/gap_{name}", sums[name] - sums["right"], batch_size=count, sync_dist=True, prog_bar=True)
+            self.log(f"val/gap_{name}", sums[name] - sums["right"], batch_size=size, sync_dist=True, prog_bar=True)
 
     # ---- drawing ------------------------------------------------------------------------------------------------
 

@@ -60,11 +60,20 @@ class SampleGrid(L.Callback):
             raise ValueError(f"grid.people={people} and grid.every={every}: give at least 0 and at least 1")
         self.people, self.every, self.validations = people, every, 0
 
+    def state_dict(self) -> dict[str, int]:
+        """How many validations there have been."""
+        return {"validations": self.validations}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Count on."""
+        self.validations = state_dict["validations"]
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw on rank 0."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or self.people == 0:
             return
         self.validations += 1
+        folder = run_folder(trainer) / "grids"  # on every rank, or the first one waits for ever
         if self.validations % self.every or not trainer.is_global_zero:
             return
         module: Any = pl_module
@@ -84,14 +93,14 @@ class SampleGrid(L.Callback):
             side,
             f"{module.method()}, step {trainer.global_step}",
         )
-        folder = run_folder(trainer) / "grids"
         folder.mkdir(parents=True, exist_ok=True)
         picture.save(folder / f"step_{trainer.global_step:06d}.png")
         for logger in trainer.loggers:
             writer: Any = getattr(logger, "experiment", None)
             if hasattr(writer, "add_image"):
                 pixels = np.asarray(picture)  # (H, W, 3) uint8
-                writer.add_image("val/samples", pixels, trainer.global_step, dataformats="HWC")
+                # at the step of the validation's scores, the last one that the checkpoint after it has seen
+                writer.add_image("val/samples", pixels, trainer.global_step - 1, dataformats="HWC")
 
 
 class SavePredictions(L.Callback):

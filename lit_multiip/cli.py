@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import importlib
 import json
 import logging
 import math
 import os
 import re
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -59,6 +62,8 @@ def main(args: list[str] | None = None) -> None:
     What a user can mend ends as one line on stderr and exit code 1 (2 where the command line itself is at fault); with
     ``LIT_MULTIIP_DEBUG=1`` the traceback comes too.
     """
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
     args = sys.argv[1:] if args is None else list(args)
     _set_up_logging()
     try:
@@ -68,6 +73,8 @@ def main(args: list[str] | None = None) -> None:
             # Ranks that Lightning starts inherit argv, and must not look for the newest run again.
             sys.argv[1:] = _backbones_last(expand(args))
             make_cli()
+    except SIGTERMException as stop:  # which is no success, whoever raised it
+        raise SystemExit(stop.code or 128 + signal.SIGTERM) from None
     except Exception as error:
         message = _explain(error)
         if message is None:
@@ -84,6 +91,8 @@ def expand(args: list[str]) -> list[str]:
     Raises:
         UsageError: There is no such run, or none at all.
     """
+    if args[:1] == ["fit"]:
+        return _fit_again(args)
     if not args or args[0] not in ALIASES:
         return args
     command, aliases = args[0], ALIASES[args[0]]
@@ -111,6 +120,17 @@ def expand(args: list[str]) -> list[str]:
     if "--ckpt_path" not in given:
         chosen += ["--ckpt_path", str(checkpoint)]
     return [command, *chosen, *rest]
+
+
+def _fit_again(args: list[str]) -> list[str]:
+    """Give ``fit --ckpt_path last`` the newest run's config where none is named."""
+    from lit_multiip.runs import run_to_continue
+
+    joined = " ".join(args)
+    if not re.search(r"--ckpt_path[ =]last\b", joined) or re.search(r"(^| )(-c|--config)[ =]", joined):
+        return args
+    run, _ = run_to_continue("*/*")
+    return ["fit", "--config", str(run / "config.yaml"), f"--trainer.logger.init_args.version={run.name}", *args[1:]]
 
 
 def _backbones_last(args: list[str]) -> list[str]:
@@ -215,8 +235,10 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
     from lit_multiip.data.datamodule import MultiPhotoData
     from lit_multiip.dreambooth import DreamBooth
     from lit_multiip.evaluation.callback import ScoreTest
+    from lit_multiip.files import only_writer, write_durably
     from lit_multiip.method import Method
-    from lit_multiip.runs import read_checkpoint
+    from lit_multiip.resume import DurableCheckpointIO, ExactResume
+    from lit_multiip.runs import best_checkpoint, read_checkpoint, run_to_continue
 
     methods = (MultiIPAdapter, DreamBooth)  # that can be named without their modules
 
@@ -237,10 +259,19 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
         """Only fit's config makes a folder a run."""
 
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-            if stage == "fit":
-                super().setup(trainer, pl_module, stage)
+            path = Path(trainer.log_dir or trainer.default_root_dir) / "config.yaml"  # a collective call
+            if stage == "fit" and trainer.strategy.broadcast(path.exists() and not self.overwrite):
+                raise FileExistsError(
+                    f"'{path.parent}' holds another run: go on with it by --ckpt_path last, or write elsewhere by "
+                    "--trainer.logger.init_args.version"
+                )
+            if stage == "fit" and trainer.is_global_zero:
+                text = self.parser.dump(self.config, skip_none=False)
+                write_durably(path, lambda file: file.write(text.encode()))
 
     class CLI(LightningCLI):
+        continued: Path | None = None  # the run that fit goes on with, in its own folder
+
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_argument("--backbone", type=str, default="mini", help="mini, a diffusers folder, or a hub id")
             parser.add_argument("--image_side", type=int | None, default=None, help="px; null: the backbone's own")
@@ -263,8 +294,20 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
             super().parse_arguments(parser, args)
             if not execute:
                 return
-            path = self.config[self.config.subcommand].get("ckpt_path")
-            if path is not None and path not in ("best", "last", "hpc", "registry") and "://" not in path:
+            config = self.config[self.config.subcommand]
+            path = config.get("ckpt_path")
+            if path in ("last", "best"):
+                run, checkpoint = run_to_continue(*_runs_of(config.trainer.logger))
+                if path == "best":
+                    checkpoint = best_checkpoint(run) or checkpoint
+                config.ckpt_path = str(checkpoint)
+                logger.info("%s of run %s, checkpoint %s", self.config.subcommand, run, checkpoint.name)
+                if self.config.subcommand == "fit" and path == "last":
+                    self.continued = run
+                    self.save_config_kwargs["overwrite"] = True
+            elif path is not None and path not in ("hpc", "registry"):
+                if "://" in path:
+                    raise UsageError(f"ckpt_path '{path}' is no file: fetch it from whom you trust, and give its path")
                 read_checkpoint(Path(path))  # a broken one is told before work is lost
 
         def before_instantiate_classes(self) -> None:
@@ -278,6 +321,9 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
                 return
             config.weights_only = True  # nothing is unpickled
             run, log = Path(path).parent.parent, config.trainer.logger
+            if self.continued is not None:
+                log.init_args.version = self.continued.name
+                return
             if not run.parent.name:
                 run = run.resolve()
             if self.config.subcommand != "fit" and (run / "config.yaml").is_file() and hasattr(log, "init_args"):
@@ -285,6 +331,20 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
                 place = {"version": run.name, "name": run.parent.name, "save_dir": str(run.parent.parent)}
                 for key, value in place.items():
                     log.init_args[key] = value
+
+        def instantiate_trainer(self, **kwargs: Any) -> Any:
+            trainer = super().instantiate_trainer(**kwargs)
+            trainer.strategy.checkpoint_io = DurableCheckpointIO()
+            if self.continued is not None:  # its config does not say so, for it may be the start of other runs
+                config = self.config[self.config.subcommand]
+                config.trainer.logger.init_args.version = None
+                config.ckpt_path = config.weights_only = None
+            return trainer
+
+        def fit(self, **kwargs: Any) -> None:
+            folder: Any = getattr(self.trainer.logger, "log_dir", None)
+            with only_writer(Path(folder)) if folder and self.trainer.is_global_zero else nullcontext():
+                self.trainer.fit(**kwargs)
 
     trainer_defaults = {
         "accelerator": "auto",
@@ -299,6 +359,7 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
             "init_args": {"save_dir": "runs", "name": "multiip", "default_hp_metric": False},
         },
         "callbacks": [  # Lightning adds these to those of the config
+            ExactResume(),
             ValidateAtEnd(),
             ModelCheckpoint(filename="last", monitor=None, save_top_k=1, enable_version_counter=False),
             LearningRateMonitor("step"),
@@ -322,6 +383,16 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
     )
 
 
+def _runs_of(log: Any) -> tuple[str, Path]:
+    """Where the runs of a config lie: their folders' pattern, and the folder above."""
+    options = getattr(log, "init_args", {})
+    if not isinstance(options.get("save_dir"), str) or not options.get("name"):
+        raise UsageError("ckpt_path 'last' finds a run by save_dir and name of its one logger: give a file instead")
+    version = options.get("version")
+    pattern = "*" if version is None else glob.escape(f"version_{version}" if isinstance(version, int) else version)
+    return pattern, Path(os.path.expandvars(options["save_dir"])).expanduser() / options["name"]
+
+
 def _set_up_logging() -> None:
     """Show the package's messages on stderr, once, on rank 0."""
     package = logging.getLogger("lit_multiip")
@@ -336,6 +407,8 @@ def _set_up_logging() -> None:
         "not supported by the model summary",
         "treespec",
         "have no .validation_step",
+        "your dataloader is not resumable",  # the samplers are
+        "Checkpoint directory .* exists and is not empty",
     ):
         warnings.filterwarnings("ignore", f".*{nag}")
 
@@ -349,6 +422,12 @@ def _explain(error: Exception) -> str | None:
 
     if isinstance(error, (UsageError, OSError, MisconfigurationException)):
         return str(error) or type(error).__name__
+    if isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)|TCPStore", str(error)):
+        reason = str(error).strip().splitlines()[0].split(". ")[0]
+        return (
+            f"another rank has died or cannot be reached ({reason}): what it said tells why; --ckpt_path last goes on "
+            "from the last checkpoint"
+        )
     if not isinstance(error, (ValueError, ArithmeticError)):
         return None
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)

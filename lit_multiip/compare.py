@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 from lit_multiip.backbone import COMPONENTS, BackboneError, find_ip_adapter, fingerprint, fingerprint_image_encoder
 from lit_multiip.evaluation.critic import shipped_critic
 from lit_multiip.evaluation.report import write_json
-from lit_multiip.runs import best_checkpoint, read_checkpoint
+from lit_multiip.runs import best_checkpoint, newest_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -241,14 +241,11 @@ def run_step(step: Step) -> None:
     """
     started, arguments = time.perf_counter(), list(step.arguments)
     began = step.run / f"{step.command}.began.json"
-    last = step.run / "checkpoints" / "last.ckpt"
     if step.command == "fit":
-        if (read_stamp(began) or {}).get("key") == step.key and last.is_file():
-            read_checkpoint(last)
-            arguments += ["--ckpt_path", str(last)]
+        if (read_stamp(began) or {}).get("key") == step.key and newest_checkpoint(step.run) is not None:
+            arguments += ["--ckpt_path", "last"]
         else:
             _clear(step.run)
-        (step.run / "config.yaml").unlink(missing_ok=True)  # Lightning refuses to write over it
     step.run.mkdir(parents=True, exist_ok=True)
     write_json(began, {"key": step.key})
     command = [sys.executable, "-m", "lit_multiip", step.command, *arguments]

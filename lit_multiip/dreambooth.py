@@ -336,10 +336,11 @@ class DreamBooth(Method):
         """Take one step, within whatever autocast the caller has."""
         own, prior = self.losses(who, step)
         loss = own + self.prior_weight * prior
-        self.require_finite(loss.detach(), f"loss on {who.person}", step)
+        self.require_finite(loss.detach(), "loss", step, {"person": [who.person]})
         with torch.autocast(self.device.type, enabled=False):  # which is for the forward pass alone
             optimizer.zero_grad()
             loss.backward()
+            self.require_finite_gradients(step, [who.person])
             optimizer.step()
             schedule.step()
         torch.clear_autocast_cache()  # it holds casts of the weights before this step

@@ -18,7 +18,6 @@ import gc
 import hashlib
 import json
 import logging
-import os
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -39,6 +38,7 @@ from lit_multiip.backbone import (
     load_native_side,
 )
 from lit_multiip.data.people import DataError, Photo
+from lit_multiip.files import write_durably
 
 SHARD_ROWS = 1024  # an interrupted build loses at most this many rows
 logger = logging.getLogger(__name__)
@@ -118,16 +118,10 @@ class Shards:
 
     def add(self, keys: Sequence[str], rows: npt.NDArray[Any]) -> None:
         """Write one shard, durable before it becomes visible."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        name = uuid.uuid4().hex
-        part = self.folder / f"{name}.part"
-        with part.open("wb") as file:
-            np.lib.format.write_array(file, np.ascontiguousarray(rows), allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, self.folder / f"{name}.npy")
-        part.write_text(json.dumps(list(keys)))
-        os.replace(part, self.folder / f"{name}.json")
+        name = self.folder / uuid.uuid4().hex
+        rows = np.ascontiguousarray(rows)
+        write_durably(name.with_suffix(".npy"), lambda file: np.lib.format.write_array(file, rows, allow_pickle=False))
+        write_durably(name.with_suffix(".json"), lambda file: file.write(json.dumps(list(keys)).encode()))
         self.refresh()
 
     def get(self, keys: Sequence[str]) -> Tensor:

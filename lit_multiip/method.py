@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from lit_multiip.backbone import fingerprint, load_component, load_vae_facts
 from lit_multiip.evaluation.sampling import Sampler, Sampling
@@ -168,17 +169,54 @@ class Method(L.LightningModule):
         target = self.noise.get_velocity(x, eps, t) if v_prediction else eps
         return F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
 
-    def require_finite(self, loss: Tensor | float, name: str, step: int) -> None:
+    def require_finite(self, loss: Tensor, name: str, step: int, batch: Batch) -> None:
         """Stop before a broken state is kept.
 
+        Args:
+            loss: a value a sample, (B,), or one of all, ().
+            name: what it is.
+            step: when.
+            batch: what it is of; ``photo`` names the samples, ``person`` whom they show.
+
         Raises:
-            NonFiniteLoss: the loss is NaN or infinite.
+            NonFiniteLoss: it is NaN or infinite; the message names the photos.
         """
-        if not math.isfinite(loss):
-            raise NonFiniteLoss(
-                f"the {name} is {float(loss)} at step {step}: lower the learning rate; "
-                "the checkpoints hold the last good state"
-            )
+        finite = loss.isfinite()
+        if finite.all():
+            return
+        names: list[str] = batch.get("photo") or batch.get("person") or [f"sample {i}" for i in range(finite.numel())]
+        bad = [i for i, fine in enumerate(finite.expand(len(names)).tolist()) if not fine]
+        stored = [key for key in ("references", "moments", "prompt_embeds") if key in batch]
+        broken = {key: [i for i in bad if not batch[key][i].isfinite().all()] for key in stored}
+        value, of = float(loss[~finite].flatten()[0]), _some([names[i] for i in bad])
+        for key, where in broken.items():
+            if where:
+                raise NonFiniteLoss(
+                    f"the {name} is {value} at step {step}: the stored {key} of {_some([names[i] for i in where])} are "
+                    "not finite: delete data.cache_dir, or leave the photo out; the checkpoints hold the last good "
+                    "state"
+                )
+        raise NonFiniteLoss(
+            f"the {name} is {value} at step {step}, of {of}: lower the learning rate, or look at these photos; the "
+            "checkpoints hold the last good state"
+        )
+
+    def require_finite_gradients(self, step: int, names: Sequence[str]) -> None:
+        """Stop before the optimiser takes a gradient of NaN or infinity into the weights.
+
+        Raises:
+            NonFiniteLoss: there is one; the message names the weight and the samples of the step.
+        """
+        gradients = {key: p.grad for key, p in self.trained_parameters().items() if p.grad is not None}
+        # a sum of squares may overflow where no gradient does, so it only says where to look
+        if not gradients or get_total_norm(list(gradients.values())).isfinite():
+            return
+        for key, gradient in gradients.items():
+            if not gradient.isfinite().all():
+                raise NonFiniteLoss(
+                    f"the gradient of '{key}' is not finite at step {step}, in a batch of {_some(names)}: lower the "
+                    "learning rate, or look at these photos; the checkpoints hold the last good state"
+                )
 
     # ---- drawing ----------------------------------------------------------------------------------------------------
 
@@ -241,3 +279,8 @@ class Method(L.LightningModule):
         missing = set(self.trained_parameters()) ^ set(checkpoint["state_dict"])
         if missing:
             raise CheckpointError(f"the checkpoint and the model differ in weights such as '{min(missing)}'")
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    names = list(dict.fromkeys(names))
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,9 +1,9 @@
-"""Run folders, ``runs/<name>/version_k/``: which is the newest, and which of its checkpoints is the best."""
+"""Run folders, ``runs/<name>/version_k/``: which is the newest, and which of its checkpoints is the best or newest."""
 
 from __future__ import annotations
 
 import logging
-import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,15 @@ from lit_multiip.method import CheckpointError
 
 logger = logging.getLogger(__name__)
 
+LAST = "last.ckpt"
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Open a checkpoint, memory-mapped; nothing but tensors and plain values is unpickled.
+
+def read_checkpoint(path: Path, verify: bool = False) -> dict[str, Any]:
+    """Open a checkpoint; nothing but tensors and plain values is unpickled.
+
+    Args:
+        path: of the file.
+        verify: read all of it, and compare its checksums; otherwise tensors are left on the disk until they are used.
 
     Raises:
         CheckpointError: It is missing, torn, or holds more than that.
@@ -23,10 +29,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint '{path}': give one from a run's checkpoints/")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        if verify:  # which torch.load does not
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"bad checksum of {damaged}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=not verify)
+    except Exception as error:  # damaged bytes raise nearly anything in the unpickler
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise CheckpointError(f"checkpoint '{path}' cannot be read ({reason}): give another one") from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"'{path}' holds no checkpoint of a run: give one from a run's checkpoints/")
+    return checkpoint
 
 
 def load_trained(model: Any, path: Path) -> dict[str, Any]:
@@ -50,7 +63,7 @@ def best_checkpoint(run: Path) -> Path | None:
         scored.append((min(scores, default=float("inf")), path))
     if scored:
         return min(scored)[1]
-    last = run / "checkpoints" / "last.ckpt"
+    last = run / "checkpoints" / LAST
     if not last.exists():
         return None
     try:
@@ -59,6 +72,41 @@ def best_checkpoint(run: Path) -> Path | None:
         logger.warning("%s", error)
         return None
     return last
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """Find the checkpoint of a run that has come furthest, of equals ``last``; one that cannot be read is named."""
+    readable = []
+    for path in sorted((run / "checkpoints").glob("*.ckpt")):
+        try:
+            step = int(read_checkpoint(path, verify=True).get("global_step", 0))
+            readable.append((step, path.name == LAST, path))
+        except CheckpointError as error:
+            logger.warning("passed over: %s", error)
+    return max(readable)[2] if readable else None
+
+
+def run_to_continue(pattern: str, root: Path = Path("runs")) -> tuple[Path, Path]:
+    """Find the newest run whose folder below ``root`` has that pattern, and its newest checkpoint.
+
+    Raises:
+        CheckpointError: There is no such run, or the newest has no checkpoint that can be read.
+    """
+    runs = [config.parent for config in root.glob(f"{pattern}/config.yaml")]
+    if not runs:
+        raise CheckpointError(f"there is no run to go on with in '{root / pattern}': start it without ckpt_path")
+
+    def touched(run: Path) -> int:
+        return max(file.stat().st_mtime_ns for file in [run / "config.yaml", *run.glob("checkpoints/*.ckpt")])
+
+    run = max(runs, key=touched)
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"run '{run}', the newest, has no checkpoint to go on from: start anew without ckpt_path, or set ckpt_path "
+            "to a file of an older run"
+        )
+    return run, checkpoint
 
 
 def newest_run(root: Path = Path("runs")) -> tuple[Path, Path] | None:

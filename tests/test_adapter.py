@@ -161,7 +161,7 @@ def test_a_loss_of_nan_stops(tiny_backbone: Path, batch: Batch, tasks: Batch) ->
     module = built(tiny_backbone)
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
     torch.nn.init.constant_(module.aggregator.to_v.weight, float("nan"))
-    with pytest.raises(NonFiniteLoss, match="loss is nan at step 0: lower the learning rate"):
+    with pytest.raises(NonFiniteLoss, match=r"loss is nan at step 0, of .*: lower the learning rate"):
         module.training_step(batch, 0)
     with torch.no_grad(), pytest.raises(NonFiniteLoss, match="validation loss is nan"):
         module.validation_step(tasks, 0)

@@ -185,7 +185,7 @@ def test_the_prior_term_changes_what_is_learnt(tiny_backbone: Path, features: st
 
 def test_a_loss_of_nan_stops(tiny_backbone: Path, features: str, tasks: dict[str, Any]) -> None:
     module = built(tiny_backbone, features)
-    with pytest.raises(NonFiniteLoss, match="loss on test_000000 is nan at step 0"):
+    with pytest.raises(NonFiniteLoss, match="loss is nan at step 0, of test_000000"):
         module.personalise(person(tasks, 0)._replace(moments=torch.full((9, 8, 8, 8), float("nan"))))
 
 

@@ -35,6 +35,7 @@ from lit_multiip.data.people import (
     split_people,
 )
 from lit_multiip.features import Features, content_key
+from lit_multiip.resume import Position
 
 if TYPE_CHECKING:
     from lit_multiip.evaluation.tasks import Task
@@ -86,9 +87,10 @@ def reference_set(person: str, references: Sequence[Photo], features: Features) 
 class TaskDataset(Dataset[dict[str, Any]]):
     """Evaluation tasks (or requests, which have no held-out photo) with their features.
 
-    An item holds ``task`` (), ``prompt``, ``prompt_embeds`` and ``negative_prompt_embeds`` (L, E), ``seed`` (), and
-    ``moments`` (2C, h, w) of the held-out photo, where there is one. Of the references it holds their embeddings,
-    ``references`` (R, D), and those of the next person, ``other_references``; or, ``per_person``, a ``reference_set``.
+    An item holds ``task`` (), ``repeated`` () bool, ``prompt``, ``prompt_embeds`` and ``negative_prompt_embeds``
+    (L, E), ``seed`` (), and ``moments`` (2C, h, w) and ``photo`` (person/name) of the held-out photo, where there is
+    one. Of the references it holds their embeddings, ``references`` (R, D), and those of the next person,
+    ``other_references``; or, ``per_person``, a ``reference_set``.
     """
 
     def __init__(self, tasks: Sequence[Task | Request], features: Features, per_person: bool = False) -> None:
@@ -101,9 +103,11 @@ class TaskDataset(Dataset[dict[str, Any]]):
         return len(self.tasks)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        repeated, index = index >= len(self.tasks), min(index, len(self.tasks) - 1)
         task = self.tasks[index]
         item = {
             "task": torch.tensor(index),
+            "repeated": torch.tensor(repeated),  # only so that all ranks have equally many
             "prompt": task.prompt,
             "prompt_embeds": self.features.text(task.prompt),
             "negative_prompt_embeds": self.features.text(""),
@@ -115,6 +119,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
             item["references"] = self.features.embeds(task.references)
             item["other_references"] = self.features.embeds(self.others[task.person])
         if not isinstance(task, Request):
+            item["photo"] = f"{task.person}/{task.held_out.name}"
             item["moments"] = self.features.moments(task.held_out)
         return item
 
@@ -232,6 +237,7 @@ class MultiPhotoData(L.LightningDataModule):
         self.validation_tasks: list[Task] = []
         self.requests: list[Request] = []
         self.tuning: Task | None = None
+        self.position: dict[str, Any] | None = None  # of the checkpoint that fit goes on from
 
     def prepare_data(self) -> None:
         """Fetch or extract the source once, on one process."""
@@ -349,7 +355,8 @@ class MultiPhotoData(L.LightningDataModule):
         groups = HeldOutGroups(
             self.split.train, self.features, self.training_seed, references, self.balance, self.target, self.drop
         )
-        sampler = EpochSampler(len(groups), self.training_seed, *self._rank_and_world())
+        rank, world = self._rank_and_world()
+        sampler = EpochSampler(len(groups), self.training_seed, rank, world, self._start(len(groups) // world))
         if len(sampler) < self.batch_size:
             raise DataError(
                 f"data.batch_size={self.batch_size} is more than the {len(sampler)} samples of an epoch: lower it"
@@ -363,6 +370,44 @@ class MultiPhotoData(L.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training is, for a checkpoint; and what that depends on."""
+        loader = None if self.trainer is None else self.trainer.train_dataloader
+        if self.trainer is None or loader is None:  # nothing is being trained
+            return {}
+        position = Position.of(self.trainer)
+        samples = None if position.batches is None else len(loader.sampler)
+        return {"epoch": position.epoch, "batch": position.batch, **self._divisions(samples)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember where a checkpoint was."""
+        self.position = state_dict
+
+    def _divisions(self, samples: int | None) -> dict[str, Any]:
+        """What an epoch is divided by; ``samples`` of a rank."""
+        assert self.trainer is not None
+        return {
+            "samples": samples,
+            "batch_size": self.batch_size,
+            "ranks": self.trainer.world_size,
+            "accumulated": self.trainer.accumulate_grad_batches,
+            "training_seed": self.training_seed,
+        }
+
+    def _start(self, samples: int) -> tuple[int, int]:
+        """The epoch in which training goes on, and how many of its samples this rank has had."""
+        if self.position is None:
+            return 0, 0
+        then, now = self.position, self._divisions(samples)
+        changed = [f"{name} {then.get(name)} => {value}" for name, value in now.items() if then.get(name) != value]
+        if changed:
+            logger.warning(
+                "the checkpoint was trained with other data or batches (%s): training goes on from its weights, not "
+                "with the very samples that an uninterrupted run would see",
+                ", ".join(changed),
+            )
+        return self.position["epoch"], min(self.position["batch"] * self.batch_size, samples)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Batches of the validation people's tasks."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from lit_multiip.data.people import Person, Photo
@@ -56,7 +55,7 @@ def held_out_group(photos: int, size: int, number: int, rng: np.random.Generator
     return Group(target, draw_references(others, size - 1, rng))
 
 
-class HeldOutGroups(Dataset[dict[str, Tensor]]):
+class HeldOutGroups(Dataset[dict[str, Any]]):
     """Training samples, indexed by ``(epoch, index)``; every draw is a function of (seed, epoch, index) alone.
 
     Args:
@@ -103,10 +102,11 @@ class HeldOutGroups(Dataset[dict[str, Tensor]]):
         chosen = [group.target] if self.target == "reference" else group.references
         return photos[group.target], [photos[i] for i in chosen]
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         """Return one sample.
 
         Returns:
+            photo: the target, as ``person/name``.
             references: image embeddings, (R, D).
             moments: posterior mean and logvar of the target, (2C, h, w).
             prompt_embeds: text states of the target's prompt, or of "" where text is dropped, (L, E).
@@ -124,6 +124,7 @@ class HeldOutGroups(Dataset[dict[str, Tensor]]):
         shape = (moments.shape[0] // 2, *moments.shape[1:])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         return {
+            "photo": f"{target.person}/{target.name}",
             "references": self.features.embeds(references),
             "moments": moments,
             "prompt_embeds": self.features.text("" if drop_text else target.prompt),
@@ -137,39 +138,47 @@ class HeldOutGroups(Dataset[dict[str, Tensor]]):
 class EpochSampler(Sampler[tuple[int, int]]):
     """Yields ``(epoch, index)`` in an order drawn from (seed, epoch); rank r of W takes every W-th.
 
-    The epoch is padded from its own start so that all ranks have equally many.
+    So that all ranks have equally many and none twice, up to W - 1 samples of an epoch are left out.
+
+    Args:
+        size: samples of an epoch.
+        seed: of the orders.
+        rank: this process's number.
+        world: W.
+        start: an epoch, and how many samples of it this rank has had, where training goes on from there.
     """
 
-    def __init__(self, size: int, seed: int, rank: int = 0, world: int = 1) -> None:
-        self.size, self.seed, self.rank, self.world, self.epoch = size, seed, rank, world, 0
+    def __init__(self, size: int, seed: int, rank: int = 0, world: int = 1, start: tuple[int, int] = (0, 0)) -> None:
+        self.size, self.seed, self.rank, self.world, self.start = size, seed, rank, world, start
+        self.epoch = start[0]
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch; Lightning calls this."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-self.size // self.world)
+        return self.size // self.world
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
-        padded = np.resize(order, len(self) * self.world)
-        for index in padded[self.rank :: self.world]:
+        own = order[self.rank :: self.world][: len(self)]
+        for index in own[self.start[1] if self.epoch == self.start[0] else 0 :]:
             yield self.epoch, int(index)
 
 
 class ShareSampler(Sampler[int]):
     """Yields 0 .. size - 1 in order, rank r of W a run of ceil(size / W) of them.
 
-    Runs, because tasks are sorted by person and a method may work person by person. Where they are too few the last one
-    is repeated, so that all ranks have equally many.
+    Runs, because tasks are sorted by person and a method may work person by person. Where they are too few it counts on
+    from size, so that all ranks have equally many; a ``TaskDataset`` repeats its last task for that, and says so.
     """
 
     def __init__(self, size: int, rank: int = 0, world: int = 1) -> None:
-        self.size, self.rank, self.count = size, rank, -(-size // world)
+        self.rank, self.count = rank, -(-size // world)
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[int]:
         start = self.rank * self.count
-        return (min(index, self.size - 1) for index in range(start, start + self.count))
+        return iter(range(start, start + self.count))

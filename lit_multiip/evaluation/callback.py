@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +29,7 @@ from lit_multiip.evaluation.intervals import Score, person_bootstrap
 from lit_multiip.evaluation.pictures import labelled_grid, to_picture
 from lit_multiip.evaluation.scores import ImageSet, diversity, identity_scores, nearest_reference, summarise
 from lit_multiip.evaluation.tasks import Task, image_files, protocol
+from lit_multiip.files import move_into, only_writer
 from lit_multiip.method import References
 
 logger = logging.getLogger(__name__)
@@ -35,6 +38,7 @@ NO_SEEDS = ("vae_round_trip", "real_other_photo")  # rows that do not depend on 
 ANCHORS: dict[str, References] = {"no_references": "none", "zero_embedding": "zero", "other_person": "other"}
 BATCH = 64  # images a pass of an extractor
 PHOTO_PEOPLE = 12  # whose photos are written beside the images
+UNFINISHED = "unfinished"  # folder of a test that is being written
 
 
 class Scored(Protocol):
@@ -99,8 +103,8 @@ class ScoreTest(L.Callback):
         resamples: Of the bootstrap over people.
         grid_people: People in grid.png, at most.
         output: Folder for what is written. None takes `test/` in the folder of the run that is tested: where the
-            checkpoint lies in `checkpoints/`, the folder around that; else the logger's. Images of an earlier test in
-            it are replaced.
+            checkpoint lies in `checkpoints/`, the folder around that; else the logger's. All is written into
+            `unfinished/` in it first, and replaces what an earlier test wrote when it is whole.
     """
 
     def __init__(
@@ -122,6 +126,7 @@ class ScoreTest(L.Callback):
         self.groups, self.resamples = groups, resamples
         self.grid_people = grid_people
         self.output = output
+        self._alone = ExitStack()  # in the output folder
 
     # ---- before work ------------------------------------------------------------------------------------------------
 
@@ -162,23 +167,33 @@ class ScoreTest(L.Callback):
         for extractor in self.extractors:
             facts = module.describe()
             _refuse_if_it_conditions(extractor, str(facts["backbone"]), facts.get("image_encoder"))
-        self._folder = self._output_folder(trainer)
+        self._output = self._output_folder(trainer)
+        self._folder = self._output / UNFINISHED
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self._folder):
+            self._output.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._output):
                 pass
         except OSError as error:
             raise OSError(
-                f"cannot write test results to '{self._folder}' ({error.strerror}): set ScoreTest's output to a folder "
+                f"cannot write test results to '{self._output}' ({error.strerror}): set ScoreTest's output to a folder "
                 "that can be written to"
             ) from error
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self._audit = audit.audit_tasks(data.tasks, *audit.find_record(trainer, module.describe()))
         if trainer.is_global_zero:
             audit.warn(self._audit)
+            self._alone.enter_context(only_writer(self._output))
         self._index: list[Tensor] = []
         self._rows: dict[str, list[Tensor]] = defaultdict(list)
         self._seconds = {"method": 0.0, "anchors": 0.0}
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Let go of the folder; what an earlier test wrote is still there."""
+        self._alone.close()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let go of the folder."""
+        self._alone.close()
 
     # ---- per batch --------------------------------------------------------------------------------------------------
 
@@ -257,6 +272,8 @@ class ScoreTest(L.Callback):
         describe = pl_module.describe()
         method = str(describe["method"])
         rows = {method if name == "method" else name: images for name, images in rows.items()}
+        shutil.rmtree(self._folder, ignore_errors=True)  # of a test that was stopped
+        self._folder.mkdir()
         # first what took long to make: whatever goes wrong with the scores, it is there
         files = [image_files(data.tasks)[i] for i in index]
         self._write_images(rows[method], files)
@@ -324,15 +341,12 @@ class ScoreTest(L.Callback):
         table = report.table(results)
         (self._folder / "table.md").write_text(table, encoding="utf-8")
         report.write_json(self._folder / "metrics.json", results)
-        print(f"\n{table}\n{audit.summary(self._audit)}\n\nImages, scores and grid: {self._folder}", flush=True)
+        move_into(self._folder, self._output)
+        print(f"\n{table}\n{audit.summary(self._audit)}\n\nImages, scores and grid: {self._output}", flush=True)
         return scores[method]
 
     def _write_images(self, images: Tensor, files: Sequence[str]) -> None:
-        folder, metrics = self._folder / "images", self._folder / "metrics.json"
-        if metrics.exists():  # an earlier test's, as are the images
-            metrics.unlink()
-            for old in folder.glob("*/*.png"):
-                old.unlink()
+        folder = self._folder / "images"
         for image, file in zip(tqdm(images, "writing images", unit="image", delay=3), files, strict=True):
             path = folder / file
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -360,7 +374,7 @@ def _write_photos(
     """Write the real photos of the first people, `photos/<person>/{reference_1.., held_out_<stem>}.png`.
 
     Args:
-        folder: Of the test; an earlier test's photos in it are replaced.
+        folder: Of the test.
         tasks: What was tested.
         files: Each task's image, as `image_files` names it.
         pixels: Real photos, (M, 3, H, W) uint8.
@@ -369,8 +383,6 @@ def _write_photos(
     Returns:
         By person: `references`, files in the order of their draw, and `held_out`, a file by the photo's name.
     """
-    for old in (folder / "photos").glob("*/*.png"):
-        old.unlink()
     names: dict[str, Any] = {}
     for task, file in zip(tasks, files, strict=True):
         if task.person not in names and len(names) == PHOTO_PEOPLE:

@@ -79,7 +79,7 @@ class Maker:
             gradient_clip_val=1.0,
         )
         resume = folder / f"{name}.ckpt"
-        trainer.fit(stage, loader, ckpt_path=str(resume) if resume.exists() else None, weights_only=False)
+        trainer.fit(stage, loader, ckpt_path=str(resume) if resume.exists() else None, weights_only=True)
 
     def critic(self, role: str = "critic", architecture: str = "convnet") -> None:
         """Train one critic on its own people."""

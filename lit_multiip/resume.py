@@ -1,0 +1,152 @@
+"""Stopping at any moment and going on as if nothing had happened: checkpoints that say exactly where training is.
+
+All draws are functions of (seed, epoch, index), so the number of optimiser steps taken says all: which epoch, which
+batch of it, and every counter of the loops. A checkpoint is therefore of a whole step; batches that were accumulated
+after it are drawn again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lit_multiip.files import write_durably
+from lit_multiip.runs import LAST, read_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training is: ``batch`` batches of an epoch of ``batches`` are done, by ``steps`` optimiser steps in it."""
+
+    epoch: int
+    batch: int
+    batches: int | None  # of a rank; None: without end
+    steps: int
+
+    @classmethod
+    def after(cls, step: int, batches: float, accumulate: int) -> Position:
+        """Where training is after ``step`` optimiser steps; the last one of an epoch may be of fewer batches."""
+        if math.isinf(batches):
+            return cls(0, step * accumulate, None, step)
+        epoch, steps = divmod(step, math.ceil(batches / accumulate))
+        return cls(epoch, steps * accumulate, int(batches), steps)
+
+    @classmethod
+    def of(cls, trainer: L.Trainer) -> Position:
+        """Where a trainer is that fits."""
+        return cls.after(trainer.global_step, trainer.num_training_batches, trainer.accumulate_grad_batches)
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that are on the disk before they replace older ones, and of which nothing is unpickled.
+
+    Lightning's own are staged in $TMPDIR, and torn where that lies on another file system.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write it whole or not at all."""
+        write_durably(Path(path), lambda file: torch.save(checkpoint, file))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read tensors and plain values; a URL is refused, as is what cannot be read."""
+        return read_checkpoint(Path(path), verify=True)
+
+
+class ExactResume(L.Callback):
+    """Lets ``fit`` go on from any of its checkpoints as if it had not stopped; on SIGTERM it saves one and stops."""
+
+    def __init__(self) -> None:
+        self.terminated = False
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write down where the loops are, and flush what was logged until there."""
+        for log in trainer.loggers:
+            log.save()
+        checkpoint["loops"]["fit_loop"].update(loops_at(Position.of(trainer), trainer, pl_module))
+        checkpoint["epoch"] = Position.of(trainer).epoch
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Void what was logged after the checkpoint; wait for SIGTERM."""
+        if trainer.is_global_zero and trainer.global_step > 0:
+            for log in trainer.loggers:
+                _purge(log, trainer.global_step)
+        if threading.current_thread() is threading.main_thread():
+            # Lightning's own handler makes the ranks speak to one another from within, whatever they are saying
+            signal.signal(signal.SIGTERM, self._on_sigterm)  # the trainer puts back what was there before it
+
+    def _on_sigterm(self, *_: Any) -> None:
+        self.terminated = True
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Stop between two batches; the ranks do so together."""
+        # the loop counts steps for the loggers, and its count is one short where validation was done before the save
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        if not trainer.strategy.reduce_boolean_decision(self.terminated, all=False):
+            return
+        callbacks: list[Any] = [callback for callback in trainer.checkpoint_callbacks if _is_last(callback)]
+        path = Path(callbacks[0].dirpath) / LAST
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            logger.warning("SIGTERM: stopped after step %d, kept in %s", trainer.global_step, path)
+        raise SIGTERMException(128 + signal.SIGTERM)
+
+
+def loops_at(position: Position, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+    """State of Lightning's fit loop in the middle of ``position.epoch``, as functions of the position alone."""
+    step, batch = trainer.global_step, position.batch
+    total = batch if position.batches is None else position.epoch * position.batches + batch
+    automatic = step if pl_module.automatic_optimization else 0
+
+    def count(whole: int, current: int, *names: str) -> dict[str, Any]:
+        return {
+            key: dict.fromkeys(("ready", "completed", *names), value)
+            for key, value in {"total": whole, "current": current}.items()
+        }
+
+    def done(whole: int, current: int) -> dict[str, Any]:
+        return count(whole, current, "started", "processed")
+
+    begun = position.epoch + 1
+    epoch = {"ready": begun, "started": begun, "processed": begun - 1, "completed": begun - 1}
+    within = position.steps if pl_module.automatic_optimization else 0
+    schedules = sum(c.interval == "step" for c in trainer.lr_scheduler_configs) if automatic else 0
+    state = {
+        "epoch_progress": {"total": epoch, "current": dict(epoch)},
+        "epoch_loop.state_dict": {"_batches_that_stepped": step},
+        "epoch_loop.batch_progress": {**done(total, batch), "is_last_batch": False},
+        "epoch_loop.scheduler_progress": count(automatic * schedules, within * schedules),
+        "epoch_loop.automatic_optimization.optim_progress": {
+            "optimizer": {"step": count(automatic, within), "zero_grad": count(automatic, within, "started")}
+        },
+    }
+    if batch == 0:  # a new epoch counts its validations anew
+        state["epoch_loop.val_loop.batch_progress"] = {**done(0, 0), "is_last_batch": False}
+    return state
+
+
+def _is_last(callback: Any) -> bool:
+    return isinstance(callback, ModelCheckpoint) and callback.filename == Path(LAST).stem
+
+
+def _purge(log: Any, step: int) -> None:
+    """Tell TensorBoard that rows of ``step`` and later, in older files, are void."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    if isinstance(log, TensorBoardLogger):
+        writer = log.experiment.file_writer
+        writer.add_event(Event(step=step, file_version="brain.Event:2"))
+        writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))

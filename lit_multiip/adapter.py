@@ -25,7 +25,7 @@ from lit_multiip.backbone import (
 )
 from lit_multiip.evaluation.sampling import Sampling
 from lit_multiip.features import encode_photos
-from lit_multiip.method import Batch, Dtype, Method, References
+from lit_multiip.method import POOLED, Batch, Dtype, Method, References, text_time
 
 VALIDATION_TIMES = (0.125, 0.375, 0.625, 0.875)  # t / T, the centres of four bins
 
@@ -135,7 +135,7 @@ class MultiIPAdapter(Method):
         embeds = self.condition(batch["references"])  # (B, M, D)
         embeds = embeds * ~batch["drop_image"][:, None, None]  # zeros AFTER aggregation
         t = (batch["time"] * self.noise.config.num_train_timesteps).long()  # (B,)
-        loss = self.denoising_loss(x, batch["eps"], t, batch["prompt_embeds"], embeds).mean()
+        loss = self.denoising_loss(x, batch["eps"], t, batch["prompt_embeds"], embeds, **text_time(batch)).mean()
         self.require_finite(loss.detach(), "loss", self.global_step)
         self.log("train/loss", loss, prog_bar=True)
         return loss
@@ -152,7 +152,7 @@ class MultiIPAdapter(Method):
             eps = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)
             t = torch.full((count,), int(time * self.noise.config.num_train_timesteps), device=x.device)
             for name, embeds in variants.items():
-                loss = self.denoising_loss(x, eps, t, batch["prompt_embeds"], embeds).mean()
+                loss = self.denoising_loss(x, eps, t, batch["prompt_embeds"], embeds, **text_time(batch)).mean()
                 sums[name] = sums[name] + loss / len(VALIDATION_TIMES)
                 if name == "right":
                     self.log(f"val/loss_t{int(t[0])}", loss, batch_size=count, sync_dist=True)
@@ -181,6 +181,7 @@ class MultiIPAdapter(Method):
             [int(seed) for seed in batch["seed"]],
             self.image_side,
             0.0 if references == "none" else ip_scale,
+            **{name: batch[name] for name in POOLED if name in batch},
         )
 
     def on_test_start(self) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
 import logging
 import math
@@ -41,17 +42,8 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 RECORD = "lit_multiip"  # key of a safetensors file's metadata
 TOKENS = 4  # image tokens per embedding; diffusers' loader knows no other number for this layout
-COMPONENTS = (
-    "unet",
-    "vae",
-    "text_encoder",
-    "text_encoder_2",
-    "tokenizer",
-    "tokenizer_2",
-    "scheduler",
-    "image_encoder",
-    "feature_extractor",
-)
+TEXT_COMPONENTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+COMPONENTS = ("unet", "vae", *TEXT_COMPONENTS, "scheduler", "image_encoder", "feature_extractor")
 
 # Pipelines published before their IP-Adapter do not list these two in model_index.json.
 _UNLISTED = {
@@ -135,14 +127,7 @@ def load_component(backbone: str, name: str, dtype: torch.dtype = torch.float32)
     if name not in COMPONENTS:
         raise BackboneError(f"a backbone has no component '{name}': choose one of {', '.join(COMPONENTS)}")
     backbone = resolve_backbone(backbone)
-    try:
-        index = DiffusionPipeline.load_config(backbone)
-    except (OSError, ValueError) as error:
-        raise BackboneError(
-            f"backbone '{backbone}' has no readable model_index.json ({_first_line(error)}): "
-            "give a folder written by a diffusers pipeline's save_pretrained, or a hub id that can be reached"
-        ) from error
-
+    index = _read_index(backbone)
     library, class_name = index.get(name) or (None, None)
     local = Path(backbone).is_dir()
     if not (Path(backbone, name).is_dir() if local else class_name or name == "image_encoder"):
@@ -167,6 +152,55 @@ def load_component(backbone: str, name: str, dtype: torch.dtype = torch.float32)
             "it needs its configuration and whole safetensors weights; convert .bin weights, or fetch the folder again"
         ) from error
     return component.requires_grad_(False).eval() if isinstance(component, nn.Module) else component
+
+
+def _read_index(backbone: str) -> dict[str, Any]:
+    try:
+        index: Any = DiffusionPipeline.load_config(backbone)
+    except (OSError, ValueError) as error:
+        raise BackboneError(
+            f"backbone '{backbone}' has no readable model_index.json ({_first_line(error)}): "
+            "give a folder written by a diffusers pipeline's save_pretrained, or a hub id that can be reached"
+        ) from error
+    return index
+
+
+def load_pipeline(backbone: str, **components: Any) -> Any:
+    """Make the backbone's own kind of diffusers pipeline around some of its components; the others are None.
+
+    Args:
+        backbone: anything ``resolve_backbone`` takes.
+        components: by their names in the pipeline.
+
+    Raises:
+        BackboneError: the backbone is not a pipeline of diffusers' own.
+    """
+    backbone = resolve_backbone(backbone)
+    index, expected = _read_index(backbone), _pipeline_parameters(backbone)
+    settings = {name: value for name, value in index.items() if not isinstance(value, (list, tuple))}
+    settings |= {"requires_safety_checker": False, "add_watermarker": False}
+    given = dict.fromkeys(index) | settings | components
+    cls = _component_class("diffusers", index["_class_name"], backbone)
+    return cls(**{name: value for name, value in given.items() if name in expected})
+
+
+def text_components(backbone: str) -> list[str]:
+    """Names of the tokenizers and text encoders that the backbone's pipeline has: one pair, or SDXL's two."""
+    backbone = resolve_backbone(backbone)
+    index, expected = _read_index(backbone), _pipeline_parameters(backbone)
+    return [name for name in TEXT_COMPONENTS if name in expected and (index.get(name) or [None])[0] is not None]
+
+
+def _pipeline_parameters(backbone: str) -> Mapping[str, Any]:
+    cls = _component_class("diffusers", _read_index(backbone).get("_class_name", ""), backbone)
+    return inspect.signature(cls.__init__).parameters
+
+
+def load_text_pipeline(backbone: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Load tokenizers and text encoders, frozen, in a pipeline of the backbone's kind, for its ``encode_prompt``."""
+    return load_pipeline(
+        backbone, **{name: load_component(backbone, name, dtype) for name in text_components(backbone)}
+    )
 
 
 def load_image_encoder(
@@ -272,6 +306,12 @@ def load_vae_facts(backbone: str) -> tuple[int, float]:
     """How many pixels a latent spans, and the factor that gives latents unit variance."""
     config: Any = _read_config(AutoencoderKL, backbone, "vae")
     return 2 ** (len(config["block_out_channels"]) - 1), float(config.get("scaling_factor", 0.18215))
+
+
+def takes_text_time(backbone: str) -> bool:
+    """Whether the UNet takes, as SDXL's, a pooled text embedding and the photo's sizes and crop besides the text."""
+    unet: Any = _read_config(UNet2DConditionModel, backbone, "unet")
+    return unet.get("addition_embed_type") == "text_time"
 
 
 def load_native_side(backbone: str) -> int:

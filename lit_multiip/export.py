@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,7 +31,9 @@ from lit_multiip.backbone import (
     ip_adapter_parameters,
     load_component,
     load_image_encoder,
-    resolve_backbone,
+    load_pipeline,
+    load_text_pipeline,
+    text_components,
 )
 from lit_multiip.evaluation import report
 from lit_multiip.evaluation.sampling import Sampler
@@ -183,18 +184,17 @@ def compare_with_diffusers(model: MultiIPAdapter, folder: Path, embeds: Tensor) 
     device, side = model.device, model.image_side
     guidance = model.sampling.guidance_scale if model.sampling.guidance_scale > 1 else 3.0
     sampling = replace(model.sampling, steps=min(CHECK_STEPS, model.sampling.steps), guidance_scale=guidance)
-    parts = {name: load_component(model.backbone, name) for name in ("text_encoder", "tokenizer", "unet", "vae")}
-    texts = [
-        encode_prompts(parts["tokenizer"], parts["text_encoder"], [text]).to(device) for text in (CHECK_PROMPT, "")
-    ]
+    texts = load_text_pipeline(model.backbone).to(device)
+    own, empty = (
+        {name: rows.to(device) for name, rows in encode_prompts(texts, [p]).items()} for p in (CHECK_PROMPT, "")
+    )
+    states: dict[str, Any] = {**own, **{f"negative_{name}": rows for name, rows in empty.items()}}
     sampler = Sampler(model.backbone, model.unet, sampling)
-    ours = sampler(texts[0], texts[1], embeds[1:].to(device), [0], side)[0].permute(1, 2, 0).cpu()  # (H, W, 3)
+    ours = sampler(image_embeds=embeds[1:].to(device), seeds=[0], side=side, **states)[0].permute(1, 2, 0).cpu()
 
     scheduler = type(sampler.pipe.scheduler).from_config(load_component(model.backbone, "scheduler").config)
-    none = dict.fromkeys(("image_encoder", "feature_extractor", "safety_checker"))
-    pipe = DiffusionPipeline.from_pretrained(
-        resolve_backbone(model.backbone), **parts, **none, scheduler=scheduler, requires_safety_checker=False
-    )
+    parts = {name: load_component(model.backbone, name) for name in ("unet", "vae", *text_components(model.backbone))}
+    pipe = load_pipeline(model.backbone, **parts, scheduler=scheduler)
     pipe.load_ip_adapter(str(folder), subfolder="", weight_name=ADAPTER, image_encoder_folder=None)
     pipe.set_ip_adapter_scale(sampling.ip_scale)
     pipe.set_progress_bar_config(disable=True)

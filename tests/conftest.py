@@ -30,6 +30,14 @@ def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SDXL-like backbone of random weights at 32 px, with an adapter."""
+    from tiny import make_tiny_backbone
+
+    return make_tiny_backbone(tmp_path_factory.mktemp("tiny") / "sdxl", ip_adapter=True, sdxl=True)
+
+
+@pytest.fixture(scope="session")
 def random_critic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A critic that knows nothing."""
     import torch

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
-from tiny import make_tiny_backbone, tiny_unet
+from tiny import make_tiny_backbone, tiny_sdxl_unet, tiny_unet
 from torch import Tensor
 
 from lit_multiip import backbone
@@ -49,25 +49,6 @@ def copy(folder, tmp_path) -> Path:
 @pytest.fixture
 def unet(folder) -> UNet2DConditionModel:
     return load_component(str(folder), "unet")
-
-
-def tiny_sdxl_unet() -> UNet2DConditionModel:
-    """SDXL's particulars: no attention in level 0, several transformer layers, text_time conditioning."""
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=(2, 4),
-        transformer_layers_per_block=(1, 2),
-        cross_attention_dim=CONTEXT,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 16,
-    )
 
 
 def inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:

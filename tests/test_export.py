@@ -113,7 +113,7 @@ def test_plain_diffusers_draws_the_same_image_from_a_persons_file(
     people = encode_photos(*load_image_encoder(str(tiny_backbone)), read_person(photos).photos)
     with torch.no_grad():
         assert torch.allclose(trained.condition(people[None])[0].sort(0)[0], embeds[1].sort(0)[0], atol=1e-5)
-        texts = [encode_prompts(pipe.tokenizer, pipe.text_encoder, [text]) for text in ("a person", "")]
+        texts = [encode_prompts(pipe, [text])["prompt_embeds"] for text in ("a person", "")]
         sampler = trained.sampler
         sampler.sampling.steps, sampler.sampling.guidance_scale = 4, 3.0
         ours = sampler(texts[0], texts[1], embeds[1:], [3], 32)[0].permute(1, 2, 0)

@@ -75,8 +75,11 @@ def reference_set(person: str, references: Sequence[Photo], features: Features) 
         person: the name.
         reference_set: names the person and the photos' contents, so that a copy of another set is not taken for it.
         reference_moments: posterior means and logvars, (R, 2C, h, w).
+        reference_time_ids: of SDXL, (R, 6).
     """
+    time_ids = [features.time_ids(photo) for photo in references]
     return {
+        **{f"reference_{name}": torch.stack([row[name] for row in time_ids]) for name in time_ids[0]},
         "person": person,
         "reference_set": f"{stable_hash(person, *map(content_key, references)):016x}",
         "reference_moments": torch.stack([features.moments(photo) for photo in references]),
@@ -87,8 +90,10 @@ class TaskDataset(Dataset[dict[str, Any]]):
     """Evaluation tasks (or requests, which have no held-out photo) with their features.
 
     An item holds ``task`` (), ``prompt``, ``prompt_embeds`` and ``negative_prompt_embeds`` (L, E), ``seed`` (), and
-    ``moments`` (2C, h, w) of the held-out photo, where there is one. Of the references it holds their embeddings,
-    ``references`` (R, D), and those of the next person, ``other_references``; or, ``per_person``, a ``reference_set``.
+    ``moments`` (2C, h, w) of the held-out photo, where there is one; of SDXL also ``pooled_prompt_embeds`` and
+    ``negative_pooled_prompt_embeds`` (P,), and the held-out photo's ``time_ids`` (6,). Of the references it
+    holds their embeddings, ``references`` (R, D), and those of the next person, ``other_references``; or,
+    ``per_person``, a ``reference_set``.
     """
 
     def __init__(self, tasks: Sequence[Task | Request], features: Features, per_person: bool = False) -> None:
@@ -105,8 +110,8 @@ class TaskDataset(Dataset[dict[str, Any]]):
         item = {
             "task": torch.tensor(index),
             "prompt": task.prompt,
-            "prompt_embeds": self.features.text(task.prompt),
-            "negative_prompt_embeds": self.features.text(""),
+            **self.features.text(task.prompt),
+            **self.features.negative_text(),
             "seed": torch.tensor(task.seed),
         }
         if self.per_person:
@@ -116,6 +121,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
             item["other_references"] = self.features.embeds(self.others[task.person])
         if not isinstance(task, Request):
             item["moments"] = self.features.moments(task.held_out)
+            item |= self.features.time_ids(task.held_out)
         return item
 
 

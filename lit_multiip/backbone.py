@@ -359,10 +359,15 @@ def fingerprint_image_encoder(backbone: str, image_encoder: str | None = None) -
 
 
 def _folder_fingerprint(folder: Path) -> str | None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    stats = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return _files_fingerprint(folder, tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
+
+
+@lru_cache(maxsize=64)  # every checkpoint names its backbone, and a UNet has gigabytes
+def _files_fingerprint(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> str | None:
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+    for path, size, _ in files:
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)

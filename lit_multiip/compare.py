@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 from lit_multiip.backbone import COMPONENTS, BackboneError, find_ip_adapter, fingerprint, fingerprint_image_encoder
 from lit_multiip.evaluation.report import write_json
+from lit_multiip.photo_encoder import FaceEncoder
 from lit_multiip.runs import best_checkpoint, read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -303,7 +304,7 @@ def _weights(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     import yaml
 
     backbone, classes = "mini", set()
-    apart: dict[str, Any] = dict.fromkeys(("image_encoder", "published_adapter"))
+    apart: dict[str, Any] = dict.fromkeys(("image_encoder", "published_adapter", "face_encoder"))
     for file in files:
         text = Path(file).read_text(encoding="utf-8")
         content = yaml.safe_load(text)
@@ -315,6 +316,8 @@ def _weights(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     found = [*_components(backbone)]
     if apart["image_encoder"] is not None:
         found.append(fingerprint_image_encoder(backbone, apart["image_encoder"]))
+    if apart["face_encoder"] is not None:
+        found.append(FaceEncoder(**apart["face_encoder"]).fingerprint())
     adapter: Any = apart["published_adapter"]
     if adapter is not None and not Path(adapter).expanduser().is_file():
         found.append(str(adapter))  # on the hub

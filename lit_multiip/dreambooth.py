@@ -283,7 +283,7 @@ class DreamBooth(Method):
         with self.pristine():
             for first in tqdm(range(0, self.class_images, DRAWN_AT_ONCE), "drawing class images", delay=3):
                 seeds = list(range(first, min(first + DRAWN_AT_ONCE, self.class_images)))
-                images = self._draw([self.class_prompt()] * len(seeds), seeds)
+                images = self.draw([self.class_prompt()] * len(seeds), seeds)
                 drawn.append(images.cpu())
                 encoded.append(self.sampler.encode(images).float().cpu())
         part = file.with_name(f"{os.getpid()}.part")
@@ -436,10 +436,10 @@ class DreamBooth(Method):
         for who, rows in _people(batch):
             self.personalise(who)
             prompts = [self.personal_prompt(batch["prompt"][row]) for row in rows]
-            images.append(self._draw(prompts, [seeds[row] for row in rows]))
+            images.append(self.draw(prompts, [seeds[row] for row in rows]))
         return torch.cat(images)
 
-    def _draw(self, prompts: list[str], seeds: list[int]) -> Tensor:
+    def draw(self, prompts: list[str], seeds: list[int]) -> Tensor:
         """Draw an image a prompt and seed, with the weights as they are."""
         negative = {name: rows.expand(len(seeds), *rows.shape[1:]) for name, rows in self.encode([""]).items()}
         texts: dict[str, Any] = {

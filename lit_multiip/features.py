@@ -36,15 +36,14 @@ from tqdm.auto import tqdm
 
 from lit_multiip.backbone import (
     fingerprint,
-    fingerprint_image_encoder,
     load_component,
-    load_image_encoder,
     load_native_side,
     load_text_pipeline,
     takes_text_time,
     text_components,
 )
 from lit_multiip.data.people import DataError, Photo
+from lit_multiip.photo_encoder import FaceEncoder, PhotoEncoder, fingerprint_photo_encoder
 
 SHARD_ROWS = 1024  # an interrupted build loses at most this many rows
 logger = logging.getLogger(__name__)
@@ -71,12 +70,6 @@ def to_signal(pixels: Tensor) -> Tensor:
 def to_pixels(signal: Tensor) -> Tensor:
     """Map the VAE's [-1, 1] to uint8 pixels, rounding."""
     return ((signal.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def encode_photos(processor: Any, encoder: Any, photos: Sequence[Photo]) -> Tensor:
-    """CLIP image embeddings of photos, (B, D) float32."""
-    pixels = processor([photo.image() for photo in photos], return_tensors="pt").pixel_values
-    return encoder(pixel_values=pixels.to(encoder.device)).image_embeds.float()
 
 
 def encode_prompts(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -173,6 +166,7 @@ class Features:
         device: where the encoders run.
         batch_size: photos a forward pass of an encoder.
         image_encoder: anything ``load_image_encoder`` takes; None is the backbone's own.
+        face_encoder: a face-recognition network in its place, or beside it.
     """
 
     def __init__(
@@ -183,13 +177,14 @@ class Features:
         device: torch.device | str = "cpu",
         batch_size: int = 32,
         image_encoder: str | None = None,
+        face_encoder: FaceEncoder | None = None,
     ) -> None:
         self.backbone, self.device, self.batch_size = backbone, device, batch_size
-        self.image_encoder = image_encoder
+        self.image_encoder, self.face_encoder = image_encoder, face_encoder
         self.image_side = image_side or load_native_side(backbone)
         text = "".join(fingerprint(backbone, name) for name in text_components(backbone))
         names = {
-            "embeds": fingerprint_image_encoder(backbone, image_encoder),
+            "embeds": fingerprint_photo_encoder(backbone, image_encoder, face_encoder),
             "latent": f"{fingerprint(backbone, 'vae')}-{self.image_side}px",
             "text": text,
         }
@@ -236,7 +231,7 @@ class Features:
         return self.store["latent"].get([content_key(photo)])[0].float()
 
     def text(self, prompt: str) -> dict[str, Tensor]:
-        """What the UNet takes of a prompt, float32: ``prompt_embeds`` (L, E), of SDXL ``pooled_prompt_embeds`` (P,) too."""
+        """A prompt's ``prompt_embeds``, text states (L, E), and of SDXL ``pooled_prompt_embeds`` (P,); float32."""
         kinds = {"prompt_embeds": "text"} | ({"pooled_prompt_embeds": "pooled"} if self.text_time else {})
         return {name: self.store[kind].get([prompt_key(prompt)])[0].float() for name, kind in kinds.items()}
 
@@ -286,11 +281,14 @@ class Features:
         gc.collect()  # fit keeps no encoder in memory
 
     def _embedder(self) -> Callable[[list[Photo]], Tensor]:
-        processor, encoder = load_image_encoder(self.backbone, self.image_encoder)
-        encoder.to(self.device)
+        encoder = PhotoEncoder(self.backbone, self.image_encoder, self.face_encoder, self.device)
 
         def encode(photos: list[Photo]) -> Tensor:
-            return encode_photos(processor, encoder, photos)  # (B, D)
+            before = len(encoder.without_face)
+            embeds = encoder(photos)  # (B, D)
+            for photo in encoder.without_face[before:]:
+                logger.warning("%s of %s: no face is found, so that no face conditions", photo.name, photo.person)
+            return embeds
 
         return encode
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
@@ -47,11 +49,38 @@ def lora_parameters(module: Any) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if ".lora_" in name}
 
 
+@contextmanager
+def lora_disabled(module: Any) -> Iterator[None]:
+    """Have the module without its LoRA for a while."""
+    module.disable_adapters()
+    try:
+        yield
+    finally:
+        module.enable_adapters()
+
+
+def read_lora(modules: Mapping[str, Any], file: Path) -> None:
+    """Give modules that have LoRA the weights of a file of ``save_lora``.
+
+    Raises:
+        ValueError: the file's weights are not those of these modules.
+    """
+    from peft import set_peft_model_state_dict
+
+    weights = load_file(file)
+    for name, module in modules.items():
+        own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+        names = {key.replace(".default.", ".") for key in lora_parameters(module)}
+        if set(own) != names:
+            raise ValueError(f"LoRA file '{file}' is of another {name}, such as '{min(set(own) ^ names)}'")
+        set_peft_model_state_dict(module, own)
+
+
 def save_lora(pipeline: Any, folder: Path, modules: Mapping[str, Any], dtype: torch.dtype) -> None:
     """Write ``LORA_FILE`` as the pipeline's class does.
 
     Args:
-        pipeline: a diffusers pipeline.
+        pipeline: a class of diffusers pipelines.
         folder: where to.
         modules: what has LoRA, by its name in the pipeline, such as ``unet``.
         dtype: of the file's weights.
@@ -63,4 +92,4 @@ def save_lora(pipeline: Any, folder: Path, modules: Mapping[str, Any], dtype: to
         return {name: value.detach().to("cpu", dtype).contiguous() for name, value in weights.items()}
 
     parts = {f"{name}_lora_layers": layers(module) for name, module in modules.items()}
-    type(pipeline).save_lora_weights(folder, weight_name=LORA_FILE, **parts)
+    pipeline.save_lora_weights(folder, weight_name=LORA_FILE, **parts)

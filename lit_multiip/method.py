@@ -259,11 +259,12 @@ class Method(L.LightningModule):
         if found is None:
             raise CheckpointError("this checkpoint was not written by lit_multiip: give one from a run's checkpoints/")
         for key, remedy in self.must_agree.items():
-            if found.get(key) != own[key]:
-                what = "backbone" if key == "unet" else key
-                raise CheckpointError(
-                    f"the checkpoint is of another {what}: {found.get(what)} (this model: {own[what]}); {remedy}"
-                )
+            if key in found and found[key] != own[key]:
+                what = {"unet": "backbone", "image_encoder_content": "image_encoder"}.get(key, key)
+                theirs, ours = found.get(what), own[what]
+                if theirs == ours:  # by name, and not by content
+                    theirs, ours = f"{theirs} with content {found[key]}", own[key]
+                raise CheckpointError(f"the checkpoint is of another {what}: {theirs} (this model: {ours}); {remedy}")
         missing = set(self.trained_parameters()) ^ set(checkpoint["state_dict"])
         if missing:
             raise CheckpointError(f"the checkpoint and the model differ in weights such as '{min(missing)}'")

@@ -35,6 +35,7 @@ from lit_multiip.data.people import (
     split_people,
 )
 from lit_multiip.features import Features, content_key
+from lit_multiip.photo_encoder import FaceEncoder
 
 if TYPE_CHECKING:
     from lit_multiip.evaluation.tasks import Task
@@ -176,6 +177,7 @@ class MultiPhotoData(L.LightningDataModule):
         predict: what ``predict`` draws.
         person: whom fit learns, where the method learns one person; whom predict draws.
         image_encoder: folder, or hub id and subfolder; None takes the backbone's own. Linked to the model's.
+        face_encoder: a face-recognition network in its place, or beside it. Linked to the model's.
     """
 
     def __init__(
@@ -211,13 +213,15 @@ class MultiPhotoData(L.LightningDataModule):
         predict: PredictArgs | None = None,
         person: str | None = None,
         image_encoder: str | None = None,
+        face_encoder: FaceEncoder | None = None,
     ) -> None:
         super().__init__()
         if min(batch_size, eval_batch_size, encode_batch_size, references, held_out, seeds, validation_held_out) < 1:
             raise DataError("batch sizes, references, held_out and seeds must be at least 1")
         if min(drop) < 0 or sum(drop) > 1:
             raise DataError(f"data.drop={drop} are no probabilities: give three of at least 0 that add to at most 1")
-        self.backbone, self.image_encoder, self.source = backbone, image_encoder, source or MiniFaces()
+        self.backbone, self.source = backbone, source or MiniFaces()
+        self.image_encoder, self.face_encoder = image_encoder, face_encoder
         self.image_side, self.references = image_side, references
         self.min_photos, self.max_people, self.training_people = min_photos, max_people, training_people
         self.balance, self.target, self.drop = balance, target, drop
@@ -338,7 +342,13 @@ class MultiPhotoData(L.LightningDataModule):
         device = strategy.root_device if strategy else "cpu"
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         self.features = Features(
-            self.backbone, self.cache_dir, self.image_side, device, self.encode_batch_size, self.image_encoder
+            self.backbone,
+            self.cache_dir,
+            self.image_side,
+            device,
+            self.encode_batch_size,
+            self.image_encoder,
+            self.face_encoder,
         )
         self.features.build(photos, targets, prompts, rank, world)
         if strategy:

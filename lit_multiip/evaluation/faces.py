@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from lit_multiip.evaluation.extractors import Extraction, Extractor
+from lit_multiip.photo_encoder import YUNET
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 Landmarks = npt.NDArray[np.float32]  # (5, 2), x and y in px: eyes, nose, corners of the mouth
@@ -32,7 +33,6 @@ TEMPLATE: Landmarks = np.array(
 )
 TEMPLATE_SIDE = 112  # px
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-YUNET = "opencv/face_detection_yunet/face_detection_yunet_2023mar.onnx"
 SFACE = "opencv/face_recognition_sface/face_recognition_sface_2021dec.onnx"
 
 
@@ -153,6 +153,11 @@ class FaceRecognition(Extractor):
         self.mean, self.std = np.asarray(mean, dtype=np.float32), np.asarray(std, dtype=np.float32)
         self.name, self.source, self.sha256 = name or _key(file), path, _sha256(file)
         self.freeze()
+
+    @property
+    def width(self) -> int:
+        """Width of the embeddings, E."""
+        return self._width
 
     def compute(self, images: Tensor) -> Extraction:
         """See `Extractor.compute`."""

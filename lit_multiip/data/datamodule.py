@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lit_multiip.data.face_crop import FaceCrop
 from lit_multiip.data.groups import (
     Balance,
     EpochSampler,
@@ -178,6 +179,7 @@ class MultiPhotoData(L.LightningDataModule):
         person: whom fit learns, where the method learns one person; whom predict draws.
         image_encoder: folder, or hub id and subfolder; None takes the backbone's own. Linked to the model's.
         face_encoder: a face-recognition network in its place, or beside it. Linked to the model's.
+        crop: cut every photo to a square at its face, for encoders and scores alike; None takes its central square.
     """
 
     def __init__(
@@ -214,6 +216,7 @@ class MultiPhotoData(L.LightningDataModule):
         person: str | None = None,
         image_encoder: str | None = None,
         face_encoder: FaceEncoder | None = None,
+        crop: FaceCrop | None = None,
     ) -> None:
         super().__init__()
         if min(batch_size, eval_batch_size, encode_batch_size, references, held_out, seeds, validation_held_out) < 1:
@@ -221,7 +224,7 @@ class MultiPhotoData(L.LightningDataModule):
         if min(drop) < 0 or sum(drop) > 1:
             raise DataError(f"data.drop={drop} are no probabilities: give three of at least 0 that add to at most 1")
         self.backbone, self.source = backbone, source or MiniFaces()
-        self.image_encoder, self.face_encoder = image_encoder, face_encoder
+        self.image_encoder, self.face_encoder, self.crop = image_encoder, face_encoder, crop
         self.image_side, self.references = image_side, references
         self.min_photos, self.max_people, self.training_people = min_photos, max_people, training_people
         self.balance, self.target, self.drop = balance, target, drop
@@ -244,8 +247,12 @@ class MultiPhotoData(L.LightningDataModule):
         self.tuning: Task | None = None
 
     def prepare_data(self) -> None:
-        """Fetch or extract the source once, on one process."""
-        self.source.people()
+        """Fetch or extract the source once, on one process, and find the faces where photos are cut at them."""
+        people = self.source.people()
+        if self.crop is not None:
+            chosen = select_people(people, self.min_photos, self.max_people, self.seed)
+            readable = check_photos(chosen, self.on_unreadable)
+            self.crop.find([photo for person in readable for photo in person.photos], self.cache_dir)
 
     def setup(self, stage: str) -> None:
         """Choose and split the people, then encode what this stage will need."""
@@ -287,7 +294,7 @@ class MultiPhotoData(L.LightningDataModule):
 
     def read_references(self, folder: str) -> tuple[Person, tuple[Photo, ...]]:
         """Read a folder with photos of one person, any number, and draw ``references`` of them."""
-        [person] = check_photos([read_person(folder)], self.on_unreadable, progress=False)
+        [person] = self._cut(check_photos([read_person(folder)], self.on_unreadable, progress=False))
         return person, self._draw_references(_distinct(person))
 
     def _find(self, name: str | None) -> Person:
@@ -308,10 +315,13 @@ class MultiPhotoData(L.LightningDataModule):
 
         return make_tasks([person], self.references, self.held_out, 1, self.seed)[0]
 
+    def _cut(self, people: list[Person]) -> list[Person]:
+        return people if self.crop is None else self.crop(people, self.cache_dir)
+
     def _split(self) -> Split:
         people = select_people(self.source.people(), self.min_photos, self.max_people, self.seed)
         people = check_photos(people, self.on_unreadable)
-        people = select_people([_distinct(person) for person in people], self.min_photos, None, self.seed)
+        people = self._cut(select_people([_distinct(person) for person in people], self.min_photos, None, self.seed))
         split = split_people(people, self.seed, self.test_fraction, self.validation_fraction, **self.names)
         if self.training_people is not None:
             split = replace(split, train=select_people(split.train, 2, self.training_people, self.seed))

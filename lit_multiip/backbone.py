@@ -147,6 +147,8 @@ def load_component(backbone: str, name: str, dtype: torch.dtype = torch.float32)
     try:
         component = cls.from_pretrained(backbone, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, OSError) and not local:
+            raise BackboneError(_not_fetched(backbone, f"{name}/", "--backbone", error)) from error
         raise BackboneError(
             f"component '{name}' of backbone '{backbone}' cannot be read ({_first_line(error)}): "
             "it needs its configuration and whole safetensors weights; convert .bin weights, or fetch the folder again"
@@ -158,6 +160,8 @@ def _read_index(backbone: str) -> dict[str, Any]:
     try:
         index: Any = DiffusionPipeline.load_config(backbone)
     except (OSError, ValueError) as error:
+        if not Path(backbone).is_dir():
+            raise BackboneError(_not_fetched(backbone, "model_index.json", "--backbone", error)) from error
         raise BackboneError(
             f"backbone '{backbone}' has no readable model_index.json ({_first_line(error)}): "
             "give a folder written by a diffusers pipeline's save_pretrained, or a hub id that can be reached"
@@ -229,6 +233,9 @@ def load_image_encoder(
             root, subfolder=subfolder, dtype=dtype, use_safetensors=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, OSError) and not Path(root).is_dir():
+            wanted = f"{subfolder}/model.safetensors".lstrip("/")
+            raise BackboneError(_not_fetched(root, wanted, "--image_encoder", error)) from error
         raise BackboneError(
             f"image encoder '{image_encoder}' cannot be read ({_first_line(error)}): "
             "it needs config.json and whole safetensors weights of a CLIPVisionModelWithProjection"
@@ -280,11 +287,15 @@ def _image_encoder_config(backbone: str, image_encoder: str | None) -> Any:
             raise OSError("there is no such file")
         return CLIPVisionConfig.from_pretrained(root, subfolder=subfolder)
     except (OSError, ValueError) as error:
+        if not Path(root).is_dir():
+            wanted = f"{subfolder}/config.json".lstrip("/")
+            also = f"{_lacks(backbone, 'image_encoder')}; else " if image_encoder is None else ""
+            raise BackboneError(also + _not_fetched(root, wanted, "--image_encoder", error)) from error
         if image_encoder is None:
             raise BackboneError(_lacks(backbone, "image_encoder")) from error
         raise BackboneError(
             f"image encoder '{image_encoder}' has no readable config.json ({_first_line(error)}): give the folder of a "
-            "CLIPVisionModelWithProjection, or where the hub cannot be reached, that of a local copy"
+            "CLIPVisionModelWithProjection"
         ) from error
 
 
@@ -324,6 +335,8 @@ def _read_config(cls: Any, backbone: str, name: str) -> Any:
     try:
         return cls.load_config(resolve_backbone(backbone), subfolder=name)
     except OSError as error:
+        if not Path(resolve_backbone(backbone)).is_dir():
+            raise BackboneError(_not_fetched(backbone, f"{name}/config.json", "--backbone", error)) from error
         raise BackboneError(_lacks(backbone, name)) from error
 
 
@@ -404,6 +417,13 @@ def _component_class(library: str, class_name: str, backbone: str) -> Any:
             "diffusers or transformers has: use a pipeline made of their own classes"
         )
     return cls
+
+
+def _not_fetched(hub_id: str, file: str, option: str, error: Exception) -> str:
+    return (
+        f"'{file}' of the hub's '{hub_id}' cannot be fetched ({_first_line(error)}): check its name and the network, "
+        f"or run `hf download {hub_id} --local-dir <folder>` where there is one, and give your copy, {option} <folder>"
+    )
 
 
 def _lacks(backbone: str, name: str) -> str:

@@ -27,6 +27,7 @@ from lit_multiip.backbone import (
     load_embed_dim,
     load_image_encoder,
     load_image_side,
+    load_native_side,
     read_ip_adapter,
     resolve_backbone,
     set_ip_scale,
@@ -559,3 +560,26 @@ def test_an_adapter_on_the_hub_is_fetched_or_the_message_says_what_was_wanted(fo
         r"--model.ip_adapter <file>",
     ):
         read_ip_adapter(wanted)
+
+
+@pytest.mark.parametrize(
+    ("load", "wanted", "option"),
+    [
+        (lambda: load_component("org/name", "unet"), "'model_index.json' of the hub's 'org/name'", "--backbone"),
+        (lambda: load_native_side("org/name"), "'unet/config.json' of the hub's 'org/name'", "--backbone"),
+        (
+            lambda: load_embed_dim("org/name", "h94/IP-Adapter/models/image_encoder"),
+            "'models/image_encoder/config.json' of the hub's 'h94/IP-Adapter'",
+            "--image_encoder",
+        ),
+    ],
+)
+def test_a_hub_that_cannot_be_reached_is_told_with_the_file_that_was_wanted_and_the_remedy(
+    load, wanted, option, monkeypatch
+):
+    for name in ("huggingface_hub.constants.HF_HUB_OFFLINE", "transformers.utils.hub.is_offline_mode"):
+        monkeypatch.setattr(name, True if name.endswith("OFFLINE") else lambda: True, raising=False)
+    with pytest.raises(BackboneError) as error:
+        load()
+    text = str(error.value)
+    assert wanted in text and "hf download" in text and f"give your copy, {option} <folder>" in text

@@ -56,7 +56,7 @@ def make_tiny_backbone(
             latent_channels=4,
             sample_size=image_side,
         )
-        tokenizer = _tokenizer(folder / "tokenizer")
+        tokenizer = make_tokenizer(folder / "tokenizer")
         text_config = CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=cross_attention_dim // 2 if sdxl else cross_attention_dim,
@@ -99,7 +99,7 @@ def make_tiny_backbone(
         pipe = StableDiffusionXLPipeline(
             **parts,
             text_encoder_2=second,
-            tokenizer_2=_tokenizer(folder / "tokenizer_2"),
+            tokenizer_2=make_tokenizer(folder / "tokenizer_2"),
             add_watermarker=False,
         )
     else:
@@ -146,13 +146,13 @@ def tiny_sdxl_unet(sample_size: int = 8, cross_attention_dim: int = 32) -> UNet2
     )
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
+def make_tokenizer(folder: Path, length: int = MAX_TOKENS) -> CLIPTokenizer:
     """CLIP's tokenizer over single letters, digits and commas, with no merges."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789,.-'<>"
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_TOKENS}
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return CLIPTokenizer.from_pretrained(folder)

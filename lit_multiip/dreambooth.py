@@ -178,6 +178,7 @@ class DreamBooth(Method):
         Raises:
             ValueError: the precision needs a scaled loss, or the Trainer would stop early.
         """
+        super().setup(stage)
         if self.trainer.precision == "16-mixed":
             raise ValueError("DreamBooth does not scale its loss, as 16-mixed needs: use trainer.precision bf16-mixed")
         if stage != "fit":

@@ -412,7 +412,9 @@ def _write_dreambooth(
         modules = {name: getattr(model, name) for name in ("unet", *model.text_encoders())} | {"vae": pipe.vae}
         for name, module in modules.items():
             round_weights({f"{name}.{key}": weight for key, weight in module.named_parameters()}, dtype)
-        whole = load_pipeline(model.backbone, **parts, **copy.deepcopy(modules)).to(dtype=dtype)
+        if dtype != torch.float32:  # the model itself stays float32
+            modules = copy.deepcopy(modules)
+        whole = load_pipeline(model.backbone, **parts, **modules).to(dtype=dtype)
         whole.save_pretrained(part)
     prompt = model.personal_prompt("a photo of a person in a red shirt")
     use = (

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from lit_multiip.backbone import BackboneError, fingerprint, load_component, load_vae_facts
@@ -148,6 +149,20 @@ class Method(L.LightningModule):
             self.lr_schedule, optimizer, num_warmup_steps=self.lr_warmup_steps, num_training_steps=steps
         )
         return optimizer, schedule
+
+    def setup(self, stage: str) -> None:
+        """Refuse strategies that shard weights: checkpoints hold what was trained under its own names, whole.
+
+        Raises:
+            ValueError: the strategy is one of them.
+        """
+        strategy = type(self.trainer.strategy)
+        sharding = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+        if issubclass(strategy, sharding):
+            raise ValueError(
+                f"trainer.strategy is {strategy.__name__}, which shards weights: use ddp; what needs less memory are "
+                "model.gradient_checkpointing, model.frozen_dtype bfloat16 and model.lora_rank"
+            )
 
     # ---- training ---------------------------------------------------------------------------------------------------
 

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from lit_multiip.aggregators import Aggregator, SelfAttention
 from lit_multiip.backbone import (
     BackboneError,
+    find_adapter_file,
     find_ip_adapter,
     install_ip_adapter,
     ip_adapter_from_text,
     ip_adapter_parameters,
     load_component,
-    load_embed_dim,
-    load_image_encoder,
     read_adapter_record,
     read_ip_adapter,
 )
 from lit_multiip.evaluation.sampling import Sampling
-from lit_multiip.features import encode_photos
-from lit_multiip.method import Batch, Dtype, Method, References
+from lit_multiip.lora import LORA_FILE, add_lora, lora_disabled, read_lora, require_peft
+from lit_multiip.method import POOLED, Batch, Dtype, Method, References, text_time
+from lit_multiip.photo_encoder import (
+    FaceEncoder,
+    PhotoEncoder,
+    fingerprint_photo_encoder,
+    name_photo_encoder,
+    photo_embed_dim,
+    uses_clip,
+)
 
 VALIDATION_TIMES = (0.125, 0.375, 0.625, 0.875)  # t / T, the centres of four bins
 
@@ -46,12 +57,20 @@ class MultiIPAdapter(Method):
         image_side: of the images in px; None takes the backbone's own.
         frozen_dtype: of the UNet's frozen weights; trained ones are float32.
         gradient_checkpointing: trade 35 % more arithmetic for a fifth of the activations.
+        lora_rank: of LoRA on all of the UNet's attention, trained with the adapter (needs peft); None adds none.
         image_encoder: folder, or hub id and subfolder, of the CLIP vision model; None takes the backbone's own.
         published_adapter: file, or hub id and file, where the backbone's adapter lies apart from it.
+        face_encoder: a face-recognition network in CLIP's place, where ``auto`` is ``text``, or beside CLIP, where an
+            adapter made for CLIP alone starts with zeros for the face.
     """
 
     conditions: ClassVar[tuple[References, ...]] = ("right", "none", "zero", "other")
-    must_agree: ClassVar[dict[str, str]] = {**Method.must_agree, "trained": "set model.trained likewise"}
+    must_agree: ClassVar[dict[str, str]] = {
+        **Method.must_agree,
+        "image_encoder_content": "set image_encoder and face_encoder to what it was trained with",
+        "trained": "set model.trained likewise",
+        "lora_rank": "set model.lora_rank likewise",
+    }
 
     def __init__(
         self,
@@ -62,12 +81,14 @@ class MultiIPAdapter(Method):
         lr_warmup_steps: int = 20,
         ip_adapter: str = "auto",
         trained: Literal["adapter", "aggregator"] = "adapter",
+        lora_rank: int | None = None,
         sampling: Sampling | None = None,
         image_side: int | None = None,
         frozen_dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
         image_encoder: str | None = None,
         published_adapter: str | None = None,
+        face_encoder: FaceEncoder | None = None,
     ) -> None:
         super().__init__(
             backbone,
@@ -79,8 +100,11 @@ class MultiIPAdapter(Method):
             frozen_dtype,
             gradient_checkpointing,
         )
+        require_peft(lora_rank)
         self.make_aggregator, self.ip_adapter, self.trained = aggregator, ip_adapter, trained
+        self.lora_rank = lora_rank
         self.image_encoder, self.published_adapter = image_encoder, published_adapter
+        self.face_encoder = face_encoder
         self.aggregator: Any = None
         self._photos: list[str] = []  # targets since the last optimiser step
 
@@ -89,21 +113,27 @@ class MultiIPAdapter(Method):
     def build(self) -> None:
         """Load the UNet and install the adapter."""
         self.unet = load_component(self.backbone, "unet", self.frozen_dtype)
-        width = load_embed_dim(self.backbone, self.image_encoder)
+        encoder, face = (self.backbone, self.image_encoder), self.face_encoder
+        width = photo_embed_dim(*encoder, face)
         path: str | None = self.ip_adapter
         if path == "auto":
-            path = self.published_adapter or find_ip_adapter(self.backbone)
+            path = self.published_adapter or find_ip_adapter(self.backbone) if uses_clip(face) else None
         if path is None or path == "text":
             state: Any = ip_adapter_from_text(self.unet, width)
         else:
             state = read_ip_adapter(path)
+            if face is not None and face.beside_clip:
+                _widen(state["image_proj"], photo_embed_dim(*encoder), width)
         install_ip_adapter(self.unet, state, width)
         self.aggregator = self.make_aggregator(width)
         if path is not None and "aggregator" in state:
             self._load_aggregator(state["aggregator"], path)
-        if self.trained == "aggregator":
-            for parameter in ip_adapter_parameters(self.unet).values():
-                parameter.requires_grad_(False)
+        if self.lora_rank is not None:
+            add_lora(self.unet, self.lora_rank)
+        if path is not None and path != "text":
+            self._load_lora(path)
+        for parameter in ip_adapter_parameters(self.unet).values():
+            parameter.requires_grad_(self.trained == "adapter")
 
     def _load_aggregator(self, weights: dict[str, Tensor], path: str) -> None:
         """Take the aggregator's weights from an exported adapter, whose K' and V' know its output alone."""
@@ -114,6 +144,18 @@ class MultiIPAdapter(Method):
             what = found if found != own else f"another aggregator (weights {', '.join(sorted(weights))})"
             raise BackboneError(f"adapter '{path}' was trained with {what}, not {own}: set model.aggregator likewise")
         self.aggregator.load_state_dict(weights)
+
+    def _load_lora(self, path: str) -> None:
+        """Take the LoRA that an exported adapter was trained with; it lies beside the adapter's file."""
+        found = read_adapter_record(path).get("lora_rank")
+        if found is None:
+            return
+        if found != self.lora_rank:
+            raise BackboneError(
+                f"adapter '{path}' was trained with LoRA of rank {found}, and model.lora_rank is {self.lora_rank}: "
+                "set it likewise"
+            )
+        read_lora({"unet": self.unet}, find_adapter_file(str(Path(path).with_name(LORA_FILE))))
 
     def configure_optimizers(self) -> Any:
         """AdamW (or what the config says) over what is trained, and its schedule by the step."""
@@ -136,7 +178,7 @@ class MultiIPAdapter(Method):
         embeds = self.condition(batch["references"])  # (B, M, D)
         embeds = embeds * ~batch["drop_image"][:, None, None]  # zeros AFTER aggregation
         t = (batch["time"] * self.noise.config.num_train_timesteps).long()  # (B,)
-        error = self.denoising_loss(x, batch["eps"], t, batch["prompt_embeds"], embeds)  # (B,)
+        error = self.denoising_loss(x, batch["eps"], t, batch["prompt_embeds"], embeds, **text_time(batch))  # (B,)
         loss = error.mean()
         self.require_finite(error.detach(), "loss", self.global_step, batch)
         self._photos += batch.get("photo", [])
@@ -165,7 +207,7 @@ class MultiIPAdapter(Method):
             eps = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)
             t = torch.full((len(x),), int(time * self.noise.config.num_train_timesteps), device=x.device)
             for name, embeds in variants.items():
-                error = self.denoising_loss(x, eps, t, batch["prompt_embeds"], embeds)  # (B,)
+                error = self.denoising_loss(x, eps, t, batch["prompt_embeds"], embeds, **text_time(batch))
                 self.require_finite(error, "validation loss", self.global_step, batch)  # before a checkpoint is written
                 loss = (error * weight).sum() / max(count, 1)
                 sums[name] = sums[name] + loss / len(VALIDATION_TIMES)
@@ -182,20 +224,24 @@ class MultiIPAdapter(Method):
 
         Args:
             batch: of ``TaskDataset`` items.
-            references: the task's own, none (scale 0), another person's, or zeros for the aggregated embedding.
+            references: the task's own, none (scale 0 and no LoRA), another person's, or zeros for the aggregated
+                embedding.
             ip_scale: overrides ``sampling.ip_scale``.
         """
         embeds = self.condition(batch["other_references" if references == "other" else "references"])
         if references == "zero":
             embeds = torch.zeros_like(embeds)
-        return self.sampler(
-            batch["prompt_embeds"],
-            batch["negative_prompt_embeds"],
-            embeds,
-            [int(seed) for seed in batch["seed"]],
-            self.image_side,
-            0.0 if references == "none" else ip_scale,
-        )
+        alone = references == "none" and self.lora_rank is not None
+        with lora_disabled(self.unet) if alone else nullcontext():
+            return self.sampler(
+                batch["prompt_embeds"],
+                batch["negative_prompt_embeds"],
+                embeds,
+                [int(seed) for seed in batch["seed"]],
+                self.image_side,
+                0.0 if references == "none" else ip_scale,
+                **{name: batch[name] for name in POOLED if name in batch},
+            )
 
     def on_test_start(self) -> None:
         """Measure what a person costs: the image encoder's pass over the references, and G.
@@ -205,27 +251,38 @@ class MultiIPAdapter(Method):
         tasks = getattr(getattr(self.trainer, "datamodule", None), "tasks", None)
         if not tasks or not self.trainer.is_global_zero:
             return
-        processor, encoder = load_image_encoder(self.backbone, self.image_encoder)
-        encoder.to(self.device)
+        encoder = self.photo_encoder()
         for _ in range(2):
             start = perf_counter()
-            self.condition(encode_photos(processor, encoder, tasks[0].references)[None]).cpu()
+            self.condition(encoder(tasks[0].references).to(self.device)[None]).cpu()
             seconds = perf_counter() - start
         self.spent["personalise"] = seconds * len({task.person for task in tasks})
+
+    def photo_encoder(self) -> PhotoEncoder:
+        """Load what makes the embeddings of photos; it is no part of the module."""
+        return PhotoEncoder(self.backbone, self.image_encoder, self.face_encoder, self.device)
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def method(self) -> str:
-        """Name of the method: the aggregator's."""
-        return type(self.aggregator).__name__
+        """Name of the method: the aggregator's, and what is added to the plain one."""
+        added = ["LoRA"] * (self.lora_rank is not None)
+        if self.face_encoder is not None:
+            added.append("face and CLIP" if self.face_encoder.beside_clip else "face")
+        return " + ".join([type(self.aggregator).__name__, *added])
 
     def settings(self) -> str:
         """Name and arguments of the aggregator."""
-        return f"{self.method()}({self.aggregator.extra_repr()})"
+        return f"{type(self.aggregator).__name__}({self.aggregator.extra_repr()})"
 
     def provenance(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the model that loads it."""
-        return super().provenance() | {"trained": self.trained}
+        return super().provenance() | {
+            "image_encoder": name_photo_encoder(self.backbone, self.image_encoder, self.face_encoder),
+            "image_encoder_content": fingerprint_photo_encoder(self.backbone, self.image_encoder, self.face_encoder),
+            "trained": self.trained,
+            "lora_rank": self.lora_rank,
+        }
 
     def describe(self) -> dict[str, Any]:
         """Method, backbone, sampling and numbers of parameters, for a results file."""
@@ -234,4 +291,12 @@ class MultiIPAdapter(Method):
             "aggregator": self.settings(),
             "ip_adapter": file,
             "image_encoder": self.image_encoder,
+            "face_encoder": None if self.face_encoder is None else asdict(self.face_encoder),
         }
+
+
+def _widen(projection: dict[str, Tensor], clip: int, width: int) -> None:
+    """Give a Linear (4 E, clip) that was made for CLIP's embedding alone zeros for what stands beside it."""
+    weight = projection.get("proj.weight")
+    if weight is not None and weight.ndim == 2 and weight.shape[1] == clip:
+        projection["proj.weight"] = F.pad(weight, (0, width - clip))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
 import logging
 import math
@@ -41,17 +42,8 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 RECORD = "lit_multiip"  # key of a safetensors file's metadata
 TOKENS = 4  # image tokens per embedding; diffusers' loader knows no other number for this layout
-COMPONENTS = (
-    "unet",
-    "vae",
-    "text_encoder",
-    "text_encoder_2",
-    "tokenizer",
-    "tokenizer_2",
-    "scheduler",
-    "image_encoder",
-    "feature_extractor",
-)
+TEXT_COMPONENTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+COMPONENTS = ("unet", "vae", *TEXT_COMPONENTS, "scheduler", "image_encoder", "feature_extractor")
 
 # Pipelines published before their IP-Adapter do not list these two in model_index.json.
 _UNLISTED = {
@@ -135,14 +127,7 @@ def load_component(backbone: str, name: str, dtype: torch.dtype = torch.float32)
     if name not in COMPONENTS:
         raise BackboneError(f"a backbone has no component '{name}': choose one of {', '.join(COMPONENTS)}")
     backbone = resolve_backbone(backbone)
-    try:
-        index = DiffusionPipeline.load_config(backbone)
-    except (OSError, ValueError) as error:
-        raise BackboneError(
-            f"backbone '{backbone}' has no readable model_index.json ({_first_line(error)}): "
-            "give a folder written by a diffusers pipeline's save_pretrained, or a hub id that can be reached"
-        ) from error
-
+    index = _read_index(backbone)
     library, class_name = index.get(name) or (None, None)
     local = Path(backbone).is_dir()
     if not (Path(backbone, name).is_dir() if local else class_name or name == "image_encoder"):
@@ -162,11 +147,64 @@ def load_component(backbone: str, name: str, dtype: torch.dtype = torch.float32)
     try:
         component = cls.from_pretrained(backbone, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, OSError) and not local:
+            raise BackboneError(_not_fetched(backbone, f"{name}/", "--backbone", error)) from error
         raise BackboneError(
             f"component '{name}' of backbone '{backbone}' cannot be read ({_first_line(error)}): "
             "it needs its configuration and whole safetensors weights; convert .bin weights, or fetch the folder again"
         ) from error
     return component.requires_grad_(False).eval() if isinstance(component, nn.Module) else component
+
+
+def _read_index(backbone: str) -> dict[str, Any]:
+    try:
+        index: Any = DiffusionPipeline.load_config(backbone)
+    except (OSError, ValueError) as error:
+        if not Path(backbone).is_dir():
+            raise BackboneError(_not_fetched(backbone, "model_index.json", "--backbone", error)) from error
+        raise BackboneError(
+            f"backbone '{backbone}' has no readable model_index.json ({_first_line(error)}): "
+            "give a folder written by a diffusers pipeline's save_pretrained, or a hub id that can be reached"
+        ) from error
+    return index
+
+
+def load_pipeline(backbone: str, **components: Any) -> Any:
+    """Make the backbone's own kind of diffusers pipeline around some of its components; the others are None.
+
+    Args:
+        backbone: anything ``resolve_backbone`` takes.
+        components: by their names in the pipeline.
+
+    Raises:
+        BackboneError: the backbone is not a pipeline of diffusers' own.
+    """
+    backbone = resolve_backbone(backbone)
+    index, expected = _read_index(backbone), _pipeline_parameters(backbone)
+    settings = {name: value for name, value in index.items() if not isinstance(value, (list, tuple))}
+    settings |= {"requires_safety_checker": False, "add_watermarker": False}
+    given = dict.fromkeys(index) | settings | components
+    cls = _component_class("diffusers", index["_class_name"], backbone)
+    return cls(**{name: value for name, value in given.items() if name in expected})
+
+
+def text_components(backbone: str) -> list[str]:
+    """Names of the tokenizers and text encoders that the backbone's pipeline has: one pair, or SDXL's two."""
+    backbone = resolve_backbone(backbone)
+    index, expected = _read_index(backbone), _pipeline_parameters(backbone)
+    return [name for name in TEXT_COMPONENTS if name in expected and (index.get(name) or [None])[0] is not None]
+
+
+def _pipeline_parameters(backbone: str) -> Mapping[str, Any]:
+    cls = _component_class("diffusers", _read_index(backbone).get("_class_name", ""), backbone)
+    return inspect.signature(cls.__init__).parameters
+
+
+def load_text_pipeline(backbone: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Load tokenizers and text encoders, frozen, in a pipeline of the backbone's kind, for its ``encode_prompt``."""
+    return load_pipeline(
+        backbone, **{name: load_component(backbone, name, dtype) for name in text_components(backbone)}
+    )
 
 
 def load_image_encoder(
@@ -195,6 +233,9 @@ def load_image_encoder(
             root, subfolder=subfolder, dtype=dtype, use_safetensors=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, OSError) and not Path(root).is_dir():
+            wanted = f"{subfolder}/model.safetensors".lstrip("/")
+            raise BackboneError(_not_fetched(root, wanted, "--image_encoder", error)) from error
         raise BackboneError(
             f"image encoder '{image_encoder}' cannot be read ({_first_line(error)}): "
             "it needs config.json and whole safetensors weights of a CLIPVisionModelWithProjection"
@@ -246,11 +287,15 @@ def _image_encoder_config(backbone: str, image_encoder: str | None) -> Any:
             raise OSError("there is no such file")
         return CLIPVisionConfig.from_pretrained(root, subfolder=subfolder)
     except (OSError, ValueError) as error:
+        if not Path(root).is_dir():
+            wanted = f"{subfolder}/config.json".lstrip("/")
+            also = f"{_lacks(backbone, 'image_encoder')}; else " if image_encoder is None else ""
+            raise BackboneError(also + _not_fetched(root, wanted, "--image_encoder", error)) from error
         if image_encoder is None:
             raise BackboneError(_lacks(backbone, "image_encoder")) from error
         raise BackboneError(
             f"image encoder '{image_encoder}' has no readable config.json ({_first_line(error)}): give the folder of a "
-            "CLIPVisionModelWithProjection, or where the hub cannot be reached, that of a local copy"
+            "CLIPVisionModelWithProjection"
         ) from error
 
 
@@ -274,6 +319,12 @@ def load_vae_facts(backbone: str) -> tuple[int, float]:
     return 2 ** (len(config["block_out_channels"]) - 1), float(config.get("scaling_factor", 0.18215))
 
 
+def takes_text_time(backbone: str) -> bool:
+    """Whether the UNet takes, as SDXL's, a pooled text embedding and the photo's sizes and crop besides the text."""
+    unet: Any = _read_config(UNet2DConditionModel, backbone, "unet")
+    return unet.get("addition_embed_type") == "text_time"
+
+
 def load_native_side(backbone: str) -> int:
     """Side in pixels of the images that the UNet and the VAE were made for."""
     unet: Any = _read_config(UNet2DConditionModel, backbone, "unet")
@@ -284,6 +335,8 @@ def _read_config(cls: Any, backbone: str, name: str) -> Any:
     try:
         return cls.load_config(resolve_backbone(backbone), subfolder=name)
     except OSError as error:
+        if not Path(resolve_backbone(backbone)).is_dir():
+            raise BackboneError(_not_fetched(backbone, f"{name}/config.json", "--backbone", error)) from error
         raise BackboneError(_lacks(backbone, name)) from error
 
 
@@ -319,10 +372,15 @@ def fingerprint_image_encoder(backbone: str, image_encoder: str | None = None) -
 
 
 def _folder_fingerprint(folder: Path) -> str | None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    stats = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return _files_fingerprint(folder, tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
+
+
+@lru_cache(maxsize=64)  # every checkpoint names its backbone, and a UNet has gigabytes
+def _files_fingerprint(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> str | None:
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+    for path, size, _ in files:
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
@@ -359,6 +417,13 @@ def _component_class(library: str, class_name: str, backbone: str) -> Any:
             "diffusers or transformers has: use a pipeline made of their own classes"
         )
     return cls
+
+
+def _not_fetched(hub_id: str, file: str, option: str, error: Exception) -> str:
+    return (
+        f"'{file}' of the hub's '{hub_id}' cannot be fetched ({_first_line(error)}): check its name and the network, "
+        f"or run `hf download {hub_id} --local-dir <folder>` where there is one, and give your copy, {option} <folder>"
+    )
 
 
 def _lacks(backbone: str, name: str) -> str:

@@ -220,9 +220,10 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
     """Parse ``sys.argv`` and run it; or, not to ``execute``, parse ``args`` without a subcommand and build the objects.
 
     The model is a ``Method`` by its ``class_path``, the data a fixed class; ``backbone``, ``image_encoder``,
-    ``published_adapter`` and ``image_side`` are top-level keys that both are given. A config of a backbone is laid over
-    the others (``_backbones_last``). A config may set ``model.init_args`` without a ``class_path``: they are those of
-    the method that another config names, or of MultiIPAdapter, so that configs may be laid over one another in any
+    ``face_encoder``, ``published_adapter`` and ``image_side`` are top-level keys that both are given. A config of a
+    backbone is laid over the others (``_backbones_last``). A config may set ``model.init_args`` without a
+    ``class_path``: they are those of the method that another config names, or of MultiIPAdapter, so that configs may be
+    laid over one another in any
     order. The callbacks ``checkpoint``, ``grid`` and ``score`` are set by keys of those names; ``trainer.callbacks`` is
     the user's own.
     """
@@ -237,6 +238,7 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
     from lit_multiip.evaluation.callback import ScoreTest
     from lit_multiip.files import only_writer, write_durably
     from lit_multiip.method import Method
+    from lit_multiip.photo_encoder import FaceEncoder
     from lit_multiip.resume import DurableCheckpointIO, ExactResume
     from lit_multiip.runs import best_checkpoint, read_checkpoint, run_to_continue
 
@@ -279,7 +281,9 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
             parser.add_argument("--image_encoder", type=str | None, default=None, help=where)
             where = "file, or hub id and file; null: the backbone's ip_adapter/"
             parser.add_argument("--published_adapter", type=str | None, default=None, help=where)
-            for key in ("backbone", "image_encoder", "published_adapter", "image_side"):
+            what = "a face-recognition network that conditions, in CLIP's place or beside it"
+            parser.add_argument("--face_encoder", type=FaceEncoder | None, default=None, help=what)
+            for key in ("backbone", "image_encoder", "face_encoder", "published_adapter", "image_side"):
                 parser.link_arguments(key, f"model.init_args.{key}")
                 if key != "published_adapter":
                     parser.link_arguments(key, f"data.{key}")

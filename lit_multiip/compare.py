@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 from lit_multiip.backbone import COMPONENTS, BackboneError, find_ip_adapter, fingerprint, fingerprint_image_encoder
 from lit_multiip.evaluation.critic import shipped_critic
 from lit_multiip.evaluation.report import write_json
+from lit_multiip.photo_encoder import FaceEncoder
 from lit_multiip.runs import best_checkpoint, newest_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -302,7 +303,7 @@ def _weights(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     import yaml
 
     backbone, classes = "mini", set()
-    apart: dict[str, Any] = dict.fromkeys(("image_encoder", "published_adapter"))
+    apart: dict[str, Any] = dict.fromkeys(("image_encoder", "published_adapter", "face_encoder"))
     for file in files:
         text = Path(file).read_text(encoding="utf-8")
         content = yaml.safe_load(text)
@@ -314,6 +315,8 @@ def _weights(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     found = [*_components(backbone)]
     if apart["image_encoder"] is not None:
         found.append(fingerprint_image_encoder(backbone, apart["image_encoder"]))
+    if apart["face_encoder"] is not None:
+        found.append(FaceEncoder(**apart["face_encoder"]).fingerprint())
     adapter: Any = apart["published_adapter"]
     if adapter is not None and not Path(adapter).expanduser().is_file():
         found.append(str(adapter))  # on the hub
@@ -338,7 +341,7 @@ def _scorers(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     named = [yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {} for file in files]
     texts = set(_strings([[config.get("score") for config in named], list(options.values())]))
     critics = [shipped_critic(name) / "model.safetensors" for name in ("critic", "critic_b")]
-    paths = [*critics, *(os.path.expanduser(text) for text in sorted(texts))]
+    paths: list[str | Path] = [*critics, *(os.path.expanduser(text) for text in sorted(texts))]
     return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if os.path.isfile(path)]
 
 

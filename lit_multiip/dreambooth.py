@@ -9,7 +9,6 @@ same of images x_pr that the frozen backbone drew itself, with t' and eps' of th
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
 import os
@@ -28,18 +27,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lit_multiip.backbone import fingerprint, load_component
+from lit_multiip.backbone import fingerprint, load_component, load_text_pipeline, text_components
 from lit_multiip.data.groups import stable_hash
 from lit_multiip.evaluation.sampling import Sampling
 from lit_multiip.features import encode_prompts
-from lit_multiip.method import Batch, CheckpointError, Dtype, Method, References
+from lit_multiip.lora import add_lora, require_peft
+from lit_multiip.method import POOLED, Batch, CheckpointError, Dtype, Method, References
 
 logger = logging.getLogger(__name__)
 
-ATTENTION = {  # the linear layers that LoRA widens: of diffusers' UNets, and of CLIP's text encoder
-    "unet": ["to_q", "to_k", "to_v", "to_out.0"],
-    "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
-}
 DRAWN_AT_ONCE = 16  # class images
 
 
@@ -58,6 +54,7 @@ class Who(NamedTuple):
     person: str
     reference_set: str
     moments: Tensor  # of the VAE's posteriors of the references, (R, 2C, h, w)
+    time_ids: Tensor | None = None  # of SDXL, the references' sizes and crops, (R, 6)
 
 
 class DreamBooth(Method):
@@ -123,11 +120,12 @@ class DreamBooth(Method):
             frozen_dtype,
             gradient_checkpointing,
         )
-        if min(steps, batch_size, class_images, 1 if lora_rank is None else lora_rank) < 1 or not prior_weight >= 0:
+        if min(steps, batch_size, class_images) < 1 or not prior_weight >= 0:
             raise ValueError(
-                f"steps={steps}, batch_size={batch_size}, class_images={class_images} and lora_rank={lora_rank} must "
-                f"be at least 1, and prior_weight={prior_weight} at least 0"
+                f"steps={steps}, batch_size={batch_size} and class_images={class_images} must be at least 1, and "
+                f"prior_weight={prior_weight} at least 0"
             )
+        require_peft(lora_rank)
         if not identifier.strip() or not class_noun.strip():
             raise ValueError("identifier and class_noun must not be empty: give words such as 'sks' and 'person'")
         if self.sampling.ip_scale != 1:
@@ -135,45 +133,44 @@ class DreamBooth(Method):
                 f"ip_scale={self.sampling.ip_scale} weighs photos in an image attention, which DreamBooth has not: "
                 "leave it at 1"
             )
-        if lora_rank is not None and importlib.util.find_spec("peft") is None:
-            raise ValueError(f"lora_rank={lora_rank} needs peft: pip install 'lit_multiip[lora]'")
         self.automatic_optimization = False  # fit takes the very steps that test takes
         self.steps, self.batch_size, self.seed = steps, batch_size, seed
         self.prior_weight, self.class_images, self.class_folder = prior_weight, class_images, class_folder
         self.identifier, self.class_noun = identifier.strip(), class_noun.strip()
         self.tuned, self.lora_rank = tuned, lora_rank
         self.learnt: tuple[str, str] | None = None  # whom the weights know: person and reference set
-        self.text_encoder: Any = None
+        self.texts: Any = None  # the pipeline's tokenizers and text encoders
         self._class_moments: Tensor | None = None
-        self._prompt_embeds: Tensor | None = None
+        self._prompt_embeds: dict[str, Tensor] | None = None
 
     # ---- building ---------------------------------------------------------------------------------------------------
 
     def build(self) -> None:
-        """Load UNet and text encoder, and keep a copy of what will be tuned."""
-        self.tokenizer = load_component(self.backbone, "tokenizer")
-        names = ["unet", "text_encoder"] if self.tuned == "unet+text" else ["unet"]
-        for name in ("unet", "text_encoder"):
-            whole = name in names and self.lora_rank is None
-            module = load_component(self.backbone, name, torch.float32 if whole else self.frozen_dtype)
-            setattr(self, name, module.requires_grad_(whole))
-            if name in names and self.lora_rank is not None:
-                self._add_lora(module, ATTENTION[name], self.lora_rank)
+        """Load UNet and text encoders, and keep a copy of what will be tuned."""
+        whole = self.lora_rank is None
+        self.unet = load_component(self.backbone, "unet", torch.float32 if whole else self.frozen_dtype)
+        whole = whole and self.tuned == "unet+text"
+        self.texts = load_text_pipeline(self.backbone, torch.float32 if whole else self.frozen_dtype)
+        for name in self.text_encoders():
+            setattr(self, name, getattr(self.texts, name))
+        for name in self.tuned_modules():
+            module = getattr(self, name).requires_grad_(self.lora_rank is None)
+            if self.lora_rank is not None:
+                add_lora(module, self.lora_rank, self.seed)
         self._pristine = self._copied()
-        tokens = self.tokenizer(self.identifier).input_ids[1:-1]
+        tokenizer = self.texts.tokenizer
+        tokens = tokenizer(self.identifier).input_ids[1:-1]
         if len(tokens) > 1:
-            words = self.tokenizer.convert_ids_to_tokens(tokens)
+            words = tokenizer.convert_ids_to_tokens(tokens)
             logger.warning("the identifier '%s' is %d tokens, %s: rarer is better", self.identifier, len(tokens), words)
 
-    def _add_lora(self, module: Any, layers: list[str], rank: int) -> None:
-        from peft import LoraConfig
+    def text_encoders(self) -> list[str]:
+        """Names of the text encoders: one, or SDXL's two."""
+        return [name for name in text_components(self.backbone) if name.startswith("text_encoder")]
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            module.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=layers))
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+    def tuned_modules(self) -> list[str]:
+        """Names of what is tuned."""
+        return ["unet", *(self.text_encoders() if self.tuned == "unet+text" else [])]
 
     def setup(self, stage: str) -> None:
         """Refuse what would not tune as it should.
@@ -181,6 +178,7 @@ class DreamBooth(Method):
         Raises:
             ValueError: the precision needs a scaled loss, or the Trainer would stop early.
         """
+        super().setup(stage)
         if self.trainer.precision == "16-mixed":
             raise ValueError("DreamBooth does not scale its loss, as 16-mixed needs: use trainer.precision bf16-mixed")
         if stage != "fit":
@@ -233,12 +231,12 @@ class DreamBooth(Method):
         personal, found = noun.subn(lambda match: f"{self.identifier} {match[1]}", prompt, count=1)
         return personal if found else f"{prompt}, {self.identifier} {self.class_noun}"
 
-    def encode(self, prompts: list[str]) -> Tensor:
-        """Text states, (B, L, E)."""
-        return encode_prompts(self.tokenizer, self.text_encoder, prompts)
+    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Text states ``prompt_embeds``, (B, L, E), and of SDXL ``pooled_prompt_embeds``, (B, P)."""
+        return encode_prompts(self.texts, prompts)
 
-    def _tuning_prompts(self) -> Tensor:
-        """States of the person's and the class's prompt, (2, L, E); once, where the text encoder is frozen."""
+    def _tuning_prompts(self) -> dict[str, Tensor]:
+        """``encode`` of the person's and the class's prompt, (2, ...); once, where the text encoders are frozen."""
         prompts = [self.personal_prompt(self.class_prompt()), self.class_prompt()]
         if self.tuned == "unet+text":
             return self.encode(prompts)
@@ -251,7 +249,7 @@ class DreamBooth(Method):
 
     def class_file(self) -> Path:
         """Where the class images lie, named by everything that decides them."""
-        parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+        parts = ("unet", "vae", *text_components(self.backbone), "scheduler")
         facts = {
             "backbone": [fingerprint(self.backbone, name) for name in parts],
             "prompt": self.class_prompt(),
@@ -284,11 +282,9 @@ class DreamBooth(Method):
         file.parent.mkdir(parents=True, exist_ok=True)  # before work
         drawn, encoded = [], []
         with self.pristine():
-            prompt, negative = self.encode([self.class_prompt(), ""]).split(1)
             for first in tqdm(range(0, self.class_images, DRAWN_AT_ONCE), "drawing class images", delay=3):
                 seeds = list(range(first, min(first + DRAWN_AT_ONCE, self.class_images)))
-                states = [one.expand(len(seeds), -1, -1) for one in (prompt, negative)]
-                images = self.sampler(states[0], states[1], None, seeds, self.image_side)
+                images = self.draw([self.class_prompt()] * len(seeds), seeds)
                 drawn.append(images.cpu())
                 encoded.append(self.sampler.encode(images).float().cpu())
         part = file.with_name(f"{os.getpid()}.part")
@@ -326,9 +322,16 @@ class DreamBooth(Method):
         draws = [self.draws(who.person, step, term, len(photos)) for term, photos in terms]
         moments = [photos.cpu()[one.which] for one, (_, photos) in zip(draws, terms, strict=True)]
         _, t, latent_noise, eps = (torch.cat(parts).to(self.device) for parts in zip(*draws, strict=True))
-        prompt_embeds = self._tuning_prompts()[: len(terms)].repeat_interleave(self.batch_size, dim=0)
+        texts = {
+            name: states[: len(terms)].repeat_interleave(self.batch_size, dim=0)
+            for name, states in self._tuning_prompts().items()
+        }
+        if who.time_ids is not None:  # a class image is a whole picture
+            side = float(self.image_side)
+            of_class = torch.tensor([side, side, 0, 0, side, side]).expand((len(terms) - 1) * self.batch_size, 6)
+            texts["time_ids"] = torch.cat([who.time_ids.cpu()[draws[0].which], of_class]).to(self.device)
         x = self.latents(torch.cat(moments).to(self.device), latent_noise)
-        error = self.denoising_loss(x, eps, t, prompt_embeds)
+        error = self.denoising_loss(x, eps, t, **texts)
         own, prior = error[: self.batch_size].mean(), error[self.batch_size :]
         return own, prior.mean() if len(prior) else torch.zeros_like(own)
 
@@ -353,7 +356,8 @@ class DreamBooth(Method):
         start = time.perf_counter()
         self.forget()
         with torch.inference_mode(False), torch.enable_grad():
-            who = who._replace(moments=who.moments.cpu().clone())
+            time_ids = None if who.time_ids is None else who.time_ids.cpu().clone()
+            who = who._replace(moments=who.moments.cpu().clone(), time_ids=time_ids)
             optimizer, schedule = self.optimizer_and_schedule(self.steps)
             for step in tqdm(range(self.steps), f"tuning on {who.person}", delay=10, leave=False):
                 self._tuning_step(who, step, optimizer, schedule)
@@ -427,15 +431,25 @@ class DreamBooth(Method):
         seeds = [int(seed) for seed in batch["seed"]]
         if references == "none":
             embeds, negative = batch["prompt_embeds"], batch["negative_prompt_embeds"]
+            pooled = {name: batch[name] for name in POOLED if name in batch}
             with self.pristine():
-                return self.sampler(embeds, negative, None, seeds, self.image_side)
+                return self.sampler(embeds, negative, None, seeds, self.image_side, **pooled)
         images = []
         for who, rows in _people(batch):
             self.personalise(who)
             prompts = [self.personal_prompt(batch["prompt"][row]) for row in rows]
-            embeds, negative = self.encode(prompts), self.encode([""]).expand(len(rows), -1, -1)
-            images.append(self.sampler(embeds, negative, None, [seeds[row] for row in rows], self.image_side))
+            images.append(self.draw(prompts, [seeds[row] for row in rows]))
         return torch.cat(images)
+
+    def draw(self, prompts: list[str], seeds: list[int]) -> Tensor:
+        """Draw an image a prompt and seed, with the weights as they are."""
+        negative = {name: rows.expand(len(seeds), *rows.shape[1:]) for name, rows in self.encode([""]).items()}
+        texts: dict[str, Any] = {
+            **self.encode(prompts),
+            **{f"negative_{name}": rows for name, rows in negative.items()},
+        }
+        embeds, negative_embeds = texts.pop("prompt_embeds"), texts.pop("negative_prompt_embeds")
+        return self.sampler(embeds, negative_embeds, None, seeds, self.image_side, **texts)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -471,4 +485,5 @@ def _people(batch: Batch) -> Iterator[tuple[Who, list[int]]]:
     keys = list(zip(batch["person"], batch["reference_set"], strict=True))
     for (person, reference_set), rows in groupby(range(len(keys)), keys.__getitem__):
         own = list(rows)
-        yield Who(person, reference_set, batch["reference_moments"][own[0]]), own
+        time_ids = batch["reference_time_ids"][own[0]] if "reference_time_ids" in batch else None
+        yield Who(person, reference_set, batch["reference_moments"][own[0]], time_ids), own

@@ -9,7 +9,9 @@ is never changed, and is read memory-mapped without pickle: several processes ma
 |--------|------------------------|-----------------------------------------------------------|
 | embeds | sha256 of the photo    | CLIP image embedding, (D,) float32                        |
 | latent | sha256 of the photo    | VAE posterior mean and logvar, (2C, h, w) float16         |
-| text   | sha256 of the prompt   | text encoder's last hidden state, (L, E) float16          |
+| text   | sha256 of the prompt   | text states that the UNet attends to, (L, E) float16      |
+| pooled | sha256 of the prompt   | SDXL alone: pooled text embedding, (P,) float16           |
+| frame  | sha256 of the photo    | SDXL alone: height, width, top and left of its square     |
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import hashlib
 import json
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +35,15 @@ from tqdm.auto import tqdm
 
 from lit_multiip.backbone import (
     fingerprint,
-    fingerprint_image_encoder,
     load_component,
-    load_image_encoder,
     load_native_side,
+    load_text_pipeline,
+    takes_text_time,
+    text_components,
 )
 from lit_multiip.data.people import DataError, Photo
 from lit_multiip.files import write_durably
+from lit_multiip.photo_encoder import FaceEncoder, PhotoEncoder, fingerprint_photo_encoder
 
 SHARD_ROWS = 1024  # an interrupted build loses at most this many rows
 logger = logging.getLogger(__name__)
@@ -67,20 +72,35 @@ def to_pixels(signal: Tensor) -> Tensor:
     return ((signal.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def encode_photos(processor: Any, encoder: Any, photos: Sequence[Photo]) -> Tensor:
-    """CLIP image embeddings of photos, (B, D) float32."""
-    pixels = processor([photo.image() for photo in photos], return_tensors="pt").pixel_values
-    return encoder(pixel_values=pixels.to(encoder.device)).image_embeds.float()
+def encode_prompts(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """What a pipeline's own ``encode_prompt`` makes of prompts, under its own names; what is too long is cut, and told.
 
+    Args:
+        pipe: of ``load_text_pipeline``.
+        prompts: B of them.
 
-def encode_prompts(tokenizer: Any, encoder: Any, prompts: Sequence[str]) -> Tensor:
-    """Last hidden states of the text encoder, (B, L, E); what is too long is cut, and told."""
-    length = tokenizer.model_max_length
-    cut = [prompt for prompt in prompts if len(tokenizer(prompt, verbose=False).input_ids) > length]
+    Returns:
+        ``prompt_embeds``, text states (B, L, E), and of SDXL ``pooled_prompt_embeds`` (B, P).
+    """
+    length = pipe.tokenizer.model_max_length
+    cut = [prompt for prompt in prompts if len(pipe.tokenizer(prompt, verbose=False).input_ids) > length]
     if cut:
         logger.warning("%d prompts are cut to %d tokens, such as '%s'", len(cut), length, cut[0])
-    tokens = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    return encoder(tokens.input_ids.to(encoder.device)).last_hidden_state
+    options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    with _without_warnings():  # of each cut prompt
+        states = pipe.encode_prompt(list(prompts), device=pipe.text_encoder.device, **options)
+    return {"prompt_embeds": states[0]} | ({"pooled_prompt_embeds": states[2]} if len(states) == 4 else {})
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    log = logging.getLogger("diffusers")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def prompt_key(prompt: str) -> str:
@@ -140,6 +160,7 @@ class Features:
         device: where the encoders run.
         batch_size: photos a forward pass of an encoder.
         image_encoder: anything ``load_image_encoder`` takes; None is the backbone's own.
+        face_encoder: a face-recognition network in its place, or beside it.
     """
 
     def __init__(
@@ -150,16 +171,20 @@ class Features:
         device: torch.device | str = "cpu",
         batch_size: int = 32,
         image_encoder: str | None = None,
+        face_encoder: FaceEncoder | None = None,
     ) -> None:
         self.backbone, self.device, self.batch_size = backbone, device, batch_size
-        self.image_encoder = image_encoder
+        self.image_encoder, self.face_encoder = image_encoder, face_encoder
         self.image_side = image_side or load_native_side(backbone)
-        text = fingerprint(backbone, "text_encoder") + fingerprint(backbone, "tokenizer")
+        text = "".join(fingerprint(backbone, name) for name in text_components(backbone))
         names = {
-            "embeds": fingerprint_image_encoder(backbone, image_encoder),
+            "embeds": fingerprint_photo_encoder(backbone, image_encoder, face_encoder),
             "latent": f"{fingerprint(backbone, 'vae')}-{self.image_side}px",
             "text": text,
         }
+        self.text_time = takes_text_time(backbone)
+        if self.text_time:
+            names |= {"pooled": text, "frame": f"{self.image_side}px"}
         self.store = {kind: Shards(Path(cache) / f"{kind}-{name}") for kind, name in names.items()}
         for shards in self.store.values():
             shards.refresh()
@@ -181,7 +206,10 @@ class Features:
         by_key = {key: photo for photo, key in zip(targets, map(content_key, targets), strict=True)}
         self._fill("latent", by_key, self._latent_encoder, rank, world)
         texts = {prompt_key(prompt): prompt for prompt in ["", *prompts]}
-        self._fill("text", texts, self._text_encoder, rank, world)
+        self._fill("text", texts, lambda: self._text_encoder("prompt_embeds"), rank, world)
+        if self.text_time:
+            self._fill("pooled", texts, lambda: self._text_encoder("pooled_prompt_embeds"), rank, world)
+            self._fill("frame", by_key, lambda: self._frames, rank, world)
 
     def refresh(self) -> None:
         """Take in what other processes have built."""
@@ -196,9 +224,25 @@ class Features:
         """Posterior mean and logvar of the VAE's unscaled latent, (2C, h, w) float32."""
         return self.store["latent"].get([content_key(photo)])[0].float()
 
-    def text(self, prompt: str) -> Tensor:
-        """Text states of a prompt, (L, E) float32."""
-        return self.store["text"].get([prompt_key(prompt)])[0].float()
+    def text(self, prompt: str) -> dict[str, Tensor]:
+        """A prompt's ``prompt_embeds``, text states (L, E), and of SDXL ``pooled_prompt_embeds`` (P,); float32."""
+        kinds = {"prompt_embeds": "text"} | ({"pooled_prompt_embeds": "pooled"} if self.text_time else {})
+        return {name: self.store[kind].get([prompt_key(prompt)])[0].float() for name, kind in kinds.items()}
+
+    def negative_text(self) -> dict[str, Tensor]:
+        """``text`` of the empty prompt, under the pipeline's names of what guidance leads away from."""
+        return {f"negative_{name}": value for name, value in self.text("").items()}
+
+    def time_ids(self, photo: Photo) -> dict[str, Tensor]:
+        """Of SDXL, ``time_ids`` (6,) float32: the photo's height and width, its square's top and left, and side twice.
+
+        As published: height and width are the file's, top and left those in the photo once its shorter side is the
+        square's.
+        """
+        if not self.text_time:
+            return {}
+        frame = self.store["frame"].get([content_key(photo)])[0].float()  # (4,)
+        return {"time_ids": torch.cat([frame, torch.full((2,), float(self.image_side))])}
 
     def _fill(
         self,
@@ -231,11 +275,14 @@ class Features:
         gc.collect()  # fit keeps no encoder in memory
 
     def _embedder(self) -> Callable[[list[Photo]], Tensor]:
-        processor, encoder = load_image_encoder(self.backbone, self.image_encoder)
-        encoder.to(self.device)
+        encoder = PhotoEncoder(self.backbone, self.image_encoder, self.face_encoder, self.device)
 
         def encode(photos: list[Photo]) -> Tensor:
-            return encode_photos(processor, encoder, photos)  # (B, D)
+            before = len(encoder.without_face)
+            embeds = encoder(photos)  # (B, D)
+            for photo in encoder.without_face[before:]:
+                logger.warning("%s of %s: no face is found, so that no face conditions", photo.name, photo.person)
+            return embeds
 
         return encode
 
@@ -249,14 +296,23 @@ class Features:
 
         return encode
 
-    def _text_encoder(self) -> Callable[[list[str]], Tensor]:
-        tokenizer = load_component(self.backbone, "tokenizer")
-        encoder = load_component(self.backbone, "text_encoder").to(self.device)
+    def _text_encoder(self, part: str) -> Callable[[list[str]], Tensor]:
+        pipe = load_text_pipeline(self.backbone).to(self.device)
 
         def encode(prompts: list[str]) -> Tensor:
-            return encode_prompts(tokenizer, encoder, prompts).half()  # (B, L, E)
+            return encode_prompts(pipe, prompts)[part].half()  # (B, L, E) or (B, P)
 
         return encode
+
+    def _frames(self, photos: list[Photo]) -> Tensor:
+        rows = []
+        for photo in photos:
+            width, height = photo.image().size
+            top, left = (
+                (edge * self.image_side // min(width, height) - self.image_side) // 2 for edge in (height, width)
+            )
+            rows.append([height, width, top, left])
+        return torch.tensor(rows, dtype=torch.float32)  # (B, 4)
 
 
 _content_keys: dict[Photo, str] = {}

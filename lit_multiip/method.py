@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -11,15 +11,19 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from lit_multiip.backbone import fingerprint, load_component, load_vae_facts
+from lit_multiip.backbone import BackboneError, fingerprint, load_component, load_vae_facts
 from lit_multiip.evaluation.sampling import Sampler, Sampling
 
 Batch = dict[str, Any]
 References = Literal["right", "none", "other", "zero"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")  # of SDXL
 
 
 class CheckpointError(ValueError):
@@ -28,6 +32,11 @@ class CheckpointError(ValueError):
 
 class NonFiniteLoss(ArithmeticError):
     """The loss became NaN or infinite; the last checkpoint holds the last good state."""
+
+
+def text_time(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a batch, what SDXL's UNet takes besides the text: ``pooled_prompt_embeds`` (B, P) and ``time_ids`` (B, 6)."""
+    return {name: batch[name] for name in ("pooled_prompt_embeds", "time_ids") if name in batch}
 
 
 class Method(L.LightningModule):
@@ -117,6 +126,11 @@ class Method(L.LightningModule):
         if self.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.noise = DDPMScheduler.from_config(load_component(self.backbone, "scheduler").config)
+        kind = self.noise.config.prediction_type
+        if kind not in ("epsilon", "v_prediction"):
+            raise BackboneError(
+                f"backbone '{self.backbone}' predicts '{kind}': give one that predicts epsilon or v_prediction"
+            )
         self.vae_scale, self.scaling_factor = load_vae_facts(self.backbone)
 
     @property
@@ -136,6 +150,20 @@ class Method(L.LightningModule):
         )
         return optimizer, schedule
 
+    def setup(self, stage: str) -> None:
+        """Refuse strategies that shard weights: checkpoints hold what was trained under its own names, whole.
+
+        Raises:
+            ValueError: the strategy is one of them.
+        """
+        strategy = type(self.trainer.strategy)
+        sharding = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+        if issubclass(strategy, sharding):
+            raise ValueError(
+                f"trainer.strategy is {strategy.__name__}, which shards weights: use ddp; what needs less memory are "
+                "model.gradient_checkpointing, model.frozen_dtype bfloat16 and model.lora_rank"
+            )
+
     # ---- training ---------------------------------------------------------------------------------------------------
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
@@ -144,7 +172,14 @@ class Method(L.LightningModule):
         return (mean + (0.5 * logvar).exp() * noise) * self.scaling_factor
 
     def denoising_loss(
-        self, x: Tensor, eps: Tensor, t: Tensor, prompt_embeds: Tensor, image_embeds: Tensor | None = None
+        self,
+        x: Tensor,
+        eps: Tensor,
+        t: Tensor,
+        prompt_embeds: Tensor,
+        image_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
     ) -> Tensor:
         """Squared error of the UNet's prediction at step t, a value a sample (eq. 1/17).
 
@@ -154,19 +189,24 @@ class Method(L.LightningModule):
             t: timesteps, (B,) int64.
             prompt_embeds: text states, (B, L, E).
             image_embeds: aggregated embeddings, (B, M, D), where an IP-Adapter is installed.
+            pooled_prompt_embeds: of SDXL, (B, P).
+            time_ids: of SDXL, sizes and crop of the target, (B, 6).
 
         Returns:
             (B,) float32.
         """
         noised = self.noise.add_noise(x, eps, t)  # eq. (8)
+        added: dict[str, Any] = {} if image_embeds is None else {"image_embeds": [image_embeds]}
+        if pooled_prompt_embeds is not None and time_ids is not None:
+            added |= {"text_embeds": pooled_prompt_embeds.to(self.unet.dtype), "time_ids": time_ids}
         predicted = self.unet(
             noised.to(self.unet.dtype),
             t,
             encoder_hidden_states=prompt_embeds.to(self.unet.dtype),
-            added_cond_kwargs=None if image_embeds is None else {"image_embeds": [image_embeds]},
+            added_cond_kwargs=added or None,
         ).sample
-        v_prediction = self.noise.config.prediction_type == "v_prediction"
-        target = self.noise.get_velocity(x, eps, t) if v_prediction else eps
+        velocity = self.noise.config.prediction_type == "v_prediction"
+        target = self.noise.get_velocity(x, eps, t) if velocity else eps
         return F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
 
     def require_finite(self, loss: Tensor, name: str, step: int, batch: Batch) -> None:
@@ -271,11 +311,12 @@ class Method(L.LightningModule):
         if found is None:
             raise CheckpointError("this checkpoint was not written by lit_multiip: give one from a run's checkpoints/")
         for key, remedy in self.must_agree.items():
-            if found.get(key) != own[key]:
-                what = "backbone" if key == "unet" else key
-                raise CheckpointError(
-                    f"the checkpoint is of another {what}: {found.get(what)} (this model: {own[what]}); {remedy}"
-                )
+            if key in found and found[key] != own[key]:
+                what = {"unet": "backbone", "image_encoder_content": "image_encoder"}.get(key, key)
+                theirs, ours = found.get(what), own[what]
+                if theirs == ours:  # by name, and not by content
+                    theirs, ours = f"{theirs} with content {found[key]}", own[key]
+                raise CheckpointError(f"the checkpoint is of another {what}: {theirs} (this model: {ours}); {remedy}")
         missing = set(self.trained_parameters()) ^ set(checkpoint["state_dict"])
         if missing:
             raise CheckpointError(f"the checkpoint and the model differ in weights such as '{min(missing)}'")

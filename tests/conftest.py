@@ -30,6 +30,14 @@ def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SDXL-like backbone of random weights at 32 px, with an adapter."""
+    from tiny import make_tiny_backbone
+
+    return make_tiny_backbone(tmp_path_factory.mktemp("tiny") / "sdxl", ip_adapter=True, sdxl=True)
+
+
+@pytest.fixture(scope="session")
 def random_critic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A critic that knows nothing."""
     import torch
@@ -40,3 +48,18 @@ def random_critic(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         Critic("convnet", 5).save(folder := tmp_path_factory.mktemp("tiny") / "critic")
     return folder
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Random weights in the layout of torch-fidelity's file."""
+    import torch
+    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        torch.manual_seed(0)
+        patch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda *_, **__: None)
+        torch.save(fidelity.FeatureExtractorInceptionV3("random", ["2048"]).state_dict(), path)
+    return str(path)

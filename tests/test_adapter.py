@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -17,6 +18,7 @@ from lit_multiip.aggregators import AvgPool, Concat, SelfAttention
 from lit_multiip.backbone import load_component
 from lit_multiip.data.datamodule import MultiPhotoData
 from lit_multiip.data.people import MiniFaces
+from lit_multiip.dreambooth import DreamBooth
 from lit_multiip.evaluation.sampling import Sampling
 from lit_multiip.method import CheckpointError, NonFiniteLoss
 
@@ -291,3 +293,14 @@ def test_without_guidance_the_text_alone_is_no_part(tiny_backbone: Path, tasks: 
 def test_impossible_sampling_is_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
+@pytest.mark.parametrize("method", [MultiIPAdapter, DreamBooth])
+def test_a_strategy_that_shards_weights_is_refused_by_name(name: str, method: Any) -> None:
+    """Its checkpoints would lack what was trained, whose names and shapes it changes."""
+    cls = getattr(L.pytorch.strategies, name)
+    module = method()
+    module._trainer = SimpleNamespace(strategy=cls.__new__(cls))
+    with pytest.raises(ValueError, match=rf"trainer.strategy is {name}, which shards weights: use ddp"):
+        module.setup("fit")

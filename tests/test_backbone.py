@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
-from tiny import make_tiny_backbone, tiny_unet
+from tiny import make_tiny_backbone, tiny_sdxl_unet, tiny_unet
 from torch import Tensor
 
 from lit_multiip import backbone
@@ -27,6 +27,7 @@ from lit_multiip.backbone import (
     load_embed_dim,
     load_image_encoder,
     load_image_side,
+    load_native_side,
     read_ip_adapter,
     resolve_backbone,
     set_ip_scale,
@@ -49,25 +50,6 @@ def copy(folder, tmp_path) -> Path:
 @pytest.fixture
 def unet(folder) -> UNet2DConditionModel:
     return load_component(str(folder), "unet")
-
-
-def tiny_sdxl_unet() -> UNet2DConditionModel:
-    """SDXL's particulars: no attention in level 0, several transformer layers, text_time conditioning."""
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=(2, 4),
-        transformer_layers_per_block=(1, 2),
-        cross_attention_dim=CONTEXT,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 16,
-    )
 
 
 def inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -578,3 +560,26 @@ def test_an_adapter_on_the_hub_is_fetched_or_the_message_says_what_was_wanted(fo
         r"--model.ip_adapter <file>",
     ):
         read_ip_adapter(wanted)
+
+
+@pytest.mark.parametrize(
+    ("load", "wanted", "option"),
+    [
+        (lambda: load_component("org/name", "unet"), "'model_index.json' of the hub's 'org/name'", "--backbone"),
+        (lambda: load_native_side("org/name"), "'unet/config.json' of the hub's 'org/name'", "--backbone"),
+        (
+            lambda: load_embed_dim("org/name", "h94/IP-Adapter/models/image_encoder"),
+            "'models/image_encoder/config.json' of the hub's 'h94/IP-Adapter'",
+            "--image_encoder",
+        ),
+    ],
+)
+def test_a_hub_that_cannot_be_reached_is_told_with_the_file_that_was_wanted_and_the_remedy(
+    load, wanted, option, monkeypatch
+):
+    for name in ("huggingface_hub.constants.HF_HUB_OFFLINE", "transformers.utils.hub.is_offline_mode"):
+        monkeypatch.setattr(name, True if name.endswith("OFFLINE") else lambda: True, raising=False)
+    with pytest.raises(BackboneError) as error:
+        load()
+    text = str(error.value)
+    assert wanted in text and "hf download" in text and f"give your copy, {option} <folder>" in text

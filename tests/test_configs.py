@@ -24,6 +24,7 @@ CLASSES = [MultiIPAdapter, DreamBooth]
 DATA = sorted((ROOT / "configs" / "data").glob("*.yaml"))
 ON = sorted((ROOT / "configs" / "on").glob("*.yaml"))
 SCORE = sorted((ROOT / "configs" / "score").glob("*.yaml"))
+WITH = sorted((ROOT / "configs" / "with").glob("*.yaml"))
 OTHERS = [ROOT / "lit_multiip" / "mini" / "ip_adapter.yaml"]
 
 
@@ -41,7 +42,7 @@ def name(path: Path) -> str:
 
 
 @pytest.mark.parametrize("command", ["fit", "test"])
-@pytest.mark.parametrize("config", [*METHODS, *DATA, *ON, *SCORE, *OTHERS], ids=name)
+@pytest.mark.parametrize("config", [*METHODS, *DATA, *ON, *SCORE, *WITH, *OTHERS], ids=name)
 def test_every_config_parses(config: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     values = parsed(capsys, command, config)
     if config in METHODS:
@@ -52,7 +53,7 @@ def test_every_config_parses(config: Path, command: str, capsys: pytest.CaptureF
         )
 
 
-@pytest.mark.parametrize("overlay", [*DATA, *ON, *SCORE], ids=name)
+@pytest.mark.parametrize("overlay", [*DATA, *ON, *SCORE, *WITH], ids=name)
 @pytest.mark.parametrize("method", [ROOT / "configs" / f"{stem}.yaml" for stem in CHOSEN], ids=name)
 def test_the_order_of_overlays_does_not_matter(method: Path, overlay: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = (parsed(capsys, "fit", *order) for order in permutations([method, overlay]))
@@ -103,10 +104,10 @@ def test_a_method_without_its_config_has_its_own_defaults(capsys: pytest.Capture
     assert "aggregator" not in args
 
 
-@pytest.mark.parametrize("config", [*METHODS, *DATA, *OTHERS], ids=name)
+@pytest.mark.parametrize("config", [*METHODS, *DATA, *ON, *WITH, *OTHERS], ids=name)
 def test_a_config_says_first_what_it_is_for(config: Path) -> None:
     lines = config.read_text().splitlines()
-    assert lines[0].startswith("# ") and len(lines) <= 30
+    assert lines[0].startswith("# ") and len(lines) <= 35
     assert max(map(len, lines)) <= 130
 
 

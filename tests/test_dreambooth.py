@@ -119,7 +119,7 @@ def test_the_snr_as_weight_turns_equation_12_into_the_epsilon_error(tiny_backbon
     generator = torch.Generator().manual_seed(0)
     x, eps = (torch.randn(10, 4, 8, 8, generator=generator, dtype=torch.float64) for _ in range(2))
     t = torch.tensor([1, 5, 50, 100, 200, 400, 600, 800, 950, 999])
-    prompt_embeds = module.encode(["a photo of sks person"]).expand(10, -1, -1)
+    prompt_embeds = module.encode(["a photo of sks person"])["prompt_embeds"].expand(10, -1, -1)
     alpha_bar = module.noise.alphas_cumprod.double()[t][:, None, None, None]
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     x_t = alpha * x + sigma * eps
@@ -145,7 +145,9 @@ def test_the_two_terms_are_of_the_persons_photos_and_of_class_images(
             draws = module.draws(who.person, 7, term, len(moments))
             mean, logvar = moments[draws.which].chunk(2, dim=1)
             x = (mean + (logvar / 2).exp() * draws.latent_noise) * module.scaling_factor
-            expected = module.denoising_loss(x, draws.eps, draws.t, module.encode([prompt, prompt])).mean()
+            expected = module.denoising_loss(
+                x, draws.eps, draws.t, module.encode([prompt, prompt])["prompt_embeds"]
+            ).mean()
             assert float(loss) == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -341,7 +343,7 @@ def test_class_images_are_drawn_once_and_by_the_backbone(
     assert stored["images"].shape == (5, 3, 32, 32) and stored["images"].dtype == torch.uint8
     assert stored["moments"].shape == (5, 8, 8, 8)
     assert [path.name for path in module.class_file().parent.iterdir()] == ["images.safetensors"]
-    embeds = module.encode(["a photo of a person", ""])
+    embeds = module.encode(["a photo of a person", ""])["prompt_embeds"]
     with torch.no_grad():
         plain = module.sampler(embeds[:1], embeds[1:], None, [3], 32)
     assert (plain[0].int() - stored["images"][3].int()).abs().max() <= 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.models.embeddings import ImageProjection
@@ -30,8 +30,12 @@ from lit_multiip.adapter import MultiIPAdapter
 from lit_multiip.aggregators import AvgPool, SelfAttention
 from lit_multiip.backbone import BackboneError, load_component, load_image_encoder, read_ip_adapter, text_kv
 from lit_multiip.cli import main
+from lit_multiip.dreambooth import DreamBooth
+from lit_multiip.evaluation.sampling import Sampling
 from lit_multiip.export import ADAPTER, EMBEDS, export
-from lit_multiip.features import encode_photos, encode_prompts
+from lit_multiip.features import encode_prompts
+from lit_multiip.lora import LORA_FILE
+from lit_multiip.photo_encoder import encode_photos
 
 
 def built(backbone: Path, **options: Any) -> MultiIPAdapter:
@@ -40,26 +44,30 @@ def built(backbone: Path, **options: Any) -> MultiIPAdapter:
     return model.eval()
 
 
+def write_run(folder: Path, model: Any, config: dict[str, Any], seed: int = 1, step: int = 7) -> Path:
+    """A run of a model whose trained weights all differ from where they start."""
+    (folder / "checkpoints").mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.trained_parameters().values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    checkpoint = {"state_dict": model.state_dict(), "global_step": step}
+    model.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
+    trainer = {"accelerator": "cpu", "enable_progress_bar": False, "max_steps": 7}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"trainer": trainer, **config}))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def run(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose weights, of adapter and aggregator, all differ from where they start."""
-    folder = tmp_path_factory.mktemp("runs") / "self_attn" / "version_0"
-    (folder / "checkpoints").mkdir(parents=True)
-    model, generator = built(tiny_backbone), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.trained_parameters().values():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    checkpoint = {"state_dict": model.state_dict(), "global_step": 7}
-    model.on_save_checkpoint(checkpoint)
-    torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
     config = {
         "backbone": str(tiny_backbone),
         "model": {"class_path": "lit_multiip.adapter.MultiIPAdapter"},
         "data": {"person": "Ann_Lee", "references": 9},
-        "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "max_steps": 7},
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    return folder
+    return write_run(tmp_path_factory.mktemp("runs") / "self_attn" / "version_0", built(tiny_backbone), config)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +121,7 @@ def test_plain_diffusers_draws_the_same_image_from_a_persons_file(
     people = encode_photos(*load_image_encoder(str(tiny_backbone)), read_person(photos).photos)
     with torch.no_grad():
         assert torch.allclose(trained.condition(people[None])[0].sort(0)[0], embeds[1].sort(0)[0], atol=1e-5)
-        texts = [encode_prompts(pipe.tokenizer, pipe.text_encoder, [text]) for text in ("a person", "")]
+        texts = [encode_prompts(pipe, [text])["prompt_embeds"] for text in ("a person", "")]
         sampler = trained.sampler
         sampler.sampling.steps, sampler.sampling.guidance_scale = 4, 3.0
         ours = sampler(texts[0], texts[1], embeds[1:], [3], 32)[0].permute(1, 2, 0)
@@ -229,13 +237,84 @@ def test_an_adapter_for_embeddings_of_another_width_is_refused(exported: Path, t
         built(wide, ip_adapter=str(exported / ADAPTER))
 
 
-def test_dreambooth_is_refused(run: Path, tmp_path: Path) -> None:
-    own = Path(shutil.copytree(run, tmp_path / "dreambooth" / "version_0"))
-    config = yaml.safe_load((own / "config.yaml").read_text())
-    config["model"] = {"class_path": "lit_multiip.dreambooth.DreamBooth"}
-    (own / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(ValueError, match="DreamBooth has no IP-Adapter to export"):
-        export(["--run", str(own), "--output", str(tmp_path / "out")])
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_lora_goes_out_beside_the_adapter_and_comes_back_with_it(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """At scale 0 its images are LoRA's alone."""
+    backbone = request.getfixturevalue({"sd": "tiny_backbone", "sdxl": "tiny_sdxl"}[kind])
+    model = built(backbone, lora_rank=2, sampling=Sampling(steps=3, ip_scale=0.0))
+    args = {"lora_rank": 2, "sampling": {"steps": 3, "ip_scale": 0.0}}
+    config = {
+        "backbone": str(backbone),
+        "model": {"class_path": "lit_multiip.adapter.MultiIPAdapter", "init_args": args},
+    }
+    run = write_run(tmp_path / "lora" / "version_0", model, config)
+    export(["--run", str(run), "--output", str(tmp_path / "out")])
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {ADAPTER, LORA_FILE, "README.md"}
+    cls = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}[kind]
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert f"pipe = {cls}.from_pretrained" in text and f'weight_name="{LORA_FILE}"' in text
+    again = built(backbone, lora_rank=2, ip_adapter=str(tmp_path / "out" / ADAPTER))
+    for name, parameter in model.trained_parameters().items():
+        assert torch.equal(again.trained_parameters()[name], parameter), name
+    with pytest.raises(BackboneError, match=r"trained with LoRA of rank 2, and model.lora_rank is None"):
+        built(backbone, ip_adapter=str(tmp_path / "out" / ADAPTER))
+
+
+def test_lora_that_is_left_out_is_noticed(tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {
+        "backbone": str(tiny_backbone),
+        "model": {"class_path": "lit_multiip.adapter.MultiIPAdapter", "init_args": {"lora_rank": 2}},
+    }
+    run = write_run(tmp_path / "lora" / "version_0", built(tiny_backbone, lora_rank=2), config)
+    monkeypatch.setattr(StableDiffusionPipeline, "load_lora_weights", lambda *_, **__: None)
+    with pytest.raises(ValueError, match="plain diffusers draws another image"):
+        export(["--run", str(run), "--output", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize(("tuned", "lora_rank"), [("unet+text", 2), ("unet", None), ("unet+text", None)])
+def test_dreambooth_goes_out_as_diffusers_loads_it(
+    kind: str, tuned: Any, lora_rank: int | None, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    backbone = request.getfixturevalue({"sd": "tiny_backbone", "sdxl": "tiny_sdxl"}[kind])
+    args: dict[str, Any] = {"tuned": tuned, "lora_rank": lora_rank, "identifier": "k"}
+    model = DreamBooth(str(backbone), **args)
+    model.configure_model()
+    model.learnt = ("Ann_Lee", "0")
+    config = {
+        "backbone": str(backbone),
+        "model": {"class_path": "lit_multiip.dreambooth.DreamBooth", "init_args": args},
+    }
+    run = write_run(tmp_path / "dreambooth" / "version_0", model, config)
+    out = tmp_path / "out"
+    export(["--run", str(run), "--output", str(out)])
+    text = (out / "README.md").read_text()
+    assert "Ann_Lee" not in text and "a photo of k person in a red shirt" in text
+    cls = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}[kind]
+    if lora_rank:
+        assert sorted(file.name for file in out.iterdir()) == ["README.md", LORA_FILE]
+        pipe = cls.from_pretrained(backbone)
+        pipe.load_lora_weights(out)
+    else:
+        pipe = cls.from_pretrained(out)
+    model.sampling.steps, model.sampling.guidance_scale = 4, 3.0
+    pipe.scheduler = type(model.sampler.pipe.scheduler).from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    settings: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 32, "width": 32}
+    [theirs] = pipe("a k person", generator=generator, output_type="pt", **settings).images
+    with torch.no_grad():
+        [ours] = model.draw(["a k person"], [3])
+        model.forget()
+        [untuned] = model.draw(["a k person"], [3])
+    assert (ours.int() - (255 * theirs).round().int()).abs().max() <= 1
+    assert (ours.int() - untuned.int()).abs().max() > 1
+    with pytest.raises(ValueError, match="exists: give another --output, or --overwrite"):
+        export(["--run", str(run), "--output", str(out)])
+    with pytest.raises(ValueError, match="of the one person they were tuned on"):
+        export(["--run", str(run), "--output", str(tmp_path / "other"), "--push_to_hub", "org/name"])
 
 
 def test_sd15_trains_the_published_22_3_million_and_the_aggregator() -> None:

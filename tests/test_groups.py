@@ -28,8 +28,11 @@ class FakeFeatures:
     def moments(self, photo) -> torch.Tensor:
         return torch.full((4, 2, 2), float(photo.name.split(".")[0]))
 
-    def text(self, prompt: str) -> torch.Tensor:
-        return torch.tensor([[float(prompt == "")]])
+    def text(self, prompt: str) -> dict[str, torch.Tensor]:
+        return {"prompt_embeds": torch.tensor([[float(prompt == "")]])}
+
+    def time_ids(self, photo) -> dict[str, torch.Tensor]:
+        return {}
 
 
 def groups(*people: Person, **options) -> HeldOutGroups:

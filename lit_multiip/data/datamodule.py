@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lit_multiip.data.face_crop import FaceCrop
 from lit_multiip.data.groups import (
     Balance,
     EpochSampler,
@@ -35,6 +36,7 @@ from lit_multiip.data.people import (
     split_people,
 )
 from lit_multiip.features import Features, content_key
+from lit_multiip.photo_encoder import FaceEncoder
 from lit_multiip.resume import Position
 
 if TYPE_CHECKING:
@@ -76,8 +78,11 @@ def reference_set(person: str, references: Sequence[Photo], features: Features) 
         person: the name.
         reference_set: names the person and the photos' contents, so that a copy of another set is not taken for it.
         reference_moments: posterior means and logvars, (R, 2C, h, w).
+        reference_time_ids: of SDXL, (R, 6).
     """
+    time_ids = [features.time_ids(photo) for photo in references]
     return {
+        **{f"reference_{name}": torch.stack([row[name] for row in time_ids]) for name in time_ids[0]},
         "person": person,
         "reference_set": f"{stable_hash(person, *map(content_key, references)):016x}",
         "reference_moments": torch.stack([features.moments(photo) for photo in references]),
@@ -89,7 +94,8 @@ class TaskDataset(Dataset[dict[str, Any]]):
 
     An item holds ``task`` (), ``repeated`` () bool, ``prompt``, ``prompt_embeds`` and ``negative_prompt_embeds``
     (L, E), ``seed`` (), and ``moments`` (2C, h, w) and ``photo`` (person/name) of the held-out photo, where there is
-    one. Of the references it holds their embeddings, ``references`` (R, D), and those of the next person,
+    one; of SDXL also ``pooled_prompt_embeds`` and ``negative_pooled_prompt_embeds`` (P,), and the held-out photo's
+    ``time_ids`` (6,). Of the references it holds their embeddings, ``references`` (R, D), and those of the next person,
     ``other_references``; or, ``per_person``, a ``reference_set``.
     """
 
@@ -109,8 +115,8 @@ class TaskDataset(Dataset[dict[str, Any]]):
             "task": torch.tensor(index),
             "repeated": torch.tensor(repeated),  # only so that all ranks have equally many
             "prompt": task.prompt,
-            "prompt_embeds": self.features.text(task.prompt),
-            "negative_prompt_embeds": self.features.text(""),
+            **self.features.text(task.prompt),
+            **self.features.negative_text(),
             "seed": torch.tensor(task.seed),
         }
         if self.per_person:
@@ -121,6 +127,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
         if not isinstance(task, Request):
             item["photo"] = f"{task.person}/{task.held_out.name}"
             item["moments"] = self.features.moments(task.held_out)
+            item |= self.features.time_ids(task.held_out)
         return item
 
 
@@ -175,6 +182,8 @@ class MultiPhotoData(L.LightningDataModule):
         predict: what ``predict`` draws.
         person: whom fit learns, where the method learns one person; whom predict draws.
         image_encoder: folder, or hub id and subfolder; None takes the backbone's own. Linked to the model's.
+        face_encoder: a face-recognition network in its place, or beside it. Linked to the model's.
+        crop: cut every photo to a square at its face, for encoders and scores alike; None takes its central square.
     """
 
     def __init__(
@@ -210,13 +219,16 @@ class MultiPhotoData(L.LightningDataModule):
         predict: PredictArgs | None = None,
         person: str | None = None,
         image_encoder: str | None = None,
+        face_encoder: FaceEncoder | None = None,
+        crop: FaceCrop | None = None,
     ) -> None:
         super().__init__()
         if min(batch_size, eval_batch_size, encode_batch_size, references, held_out, seeds, validation_held_out) < 1:
             raise DataError("batch sizes, references, held_out and seeds must be at least 1")
         if min(drop) < 0 or sum(drop) > 1:
             raise DataError(f"data.drop={drop} are no probabilities: give three of at least 0 that add to at most 1")
-        self.backbone, self.image_encoder, self.source = backbone, image_encoder, source or MiniFaces()
+        self.backbone, self.source = backbone, source or MiniFaces()
+        self.image_encoder, self.face_encoder, self.crop = image_encoder, face_encoder, crop
         self.image_side, self.references = image_side, references
         self.min_photos, self.max_people, self.training_people = min_photos, max_people, training_people
         self.balance, self.target, self.drop = balance, target, drop
@@ -240,8 +252,12 @@ class MultiPhotoData(L.LightningDataModule):
         self.position: dict[str, Any] | None = None  # of the checkpoint that fit goes on from
 
     def prepare_data(self) -> None:
-        """Fetch or extract the source once, on one process."""
-        self.source.people()
+        """Fetch or extract the source once, on one process, and find the faces where photos are cut at them."""
+        people = self.source.people()
+        if self.crop is not None:
+            chosen = select_people(people, self.min_photos, self.max_people, self.seed)
+            readable = check_photos(chosen, self.on_unreadable)
+            self.crop.find([photo for person in readable for photo in person.photos], self.cache_dir)
 
     def setup(self, stage: str) -> None:
         """Choose and split the people, then encode what this stage will need."""
@@ -283,7 +299,7 @@ class MultiPhotoData(L.LightningDataModule):
 
     def read_references(self, folder: str) -> tuple[Person, tuple[Photo, ...]]:
         """Read a folder with photos of one person, any number, and draw ``references`` of them."""
-        [person] = check_photos([read_person(folder)], self.on_unreadable, progress=False)
+        [person] = self._cut(check_photos([read_person(folder)], self.on_unreadable, progress=False))
         return person, self._draw_references(_distinct(person))
 
     def _find(self, name: str | None) -> Person:
@@ -304,10 +320,13 @@ class MultiPhotoData(L.LightningDataModule):
 
         return make_tasks([person], self.references, self.held_out, 1, self.seed)[0]
 
+    def _cut(self, people: list[Person]) -> list[Person]:
+        return people if self.crop is None else self.crop(people, self.cache_dir)
+
     def _split(self) -> Split:
         people = select_people(self.source.people(), self.min_photos, self.max_people, self.seed)
         people = check_photos(people, self.on_unreadable)
-        people = select_people([_distinct(person) for person in people], self.min_photos, None, self.seed)
+        people = self._cut(select_people([_distinct(person) for person in people], self.min_photos, None, self.seed))
         split = split_people(people, self.seed, self.test_fraction, self.validation_fraction, **self.names)
         if self.training_people is not None:
             split = replace(split, train=select_people(split.train, 2, self.training_people, self.seed))
@@ -338,7 +357,13 @@ class MultiPhotoData(L.LightningDataModule):
         device = strategy.root_device if strategy else "cpu"
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         self.features = Features(
-            self.backbone, self.cache_dir, self.image_side, device, self.encode_batch_size, self.image_encoder
+            self.backbone,
+            self.cache_dir,
+            self.image_side,
+            device,
+            self.encode_batch_size,
+            self.image_encoder,
+            self.face_encoder,
         )
         self.features.build(photos, targets, prompts, rank, world)
         if strategy:

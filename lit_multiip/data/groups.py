@@ -109,7 +109,8 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
             photo: the target, as ``person/name``.
             references: image embeddings, (R, D).
             moments: posterior mean and logvar of the target, (2C, h, w).
-            prompt_embeds: text states of the target's prompt, or of "" where text is dropped, (L, E).
+            prompt_embeds: text states of the target's prompt, or of "" where text is dropped, (L, E); of SDXL also its
+                pooled_prompt_embeds (P,), and the target's time_ids (6,).
             drop_image: whether the image condition is dropped, () bool.
             time: t / T in [0, 1), () float64.
             latent_noise, eps: standard normal, (C, h, w); the posterior's and the diffusion's.
@@ -127,7 +128,8 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
             "photo": f"{target.person}/{target.name}",
             "references": self.features.embeds(references),
             "moments": moments,
-            "prompt_embeds": self.features.text("" if drop_text else target.prompt),
+            **self.features.text("" if drop_text else target.prompt),
+            **self.features.time_ids(target),
             "drop_image": torch.tensor(drop_image),
             "time": torch.tensor(rng.random(), dtype=torch.float64),
             "latent_noise": torch.randn(shape, generator=generator),

@@ -64,6 +64,10 @@ class Photo(ABC):
     def content_key(self) -> str:
         """Return the SHA-256 (hex) of what defines the pixels."""
 
+    def original(self) -> Photo:
+        """Return the photo that this one was cut from, or itself."""
+        return self
+
 
 @dataclass(frozen=True)
 class FilePhoto(Photo):

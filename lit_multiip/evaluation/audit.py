@@ -64,7 +64,7 @@ def training_record(people: Sequence[Person], earlier: Mapping[str, Tensor] | No
 
     found = {
         "people": {_name_digest(person.name) for person in people},
-        "photos": {bytes.fromhex(content_key(photo)) for person in people for photo in person.photos},
+        "photos": {bytes.fromhex(content_key(photo.original())) for person in people for photo in person.photos},
     }
     return {key: _to_tensor(digests | _digests(earlier, key)) for key, digests in found.items()}
 
@@ -124,7 +124,7 @@ def audit_tasks(tasks: Sequence[Task], status: str, record: Mapping[str, Tensor]
     """
     shown = list(dict.fromkeys(photo for task in tasks for photo in (task.held_out, *task.references)))
     pairs = _pairs(tasks)
-    keys = {photo: photo.content_key() for photo in shown}
+    keys = {photo: photo.original().content_key() for photo in shown}
     # before photos are read: this is told at once
     training = _check_training(tasks, keys, status, record)
     looks = {photo: look(photo.image()) for photo in tqdm(shown, "comparing photos", unit="photo", delay=3)}
@@ -171,7 +171,8 @@ def _check_training(
         facts |= {"people": len(people), "photos": len(photos), "people_seen": 0, "photos_seen": 0}
     if status in NO_TEST:
         return {"status": status, **facts, "drawn_people_of_other_roles": None}
-    drawn = {photo.person: photo.index for photo in keys if isinstance(photo, DrawnPhoto)}
+    whole = [photo.original() for photo in keys]
+    drawn = {photo.person: photo.index for photo in whole if isinstance(photo, DrawnPhoto)}
     if wrong := [name for name, index in drawn.items() if index not in mini_faces.ROLES["test"]]:
         raise LeakError(
             f"{len(wrong)} drawn test people, such as '{wrong[0]}', are of a range that the miniature or a fit is "

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
@@ -166,7 +166,9 @@ class ScoreTest(L.Callback):
         module: Any = pl_module
         for extractor in self.extractors:
             facts = module.describe()
-            _refuse_if_it_conditions(extractor, str(facts["backbone"]), facts.get("image_encoder"))
+            _refuse_if_it_conditions(
+                extractor, str(facts["backbone"]), facts.get("image_encoder"), facts.get("face_encoder")
+            )
         self._output = self._output_folder(trainer)
         self._folder = self._output / UNFINISHED
         try:
@@ -402,10 +404,24 @@ def _write_photos(
     return names
 
 
-def _refuse_if_it_conditions(extractor: Extractor, backbone: str, image_encoder: str | None = None) -> None:
+def _refuse_if_it_conditions(
+    extractor: Extractor,
+    backbone: str,
+    image_encoder: str | None = None,
+    face_encoder: Mapping[str, Any] | None = None,
+) -> None:
     from lit_multiip.backbone import find_image_encoder, resolve_backbone
+    from lit_multiip.photo_encoder import FaceEncoder, uses_clip
 
     if extractor.source is None:
+        return
+    face = None if face_encoder is None else FaceEncoder(**face_encoder)
+    if face is not None and (extractor.source == face.path or extractor.sha256 == face.sha256()):
+        raise ValueError(
+            f"extractor {extractor.name!r} is the face network that conditions ({face.path}), and would score its own "
+            "work: take another extractor"
+        )
+    if not uses_clip(face):
         return
     encoder, weights = find_image_encoder(backbone, image_encoder)
     source = os.path.realpath(extractor.source)

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from lit_multiip.evaluation.extractors import Extraction, Extractor
+from lit_multiip.photo_encoder import YUNET
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 Landmarks = npt.NDArray[np.float32]  # (5, 2), x and y in px: eyes, nose, corners of the mouth
@@ -32,7 +33,6 @@ TEMPLATE: Landmarks = np.array(
 )
 TEMPLATE_SIDE = 112  # px
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-YUNET = "opencv/face_detection_yunet/face_detection_yunet_2023mar.onnx"
 SFACE = "opencv/face_recognition_sface/face_recognition_sface_2021dec.onnx"
 
 
@@ -57,22 +57,25 @@ class FaceDetector:
         create = cv2.FaceDetectorYN.create
         self._cv2, self._network = cv2, _opencv(create, weights_file(path), "", (side, side), min_score)
 
-    def largest(self, pixels: Pixels) -> npt.NDArray[np.float32] | None:
-        """OpenCV's row of the face with the largest box, (15,), or None where no face is found.
+    def faces(self, pixels: Pixels) -> npt.NDArray[np.float32]:
+        """OpenCV's rows of all faces, (F, 15), that with the largest box first.
 
-        It holds, in px of the image, x, y, width, height and the five `Landmarks`, and its score.
+        A row holds, in px of the image, x, y, width, height and the five `Landmarks`, and its score.
         """
         height, width = pixels.shape[:2]
         scale = self.side / max(height, width)
         seen = pixels if scale == 1 else _resized(pixels, (round(width * scale), round(height * scale)))
         self._network.setInputSize((seen.shape[1], seen.shape[0]))
         _, rows = self._network.detect(_bgr(seen))  # (F, 15), or None
-        if rows is None or not len(rows):
-            return None
-        row = np.array(max(rows, key=lambda row: row[2] * row[3]), dtype=np.float32)
-        row[:14:2] *= width / seen.shape[1]
-        row[1:14:2] *= height / seen.shape[0]
-        return row
+        found = np.array([] if rows is None else rows, dtype=np.float32).reshape(-1, 15)
+        found[:, :14:2] *= width / seen.shape[1]
+        found[:, 1:14:2] *= height / seen.shape[0]
+        return found[np.argsort(-found[:, 2] * found[:, 3], kind="stable")]
+
+    def largest(self, pixels: Pixels) -> npt.NDArray[np.float32] | None:
+        """Row of the face with the largest box, (15,), or None where no face is found."""
+        found = self.faces(pixels)
+        return found[0] if len(found) else None
 
     def landmarks(self, pixels: Pixels) -> Landmarks | None:
         """Five landmarks of the largest face, or None where no face is found."""
@@ -153,6 +156,11 @@ class FaceRecognition(Extractor):
         self.mean, self.std = np.asarray(mean, dtype=np.float32), np.asarray(std, dtype=np.float32)
         self.name, self.source, self.sha256 = name or _key(file), path, _sha256(file)
         self.freeze()
+
+    @property
+    def width(self) -> int:
+        """Width of the embeddings, E."""
+        return self._width
 
     def compute(self, images: Tensor) -> Extraction:
         """See `Extractor.compute`."""

@@ -33,6 +33,7 @@ from lit_multiip.evaluation import report
 from lit_multiip.evaluation.intervals import FloatArray, Score, person_bootstrap
 from lit_multiip.evaluation.pictures import Bars, photos_with_bars, to_picture
 from lit_multiip.evaluation.tasks import Task
+from lit_multiip.method import text_time
 
 # What is measured of a photo -> how it is called.
 MEASURES = {
@@ -60,7 +61,7 @@ def restoration_losses(model: Any, item: Mapping[str, Tensor], conditions: Tenso
 
     Args:
         model: Has `denoising_loss`, `noise` and `scaling_factor`, as `MultiIPAdapter`.
-        item: Of `TaskDataset`: moments (2C, h, w), prompt_embeds (L, E) and seed ().
+        item: Of `TaskDataset`: moments (2C, h, w), prompt_embeds (L, E), seed (), and what SDXL takes.
         conditions: Aggregated embeddings, (K, M, D).
         batch_size: Conditions a pass of the UNet.
 
@@ -78,7 +79,9 @@ def restoration_losses(model: Any, item: Mapping[str, Tensor], conditions: Tenso
             k = len(part)
             t = torch.full((k,), int(time * steps), device=x.device)
             text = item["prompt_embeds"].expand(k, -1, -1)  # (k, L, E)
-            parts.append(model.denoising_loss(x.expand(k, -1, -1, -1), eps.expand(k, -1, -1, -1), t, text, part))
+            more = {name: value.expand(k, -1) for name, value in text_time(item).items()}
+            at = (x.expand(k, -1, -1, -1), eps.expand(k, -1, -1, -1), t)
+            parts.append(model.denoising_loss(*at, text, part, **more))
         losses += torch.cat(parts) / len(VALIDATION_TIMES)
     return losses
 

@@ -11,10 +11,9 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from lit_multiip.backbone import load_component, resolve_backbone, set_ip_scale
+from lit_multiip.backbone import load_component, load_pipeline, set_ip_scale
 from lit_multiip.features import to_pixels, to_signal
 
 
@@ -63,18 +62,8 @@ class Sampler:
         self.sampling, self.unet = sampling, unet
         scheduler = load_component(backbone, "scheduler")
         cls = getattr(importlib.import_module("diffusers"), sampling.scheduler)
-        self.pipe = DiffusionPipeline.from_pretrained(
-            resolve_backbone(backbone),
-            unet=unet,
-            vae=load_component(backbone, "vae"),
-            scheduler=cls.from_config(scheduler.config),
-            text_encoder=None,
-            tokenizer=None,
-            image_encoder=None,
-            feature_extractor=None,
-            safety_checker=None,
-            requires_safety_checker=False,
-        )
+        vae = load_component(backbone, "vae")
+        self.pipe = load_pipeline(backbone, unet=unet, vae=vae, scheduler=cls.from_config(scheduler.config))
         # The pipeline repeats the embeddings as often as the batch has images, as if all showed one person; attention
         # would then mix them across the batch. Ours are one set an image, and taken as they are.
         self.pipe.prepare_ip_adapter_image_embeds = lambda image, embeds, *_: embeds
@@ -89,22 +78,29 @@ class Sampler:
         seeds: list[int],
         side: int,
         ip_scale: float | None = None,
+        **pooled: Any,
     ) -> Tensor:
         """Draw a batch; the seed of an image decides its noise, its place in the batch does not.
 
         Args:
             prompt_embeds: text states, (B, L, E).
-            negative_prompt_embeds: text states of "", (B, L, E).
+            negative_prompt_embeds: text states of "", (B, L, E); not used where the pipeline takes zeros for these, as
+                SDXL's.
             image_embeds: aggregated image embeddings, (B, M, D); the negative ones are zeros. None for a UNet without
                 IP-Adapter.
             seeds: one an image.
             side: of the image in px.
             ip_scale: overrides ``sampling.ip_scale``.
+            pooled: of SDXL, ``pooled_prompt_embeds`` and ``negative_pooled_prompt_embeds``, (B, P). Its time ids are
+                the pipeline's own, of a whole picture of this side.
 
         Returns:
             RGB, (B, 3, side, side) uint8.
         """
         guided = self.sampling.guidance_scale > 1
+        texts = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds, **pooled}
+        if not guided or getattr(self.pipe.config, "force_zeros_for_empty_prompt", False):
+            texts = {name: value for name, value in texts.items() if not name.startswith("negative")}
         self.pipe.vae.to(prompt_embeds.device)
         with self._image_attention(self.sampling.ip_scale if ip_scale is None else ip_scale, image_embeds):
             images = self.pipe(
@@ -112,8 +108,7 @@ class Sampler:
                 width=side,
                 num_inference_steps=self.sampling.steps,
                 guidance_scale=self.sampling.guidance_scale,
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds if guided else None,
+                **texts,
                 ip_adapter_image_embeds=_with_negatives(image_embeds, guided),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type="pt",

@@ -31,18 +31,6 @@ def images_of(n, side=4, seed=0):
     return torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """Random weights in the layout of torch-fidelity's file."""
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
-        torch.manual_seed(0)
-        patch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda *_, **__: None)
-        torch.save(fidelity.FeatureExtractorInceptionV3("random", ["2048"]).state_dict(), path)
-    return str(path)
-
-
 def test_an_extractor_never_trains_and_passes_no_gradients():
     extractor = Tiny()
     nn.ModuleList([extractor]).train()
@@ -80,17 +68,17 @@ def test_images_of_another_type_or_shape_are_refused(images):
         Tiny()(images)
 
 
-def test_fid_of_inception_features_equals_torchmetrics_on_the_same_images(weights):
-    extractor = Inception(weights, feature=64)
+def test_fid_of_inception_features_equals_torchmetrics_on_the_same_images(inception_weights):
+    extractor = Inception(inception_weights, feature=64)
     real, fake = images_of(6, 32), images_of(5, 32, seed=1) // 2
-    metric = FrechetInceptionDistance(feature=64, feature_extractor_weights_path=weights)
+    metric = FrechetInceptionDistance(feature=64, feature_extractor_weights_path=inception_weights)
     metric.update(real, real=True)
     metric.update(fake, real=False)
     assert fid(extractor(real), extractor(fake)) == pytest.approx(float(metric.compute()), rel=1e-4)
 
 
-def test_inception_logits_are_those_without_the_bias_of_its_2048_features(weights):
-    extractor = Inception(weights)
+def test_inception_logits_are_those_without_the_bias_of_its_2048_features(inception_weights):
+    extractor = Inception(inception_weights)
     extraction = extractor.extract(images_of(2, 32))
     assert (extractor.name, extractor.num_features, extractor.num_classes) == ("inception-2048", 2048, 1008)
     assert extraction.features.shape == (2, 2048)
@@ -100,8 +88,11 @@ def test_inception_logits_are_those_without_the_bias_of_its_2048_features(weight
         extractor.embed(images_of(1, 32))
 
 
-def test_resizing_as_tensorflow_does_gives_other_features_under_another_name(weights):
-    torchmetrics_like, tensorflow_like = Inception(weights, 64), Inception(weights, 64, antialias=False)
+def test_resizing_as_tensorflow_does_gives_other_features_under_another_name(inception_weights):
+    torchmetrics_like, tensorflow_like = (
+        Inception(inception_weights, 64),
+        Inception(inception_weights, 64, antialias=False),
+    )
     images = images_of(2, 400)
     assert (torchmetrics_like(images) - tensorflow_like(images)).abs().max() > 1e-3
     assert tensorflow_like.name == "inception-64-tf1"

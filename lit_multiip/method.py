@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar, Literal
 
+import diffusers
 import lightning as L
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
-from diffusers.optimization import get_scheduler
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
@@ -115,7 +114,7 @@ class Method(L.LightningModule):
         assert self.unet is not None
         if self.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        self.noise = DDPMScheduler.from_config(load_component(self.backbone, "scheduler").config)
+        self.noise = diffusers.DDPMScheduler.from_config(load_component(self.backbone, "scheduler").config)
         self.vae_scale, self.scaling_factor = load_vae_facts(self.backbone)
 
     @property
@@ -129,6 +128,8 @@ class Method(L.LightningModule):
 
     def optimizer_and_schedule(self, steps: int) -> tuple[torch.optim.Optimizer, Any]:
         """AdamW (or what the config says) over what is trained, and its schedule over ``steps``."""
+        from diffusers.optimization import get_scheduler
+
         optimizer = self.make_optimizer(list(self.trained_parameters().values()))
         schedule = get_scheduler(
             self.lr_schedule, optimizer, num_warmup_steps=self.lr_warmup_steps, num_training_steps=steps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from lit_multiip.backbone import load_component, resolve_backbone, set_ip_scale
@@ -62,8 +60,8 @@ class Sampler:
     def __init__(self, backbone: str, unet: nn.Module, sampling: Sampling) -> None:
         self.sampling, self.unet = sampling, unet
         scheduler = load_component(backbone, "scheduler")
-        cls = getattr(importlib.import_module("diffusers"), sampling.scheduler)
-        self.pipe = DiffusionPipeline.from_pretrained(
+        cls = getattr(diffusers, sampling.scheduler)
+        self.pipe = diffusers.DiffusionPipeline.from_pretrained(
             resolve_backbone(backbone),
             unet=unet,
             vae=load_component(backbone, "vae"),

@@ -284,6 +284,19 @@ def load_native_side(backbone: str) -> int:
     return int(unet["sample_size"]) * load_vae_facts(backbone)[0]
 
 
+def load_feature_shapes(backbone: str, image_side: int, image_encoder: str | None = None) -> dict[str, tuple[int, ...]]:
+    """Shapes of what the encoders make of one photo or prompt, by their configurations: embeds, latent and text."""
+    vae: Any = _read_config(diffusers.AutoencoderKL, backbone, "vae")
+    unet: Any = _read_config(diffusers.UNet2DConditionModel, backbone, "unet")
+    text = transformers.CLIPTextConfig.from_pretrained(resolve_backbone(backbone), subfolder="text_encoder")
+    side = image_side // load_vae_facts(backbone)[0]
+    return {
+        "embeds": (load_embed_dim(backbone, image_encoder),),
+        "latent": (2 * int(vae["latent_channels"]), side, side),
+        "text": (int(text.max_position_embeddings), int(unet["cross_attention_dim"])),
+    }
+
+
 def _read_config(cls: Any, backbone: str, name: str) -> Any:
     try:
         return cls.load_config(resolve_backbone(backbone), subfolder=name)

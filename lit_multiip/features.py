@@ -27,6 +27,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,27 +87,29 @@ def load_embedder(backbone: str, image_encoder: str | None, device: torch.device
     processor, encoder = load_image_encoder(backbone, image_encoder)
     encoder.to(device)
 
-    def read(images: Sequence[Image.Image]) -> Tensor:
-        return processor(list(images), return_tensors="pt").pixel_values
-
     def encode(pixels: Tensor) -> Tensor:
         return encoder(pixel_values=pixels.to(device)).image_embeds.float()
 
-    return Encoder(read, encode)
+    return Encoder(partial(_read_embeds, processor), encode)
+
+
+def _read_embeds(processor: Any, images: Sequence[Image.Image]) -> Tensor:
+    return processor(list(images), return_tensors="pt").pixel_values
 
 
 def load_latent_encoder(backbone: str, side: int, device: torch.device | str) -> Encoder:
     """Posterior mean and logvar of the VAE: pictures => (B, 3, side, side) uint8 => (B, 2C, h, w) float16."""
     vae = load_component(backbone, "vae").to(device)
 
-    def read(images: Sequence[Image.Image]) -> Tensor:
-        return to_tensor(square(image, side) for image in images)
-
     def encode(pixels: Tensor) -> Tensor:
         posterior = vae.encode(to_signal(pixels.to(device))).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1).half()
 
-    return Encoder(read, encode)
+    return Encoder(partial(_read_latent, side), encode)
+
+
+def _read_latent(side: int, images: Sequence[Image.Image]) -> Tensor:
+    return to_tensor(square(image, side) for image in images)
 
 
 def encode_photos(processor: Any, encoder: Any, photos: Sequence[Photo]) -> Tensor:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning as L
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lit_multiip.data.groups import (
@@ -212,7 +211,7 @@ class MultiPhotoData(L.LightningDataModule):
         person: str | None = None,
         image_encoder: str | None = None,
         online: bool = False,
-        augment: Callable[[Image.Image], Image.Image] | None = None,
+        augment: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__()
         if augment is not None and not online:

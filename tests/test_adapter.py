@@ -11,6 +11,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from tiny import make_tiny_backbone
 from torch import Tensor
 from torch.utils.data import default_collate
+from torch.utils.flop_counter import FlopCounterMode
 
 from lit_multiip.adapter import MultiIPAdapter
 from lit_multiip.aggregators import AvgPool, Concat, SelfAttention
@@ -18,7 +19,7 @@ from lit_multiip.backbone import load_component
 from lit_multiip.data.datamodule import MultiPhotoData
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.evaluation.sampling import Sampling
-from lit_multiip.method import CheckpointError, NonFiniteLoss
+from lit_multiip.method import LOOK_EVERY, CheckpointError, NonFiniteLoss
 
 Batch = dict[str, Tensor]
 
@@ -163,6 +164,45 @@ def test_training_changes_what_is_trained_and_no_bit_of_what_is_frozen(
     assert all(torch.equal(after[name], values) for name, values in again.state_dict().items())
 
 
+def test_a_step_never_waits_for_the_device_and_does_the_unets_arithmetic_alone(
+    tiny_backbone: Path, batch: Batch
+) -> None:
+    """A meta tensor has no values: whatever asked for one would raise. SD1.5 is counted in tests/benchmarks."""
+    module = built(tiny_backbone).to("meta")
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]
+    batch = {name: values.to("meta") for name, values in batch.items()}
+    with FlopCounterMode(display=False) as step:
+        module.training_step(batch, 0).backward()
+    frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
+    assert frozen and all(module.get_parameter(name).grad is None for name in frozen)
+    assert all(p.grad is not None for p in module.trained_parameters().values())
+    embeds = module.condition(batch["references"]).detach().requires_grad_()
+    t = torch.zeros(len(embeds), dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as floor:
+        conditions = {"image_embeds": [embeds]}
+        module.unet(batch["eps"], t, batch["prompt_embeds"], added_cond_kwargs=conditions).sample.sum().backward()
+    assert step.get_total_flops() < 1.01 * floor.get_total_flops()
+    with FlopCounterMode(display=False) as whole:
+        module.unet.requires_grad_(True)
+        module.unet(batch["eps"], t, batch["prompt_embeds"], added_cond_kwargs=conditions).sample.sum().backward()
+    assert whole.get_total_flops() > 1.2 * floor.get_total_flops()
+
+
+@pytest.mark.parametrize("option", ["channels_last", "gradient_checkpointing"])
+def test_what_changes_the_speed_changes_no_loss_and_no_gradient(tiny_backbone: Path, batch: Batch, option: str) -> None:
+    results = []
+    for options in ({}, {option: True}):
+        module = built(tiny_backbone, **options).train()
+        module.log = lambda *_, **__: None  # type: ignore[method-assign]
+        loss = module.training_step(batch, 0)
+        loss.backward()
+        results.append((loss.item(), {name: p.grad for name, p in module.trained_parameters().items()}))
+    (plain, expected), (changed, gradients) = results
+    assert changed == pytest.approx(plain, rel=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6)
+
+
 def test_the_aggregator_alone_can_be_trained(tiny_backbone: Path) -> None:
     module = built(tiny_backbone, trained="aggregator")
     assert set(module.trained_parameters()) == {f"aggregator.to_{name}.weight" for name in "qkv"}
@@ -174,7 +214,12 @@ def test_a_loss_of_nan_stops(tiny_backbone: Path, batch: Batch, tasks: Batch) ->
     module = built(tiny_backbone)
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
     torch.nn.init.constant_(module.aggregator.to_v.weight, float("nan"))
+    module.training_step(batch, 0)
     with pytest.raises(NonFiniteLoss, match="loss is nan at step 0: lower the learning rate"):
+        saved(module)
+    for _ in range(LOOK_EVERY - 1):
+        module.training_step(batch, 0)
+    with pytest.raises(NonFiniteLoss, match="loss is nan at step 0"):
         module.training_step(batch, 0)
     with torch.no_grad(), pytest.raises(NonFiniteLoss, match="validation loss is nan"):
         module.validation_step(tasks, 0)

@@ -26,19 +26,20 @@ from contextlib import contextmanager
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.loaders import IPAdapterMixin
-from diffusers.models import AutoencoderKL, UNet2DConditionModel
-from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+import transformers
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+if TYPE_CHECKING:  # diffusers and transformers load a class when it is first used: a command line is parsed without any
+    from diffusers.models import UNet2DConditionModel
+    from diffusers.models.embeddings import ImageProjection
 
 RECORD = "lit_multiip"  # key of a safetensors file's metadata
 TOKENS = 4  # image tokens per embedding; diffusers' loader knows no other number for this layout
@@ -67,14 +68,16 @@ class BackboneError(ValueError):
     """A backbone or adapter that cannot be used; the message names it and the remedy."""
 
 
-class _Host(IPAdapterMixin):
+def _host(unet: UNet2DConditionModel) -> Any:
     """The least that diffusers' public adapter methods work on: a thing with a ``unet``.
 
     A whole pipeline would do the same and warn about the components it was not given.
     """
+    from diffusers.loaders import IPAdapterMixin
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        self.unet = unet
+    host: Any = IPAdapterMixin()
+    host.unet = unet
+    return host
 
 
 # ---- components -------------------------------------------------------------------------------------------------
@@ -133,7 +136,8 @@ def load_component(backbone: str, name: str, dtype: torch.dtype = torch.float32)
     if not (Path(backbone, name).is_dir() if local else class_name or name == "image_encoder"):
         if name == "feature_extractor":
             side = load_image_side(backbone)
-            return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+            size = {"shortest_edge": side}
+            return transformers.CLIPImageProcessor(size=size, crop_size={"height": side, "width": side})
         raise BackboneError(_lacks(backbone, name))
     if class_name is None:
         library, class_name = _UNLISTED.get(name, (None, None))
@@ -158,7 +162,7 @@ def load_component(backbone: str, name: str, dtype: torch.dtype = torch.float32)
 
 def _read_index(backbone: str) -> dict[str, Any]:
     try:
-        index: Any = DiffusionPipeline.load_config(backbone)
+        index: Any = diffusers.DiffusionPipeline.load_config(backbone)
     except (OSError, ValueError) as error:
         if not Path(backbone).is_dir():
             raise BackboneError(_not_fetched(backbone, "model_index.json", "--backbone", error)) from error
@@ -229,7 +233,7 @@ def load_image_encoder(
     root, subfolder = _image_encoder_place(backbone, image_encoder)
     side = load_image_side(backbone, image_encoder)
     try:
-        encoder: Any = CLIPVisionModelWithProjection.from_pretrained(
+        encoder: Any = transformers.CLIPVisionModelWithProjection.from_pretrained(
             root, subfolder=subfolder, dtype=dtype, use_safetensors=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -240,7 +244,7 @@ def load_image_encoder(
             f"image encoder '{image_encoder}' cannot be read ({_first_line(error)}): "
             "it needs config.json and whole safetensors weights of a CLIPVisionModelWithProjection"
         ) from error
-    processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     return processor, encoder.requires_grad_(False).eval()
 
 
@@ -282,10 +286,10 @@ def _image_encoder_place(backbone: str, image_encoder: str | None) -> tuple[str,
 def _image_encoder_config(backbone: str, image_encoder: str | None) -> Any:
     root, subfolder = _image_encoder_place(backbone, image_encoder)
     try:
-        values, _ = CLIPVisionConfig.get_config_dict(root, subfolder=subfolder)
+        values, _ = transformers.CLIPVisionConfig.get_config_dict(root, subfolder=subfolder)
         if "model_type" not in values:  # where there is no file, transformers has its defaults to offer
             raise OSError("there is no such file")
-        return CLIPVisionConfig.from_pretrained(root, subfolder=subfolder)
+        return transformers.CLIPVisionConfig.from_pretrained(root, subfolder=subfolder)
     except (OSError, ValueError) as error:
         if not Path(root).is_dir():
             wanted = f"{subfolder}/config.json".lstrip("/")
@@ -315,7 +319,7 @@ def _hub_place(name: str) -> tuple[str, str] | None:
 
 def load_vae_facts(backbone: str) -> tuple[int, float]:
     """How many pixels a latent spans, and the factor that gives latents unit variance."""
-    config: Any = _read_config(AutoencoderKL, backbone, "vae")
+    config: Any = _read_config(diffusers.AutoencoderKL, backbone, "vae")
     return 2 ** (len(config["block_out_channels"]) - 1), float(config.get("scaling_factor", 0.18215))
 
 
@@ -327,8 +331,24 @@ def takes_text_time(backbone: str) -> bool:
 
 def load_native_side(backbone: str) -> int:
     """Side in pixels of the images that the UNet and the VAE were made for."""
-    unet: Any = _read_config(UNet2DConditionModel, backbone, "unet")
+    unet: Any = _read_config(diffusers.UNet2DConditionModel, backbone, "unet")
     return int(unet["sample_size"]) * load_vae_facts(backbone)[0]
+
+
+def load_feature_shapes(backbone: str, image_side: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of what the VAE and the text encoders make of one photo or prompt, by their configurations."""
+    vae: Any = _read_config(diffusers.AutoencoderKL, backbone, "vae")
+    unet: Any = _read_config(diffusers.UNet2DConditionModel, backbone, "unet")
+    folder, side = resolve_backbone(backbone), image_side // load_vae_facts(backbone)[0]
+    text = transformers.CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder")
+    shapes: dict[str, tuple[int, ...]] = {
+        "latent": (2 * int(vae["latent_channels"]), side, side),
+        "text": (int(text.max_position_embeddings), int(unet["cross_attention_dim"])),
+    }
+    if takes_text_time(backbone):
+        second = transformers.CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder_2")
+        shapes |= {"pooled": (int(second.projection_dim or 0),), "frame": (4,)}
+    return shapes
 
 
 def _read_config(cls: Any, backbone: str, name: str) -> Any:
@@ -457,6 +477,8 @@ def ip_adapter_from_text(unet: UNet2DConditionModel, embed_dim: int, *, seed: in
     Returns:
         ``{"image_proj": {...}, "ip_adapter": {...}}`` in float32 on the CPU, ready for ``install_ip_adapter``.
     """
+    from diffusers.models.embeddings import ImageProjection
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         projection = ImageProjection(
@@ -577,7 +599,7 @@ def install_ip_adapter(unet: UNet2DConditionModel, state: Mapping[str, Any], emb
     own = _nested(_flat(state))
     weights: dict[str, Any] = {section: dict(tensors) for section, tensors in own.items()}
     with _quiet_cast():
-        _Host(unet).load_ip_adapter(weights, subfolder="", weight_name="", image_encoder_folder=None)
+        _host(unet).load_ip_adapter(weights, subfolder="", weight_name="", image_encoder_folder=None)
     unet.requires_grad_(False)
     for key, parameter in ip_adapter_parameters(unet).items():
         section, _, name = key.partition(".")
@@ -610,7 +632,7 @@ def set_ip_scale(unet: UNet2DConditionModel, scale: float) -> None:
     if not math.isfinite(scale):
         raise ValueError(f"ip_scale must be finite, got {scale}: 0 ignores the photos, 1 is the published weight")
     _require_installed(unet)
-    _Host(unet).set_ip_adapter_scale(float(scale))
+    _host(unet).set_ip_adapter_scale(float(scale))
 
 
 @contextmanager
@@ -650,6 +672,8 @@ def _projection_parameters(projection: ImageProjection) -> dict[str, nn.Paramete
 
 
 def _require_installed(unet: UNet2DConditionModel) -> None:
+    from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+
     layers = getattr(unet, "encoder_hid_proj", None)
     if not isinstance(layers, MultiIPAdapterImageProjection) or not isinstance(
         layers.image_projection_layers[0], ImageProjection

@@ -317,7 +317,7 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
         def before_instantiate_classes(self) -> None:
             config = self.config[self.config.subcommand] if execute else self.config
             if config.trainer.enable_progress_bar is not False:
-                self.trainer_defaults["callbacks"].append(TQDMProgressBar())
+                self.trainer_defaults["callbacks"].append(TQDMProgressBar(refresh_rate=10))  # it reads the loss
             if self.config.get("subcommand") == "test":
                 config.verbose = False  # ScoreTest prints a better table
             path = config.get("ckpt_path")

@@ -3,7 +3,8 @@
 On disk, ``<cache>/<kind>-<fingerprint>/`` holds shards: ``<name>.npy`` is one array, a row per key, and ``<name>.json``
 its list of keys. The fingerprint covers the encoder's weights and the preprocessing, a key the content of a photo or
 the text of a prompt, so that a stale row cannot be found by mistake. A shard appears by one rename of a finished file,
-is never changed, and is read memory-mapped without pickle: several processes may build and read at once.
+is never changed, and is read memory-mapped without pickle: several processes may build and read at once. In memory
+is an index of 24 bytes a row.
 
 | kind   | key                    | row                                                       |
 |--------|------------------------|-----------------------------------------------------------|
@@ -20,9 +21,15 @@ import gc
 import hashlib
 import json
 import logging
+import math
+import shutil
+import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +43,7 @@ from tqdm.auto import tqdm
 from lit_multiip.backbone import (
     fingerprint,
     load_component,
+    load_feature_shapes,
     load_native_side,
     load_text_pipeline,
     takes_text_time,
@@ -43,9 +51,16 @@ from lit_multiip.backbone import (
 )
 from lit_multiip.data.people import DataError, Photo
 from lit_multiip.files import write_durably
-from lit_multiip.photo_encoder import FaceEncoder, PhotoEncoder, fingerprint_photo_encoder
+from lit_multiip.photo_encoder import (
+    Encoder,
+    FaceEncoder,
+    PhotoEncoder,
+    fingerprint_photo_encoder,
+    photo_embed_dim,
+)
 
-SHARD_ROWS = 1024  # an interrupted build loses at most this many rows
+FLOAT32 = ("embeds", "frame")  # kinds whose rows are not float16
+SHARD_ROWS, SHARD_SECONDS = 1024, 60.0  # an interrupted build loses at most this much
 logger = logging.getLogger(__name__)
 
 
@@ -70,6 +85,21 @@ def to_signal(pixels: Tensor) -> Tensor:
 def to_pixels(signal: Tensor) -> Tensor:
     """Map the VAE's [-1, 1] to uint8 pixels, rounding."""
     return ((signal.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def load_latent_encoder(backbone: str, side: int, device: torch.device | str) -> Encoder:
+    """Posterior mean and logvar of the VAE: pictures => (B, 3, side, side) uint8 => (B, 2C, h, w) float16."""
+    vae = load_component(backbone, "vae").to(device)
+
+    def encode(pixels: Tensor) -> Tensor:
+        posterior = vae.encode(to_signal(pixels.to(device))).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1).half()
+
+    return Encoder(partial(_read_latent, side), encode)
+
+
+def _read_latent(side: int, images: Sequence[Image.Image]) -> Tensor:
+    return to_tensor(square(image, side) for image in images)
 
 
 def encode_prompts(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -114,10 +144,13 @@ class Shards:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._known: set[str] = set()
-        self._rows: dict[str, tuple[npt.NDArray[Any], int]] = {}
+        self._arrays: list[npt.NDArray[Any]] = []
+        self._keys = np.empty(0, "S16")  # sorted; half a SHA-256 is enough to tell any two contents apart
+        self._places = np.empty((0, 2), np.uint32)  # array and row of each key
 
     def refresh(self) -> None:
         """Take in shards that appeared since the last look."""
+        found, places = [self._keys], [self._places]
         for index in sorted(self.folder.glob("*.json")):
             if index.name in self._known:
                 continue
@@ -126,15 +159,21 @@ class Shards:
                 array = np.load(index.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
                 if len(array) != len(keys):
                     raise ValueError(f"{len(keys)} keys, {len(array)} rows")
+                found.append(_digests(keys))
             except (OSError, ValueError) as error:
                 raise DataError(f"feature shard '{index.with_suffix('')}' is broken ({error}): delete it") from error
+            rows = np.arange(len(keys), dtype=np.uint32)
+            places.append(np.stack([np.full_like(rows, len(self._arrays)), rows], axis=1))
             self._known.add(index.name)
-            for row, key in enumerate(keys):
-                self._rows.setdefault(key, (array, row))
+            self._arrays.append(array.view(np.ndarray))  # indexing a memmap itself costs three times as much
+        if len(found) > 1:
+            self._keys, first = np.unique(np.concatenate(found), return_index=True)
+            self._places = np.concatenate(places)[first]
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Return the keys that have no row yet, each once, in order."""
-        return [key for key in dict.fromkeys(keys) if key not in self._rows]
+        keys = list(dict.fromkeys(keys))
+        return [key for key, found in zip(keys, self._find(keys)[1], strict=True) if not found]
 
     def add(self, keys: Sequence[str], rows: npt.NDArray[Any]) -> None:
         """Write one shard, durable before it becomes visible."""
@@ -145,9 +184,40 @@ class Shards:
         self.refresh()
 
     def get(self, keys: Sequence[str]) -> Tensor:
-        """Return the rows of ``keys`` stacked, as stored."""
-        rows = [self._rows[key] for key in keys]
-        return torch.from_numpy(np.stack([array[row] for array, row in rows]))
+        """Return the rows of ``keys`` stacked, as stored.
+
+        Raises:
+            KeyError: one was never stored.
+        """
+        at, found = self._find(keys)
+        if not found.all():
+            raise KeyError(keys[int(found.argmin())])
+        return torch.from_numpy(np.stack([self._arrays[array][row] for array, row in self._places[at].tolist()]))
+
+    def _find(self, keys: Sequence[str]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Where in the index each key is, and whether it is there."""
+        if not len(self._keys):
+            return np.zeros(len(keys), int), np.zeros(len(keys), bool)
+        wanted = _digests(keys)
+        at = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
+        return at, self._keys[at] == wanted
+
+
+def _digests(keys: Sequence[str]) -> npt.NDArray[Any]:
+    return np.array([bytes.fromhex(key[:32]) for key in keys], "S16")
+
+
+def _ahead(read: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield each part and what ``read`` makes of it, while the next ones are being read in other threads."""
+    with ThreadPoolExecutor(2) as pool:
+        waiting: deque[tuple[Any, Future[Any]]] = deque()
+        for part in parts:
+            waiting.append((part, pool.submit(read, part)))
+            if len(waiting) > 2:
+                done, job = waiting.popleft()
+                yield done, job.result()
+        for done, job in waiting:
+            yield done, job.result()
 
 
 class Features:
@@ -201,15 +271,53 @@ class Features:
             rank: this process's number.
             world: number of processes that build together.
         """
-        by_key = {key: photo for photo, key in zip(photos, map(content_key, photos), strict=True)}
-        self._fill("embeds", by_key, self._embedder, rank, world)
-        by_key = {key: photo for photo, key in zip(targets, map(content_key, targets), strict=True)}
-        self._fill("latent", by_key, self._latent_encoder, rank, world)
-        texts = {prompt_key(prompt): prompt for prompt in ["", *prompts]}
-        self._fill("text", texts, lambda: self._text_encoder("prompt_embeds"), rank, world)
+        items: dict[str, dict[str, Any]] = {
+            "embeds": dict(zip(map(content_key, photos), photos, strict=True)),
+            "latent": dict(zip(map(content_key, targets), targets, strict=True)),
+            "text": {prompt_key(prompt): prompt for prompt in ["", *prompts]},
+        }
+        encoders: dict[str, Callable[[], Encoder]] = {
+            "embeds": self._embedder,
+            "latent": self._latent_encoder,
+            "text": lambda: self._text_encoder("prompt_embeds"),
+        }
         if self.text_time:
-            self._fill("pooled", texts, lambda: self._text_encoder("pooled_prompt_embeds"), rank, world)
-            self._fill("frame", by_key, lambda: self._frames, rank, world)
+            items |= {"pooled": items["text"], "frame": items["latent"]}
+            encoders |= {
+                "pooled": lambda: self._text_encoder("pooled_prompt_embeds"),
+                "frame": lambda: Encoder(self._frames, lambda rows: rows),
+            }
+        self._require_space({kind: len(self.store[kind].missing(wanted)) for kind, wanted in items.items()}, rank)
+        for kind, load in encoders.items():
+            self._fill(kind, items[kind], load, rank, world)
+            gc.collect()  # fit keeps no encoder in memory
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of a latent."""
+        channels, height, width = load_feature_shapes(self.backbone, self.image_side)["latent"]
+        return channels // 2, height, width
+
+    def row_bytes(self) -> dict[str, int]:
+        """What a row of each kind takes on disk, by the encoders' configurations."""
+        embeds = (photo_embed_dim(self.backbone, self.image_encoder, self.face_encoder),)
+        shapes = load_feature_shapes(self.backbone, self.image_side) | {"embeds": embeds}
+        return {kind: math.prod(shape) * (4 if kind in FLOAT32 else 2) for kind, shape in shapes.items()}
+
+    def _require_space(self, missing: dict[str, int], rank: int) -> None:
+        """Say what will be computed and what it will take; refuse it where the disk is too small."""
+        if not any(missing.values()):
+            return
+        per_row = self.row_bytes()
+        needed = sum(count * per_row[kind] for kind, count in missing.items())
+        folder = next(path for path in self.store["embeds"].folder.absolute().parents if path.exists())
+        free = shutil.disk_usage(folder).free
+        counts = ", ".join(f"{count} {kind}" for kind, count in missing.items() if count)
+        what = f"features to compute: {counts}; {needed / 2**30:.2f} GiB on disk, {free / 2**30:.1f} GiB free"
+        if needed > free:
+            raise DataError(f"{what}: free some, or set data.cache_dir to a folder on a larger disk")
+        if rank == 0:
+            logger.info("%s", what)
 
     def refresh(self) -> None:
         """Take in what other processes have built."""
@@ -248,7 +356,7 @@ class Features:
         self,
         kind: str,
         items: dict[str, Any],
-        load: Callable[[], Callable[[list[Any]], Tensor]],
+        load: Callable[[], Encoder],
         rank: int,
         world: int,
     ) -> None:
@@ -256,55 +364,38 @@ class Features:
         keys = shards.missing(list(items)[rank::world])  # shares that do not depend on what others have stored by now
         if not keys:
             return
-        encode = load()
+        encoder = load()
+        parts = [keys[first : first + self.batch_size] for first in range(0, len(keys), self.batch_size)]
+        stored: list[str] = []
+        rows: list[npt.NDArray[Any]] = []
+        started = time.monotonic()
         with tqdm(total=len(keys), desc=f"encoding {kind}", unit="item", disable=rank > 0) as bar:
-            for start in range(0, len(keys), SHARD_ROWS):
-                shard = keys[start : start + SHARD_ROWS]
-                rows = []
-                for first in range(0, len(shard), self.batch_size):
-                    part = shard[first : first + self.batch_size]
-                    with torch.inference_mode():
-                        encoded = encode([items[key] for key in part]).cpu()
-                    if not encoded.isfinite().all():
-                        bad = next(k for k, row in zip(part, encoded, strict=True) if not row.isfinite().all())
-                        raise DataError(f"the {kind} encoder makes NaN or infinity of {items[bad]!r}: leave it out")
-                    rows.append(encoded.numpy())
-                    bar.update(len(part))
-                shards.add(shard, np.concatenate(rows))
-        del encode
-        gc.collect()  # fit keeps no encoder in memory
+            for part, batch in _ahead(lambda part: encoder.read([items[key] for key in part]), parts):
+                with torch.inference_mode():
+                    encoded = encoder.encode(batch).cpu()
+                if not encoded.isfinite().all():
+                    bad = next(k for k, row in zip(part, encoded, strict=True) if not row.isfinite().all())
+                    raise DataError(f"the {kind} encoder makes NaN or infinity of {items[bad]!r}: leave it out")
+                stored += part
+                rows.append(encoded.numpy())
+                bar.update(len(part))
+                if len(stored) >= SHARD_ROWS or part is parts[-1] or time.monotonic() - started > SHARD_SECONDS:
+                    shards.add(stored, np.concatenate(rows))
+                    stored, rows, started = [], [], time.monotonic()
 
-    def _embedder(self) -> Callable[[list[Photo]], Tensor]:
+    def _embedder(self) -> Encoder:
         encoder = PhotoEncoder(self.backbone, self.image_encoder, self.face_encoder, self.device)
+        return Encoder(encoder.read, encoder.encode)
 
-        def encode(photos: list[Photo]) -> Tensor:
-            before = len(encoder.without_face)
-            embeds = encoder(photos)  # (B, D)
-            for photo in encoder.without_face[before:]:
-                logger.warning("%s of %s: no face is found, so that no face conditions", photo.name, photo.person)
-            return embeds
+    def _latent_encoder(self) -> Encoder:
+        read, encode = load_latent_encoder(self.backbone, self.image_side, self.device)
+        return Encoder(lambda photos: read([photo.image() for photo in photos]), encode)
 
-        return encode
-
-    def _latent_encoder(self) -> Callable[[list[Photo]], Tensor]:
-        vae = load_component(self.backbone, "vae").to(self.device)
-
-        def encode(photos: list[Photo]) -> Tensor:
-            pixels = to_tensor(square(photo.image(), self.image_side) for photo in photos)  # (B, 3, H, W)
-            posterior = vae.encode(to_signal(pixels.to(self.device))).latent_dist
-            return torch.cat([posterior.mean, posterior.logvar], dim=1).half()  # (B, 2C, h, w)
-
-        return encode
-
-    def _text_encoder(self, part: str) -> Callable[[list[str]], Tensor]:
+    def _text_encoder(self, part: str) -> Encoder:
         pipe = load_text_pipeline(self.backbone).to(self.device)
+        return Encoder(list, lambda prompts: encode_prompts(pipe, prompts)[part].half())  # (B, L, E) or (B, P)
 
-        def encode(prompts: list[str]) -> Tensor:
-            return encode_prompts(pipe, prompts)[part].half()  # (B, L, E) or (B, P)
-
-        return encode
-
-    def _frames(self, photos: list[Photo]) -> Tensor:
+    def _frames(self, photos: Sequence[Photo]) -> Tensor:
         rows = []
         for photo in photos:
             width, height = photo.image().size
@@ -313,6 +404,47 @@ class Features:
             )
             rows.append([height, width, top, left])
         return torch.tensor(rows, dtype=torch.float32)  # (B, 4)
+
+
+class Pixels:
+    """Stands in for ``Features`` where photos are encoded at every step: gives what the encoders take of them.
+
+    Args:
+        features: of the prompts.
+        read_embeds: pictures => what the image encoder takes.
+        read_latent: pictures => what the VAE takes.
+        augment: changes each picture as it is read.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        read_embeds: Callable[[Sequence[Image.Image]], Tensor],
+        read_latent: Callable[[Sequence[Image.Image]], Tensor],
+        augment: Callable[[Image.Image], Image.Image] | None = None,
+    ) -> None:
+        self.features, self.read_embeds, self.read_latent, self.augment = features, read_embeds, read_latent, augment
+        self.latent_shape = features.latent_shape
+
+    def _image(self, photo: Photo) -> Image.Image:
+        image = photo.image()
+        return image if self.augment is None else self.augment(image)
+
+    def embeds(self, photos: Sequence[Photo]) -> Tensor:
+        """What the image encoder takes, (n, 3, S, S) float32."""
+        return self.read_embeds([self._image(photo) for photo in photos])
+
+    def moments(self, photo: Photo) -> Tensor:
+        """What the VAE takes, (3, H, W) uint8."""
+        return self.read_latent([self._image(photo)])[0]
+
+    def text(self, prompt: str) -> dict[str, Tensor]:
+        """What ``Features`` has of a prompt: pictures alone are augmented."""
+        return self.features.text(prompt)
+
+    def time_ids(self, photo: Photo) -> dict[str, Tensor]:
+        """Of SDXL, ``time_ids`` (6,) float32, of the picture before augmentation."""
+        return self.features.time_ids(photo)
 
 
 _content_keys: dict[Photo, str] = {}

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import diffusers
 import lightning as L
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
-from diffusers.optimization import get_scheduler
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from lit_multiip.evaluation.sampling import Sampler, Sampling
 Batch = dict[str, Any]
 References = Literal["right", "none", "other", "zero"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+LOOK_EVERY = 20  # values, two a step: how long NaN may go unseen on a GPU
 
 
 POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")  # of SDXL
@@ -55,6 +55,8 @@ class Method(L.LightningModule):
         image_side: of the images in px; None takes the backbone's own.
         frozen_dtype: of frozen weights; trained ones are float32.
         gradient_checkpointing: trade 35 % more arithmetic for a fifth of the activations.
+        channels_last: of the UNet's convolutions; for GPUs (CPU: 15 % slower).
+        compile_unet: by torch.compile; the first step, and each new size of a batch, then takes a minute or more.
     """
 
     # Whether fit learns one person (data.person) and test each in turn, rather than all from held-out groups.
@@ -81,12 +83,16 @@ class Method(L.LightningModule):
         image_side: int | None = None,
         frozen_dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
+        channels_last: bool = False,
+        compile_unet: bool = False,
     ) -> None:
         super().__init__()
         self.strict_loading = False  # a checkpoint holds only what was trained; on_load_checkpoint compares the keys
         self.backbone, self.sampling, self._image_side = backbone, sampling or Sampling(), image_side
         self.make_optimizer, self.lr_schedule, self.lr_warmup_steps = optimizer, lr_schedule, lr_warmup_steps
         self.frozen_dtype, self.gradient_checkpointing = getattr(torch, frozen_dtype), gradient_checkpointing
+        self.channels_last, self.compile_unet = channels_last, compile_unet
+        self._watched: list[tuple[Tensor, str, int, Batch]] = []  # what nobody has looked at yet
         # Wall seconds of this process's test that are not drawing: "personalise", of all people, and others by name.
         self.spent: dict[str, float] = {"personalise": 0.0}
         self.unet: Any = None
@@ -125,7 +131,11 @@ class Method(L.LightningModule):
         assert self.unet is not None
         if self.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        self.noise = DDPMScheduler.from_config(load_component(self.backbone, "scheduler").config)
+        if self.channels_last:
+            self.unet.to(memory_format=torch.channels_last)
+        if self.compile_unet:
+            self.unet.compile()  # in place: the names of the weights stay
+        self.noise = diffusers.DDPMScheduler.from_config(load_component(self.backbone, "scheduler").config)
         kind = self.noise.config.prediction_type
         if kind not in ("epsilon", "v_prediction"):
             raise BackboneError(
@@ -144,6 +154,8 @@ class Method(L.LightningModule):
 
     def optimizer_and_schedule(self, steps: int) -> tuple[torch.optim.Optimizer, Any]:
         """AdamW (or what the config says) over what is trained, and its schedule over ``steps``."""
+        from diffusers.optimization import get_scheduler
+
         optimizer = self.make_optimizer(list(self.trained_parameters().values()))
         schedule = get_scheduler(
             self.lr_schedule, optimizer, num_warmup_steps=self.lr_warmup_steps, num_training_steps=steps
@@ -241,22 +253,55 @@ class Method(L.LightningModule):
             "checkpoints hold the last good state"
         )
 
-    def require_finite_gradients(self, step: int, names: Sequence[str]) -> None:
-        """Stop before the optimiser takes a gradient of NaN or infinity into the weights.
+    def watch_gradients(self, step: int, names: Sequence[str]) -> None:
+        """Stop before the optimiser takes a gradient of NaN or infinity into the weights; on a GPU some steps later.
 
         Raises:
-            NonFiniteLoss: there is one; the message names the weight and the samples of the step.
+            NonFiniteLoss: there is one; the message names the weight (on a GPU, its norm) and the samples of the step.
         """
         gradients = {key: p.grad for key, p in self.trained_parameters().items() if p.grad is not None}
-        # a sum of squares may overflow where no gradient does, so it only says where to look
-        if not gradients or get_total_norm(list(gradients.values())).isfinite():
+        if not gradients:
             return
-        for key, gradient in gradients.items():
-            if not gradient.isfinite().all():
-                raise NonFiniteLoss(
-                    f"the gradient of '{key}' is not finite at step {step}, in a batch of {_some(names)}: lower the "
-                    "learning rate, or look at these photos; the checkpoints hold the last good state"
-                )
+        norm = get_total_norm(list(gradients.values()))
+        if self.device.type != "cpu":
+            self.watch(norm, "norm of the gradients", step, {"photo": list(names)})
+        elif not norm.isfinite():  # a sum of squares may overflow where no gradient does, so it only says where to look
+            for key, gradient in gradients.items():
+                if not gradient.isfinite().all():
+                    raise NonFiniteLoss(
+                        f"the gradient of '{key}' is not finite at step {step}, in a batch of {_some(names)}: lower "
+                        "the learning rate, or look at these photos; the checkpoints hold the last good state"
+                    )
+
+    def watch(self, value: Tensor, name: str, step: int, batch: Batch) -> None:
+        """``require_finite``, but on a GPU some steps later: or the CPU would wait for the device at every step.
+
+        Raises:
+            NonFiniteLoss: this value, or one of the last, is NaN or infinite.
+        """
+        self._watched.append((value.detach(), name, step, batch))
+        if self.device.type == "cpu" or len(self._watched) >= LOOK_EVERY:
+            self.look()
+
+    def look(self) -> None:
+        """Look at what was watched since the last time; before validation, a checkpoint and the end, at the latest.
+
+        Raises:
+            NonFiniteLoss: one of the values is NaN or infinite.
+        """
+        watched, self._watched = self._watched, []
+        finite = torch.stack([value.isfinite().all() for value, *_ in watched]).tolist() if watched else []
+        for fine, (value, name, step, batch) in zip(finite, watched, strict=True):
+            if not fine:
+                self.require_finite(value, name, step, batch)
+
+    def on_validation_start(self) -> None:
+        """Look at the training losses."""
+        self.look()
+
+    def on_train_end(self) -> None:
+        """Look at the training losses."""
+        self.look()
 
     # ---- drawing ----------------------------------------------------------------------------------------------------
 
@@ -301,6 +346,7 @@ class Method(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what was trained, and what it was trained on."""
+        self.look()
         trained = self.trained_parameters()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["lit_multiip"] = self.provenance()

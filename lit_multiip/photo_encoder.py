@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lit_multiip.backbone import fingerprint_image_encoder, load_embed_dim, load_image_encoder
@@ -17,6 +20,7 @@ from lit_multiip.data.people import Photo
 if TYPE_CHECKING:
     from lit_multiip.evaluation.faces import FaceRecognition
 
+logger = logging.getLogger(__name__)
 YUNET = "opencv/face_detection_yunet/face_detection_yunet_2023mar.onnx"
 
 
@@ -76,6 +80,28 @@ class FaceEncoder:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+class Encoder(NamedTuple):
+    """A frozen encoder in two parts: the CPU's, which may run ahead in other threads or processes, and the device's."""
+
+    read: Callable[[Sequence[Any]], Any]  # photos, pictures or prompts => a batch
+    encode: Callable[[Any], Tensor]  # batch => rows of features, on the device
+
+
+def load_clip(backbone: str, image_encoder: str | None, device: torch.device | str) -> Encoder:
+    """CLIP image embeddings: pictures => (B, 3, S, S) => (B, D) float32."""
+    processor, encoder = load_image_encoder(backbone, image_encoder)
+    encoder.to(device)
+
+    def encode(pixels: Tensor) -> Tensor:
+        return encoder(pixel_values=pixels.to(device)).image_embeds.float()
+
+    return Encoder(partial(_preprocess, processor), encode)
+
+
+def _preprocess(processor: Any, images: Sequence[Image.Image]) -> Tensor:
+    return processor(list(images), return_tensors="pt").pixel_values
+
+
 class PhotoEncoder:
     """CLIP's image encoder, a face encoder, or both.
 
@@ -93,39 +119,41 @@ class PhotoEncoder:
         face_encoder: FaceEncoder | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.clip: Any = None
-        if uses_clip(face_encoder):
-            processor, encoder = load_image_encoder(backbone, image_encoder)
-            self.clip = processor, encoder.to(device)
+        self.clip = load_clip(backbone, image_encoder, device) if uses_clip(face_encoder) else None
         self.faces = None if face_encoder is None else face_encoder.load()
         self.device = device
-        self.without_face: list[Photo] = []  # of those encoded so far
+
+    def read(self, photos: Sequence[Photo]) -> tuple[Tensor | None, Tensor | None]:
+        """CLIP's pixels (B, 3, S, S), and embeddings of faces (B, E).
+
+        Where no face is found these are zero, as if dropped, and a warning names the photo.
+        """
+        images = [photo.image() for photo in photos]
+        pixels = None if self.clip is None else self.clip.read(images)
+        if self.faces is None:
+            return pixels, None
+        faces = encode_faces(self.faces, images)
+        for photo, missing in zip(photos, faces.isnan().any(dim=1).tolist(), strict=True):
+            if missing:
+                logger.warning("%s of %s: no face is found, so that no face conditions", photo.name, photo.person)
+        return pixels, faces.nan_to_num(0.0)
+
+    def encode(self, batch: tuple[Tensor | None, Tensor | None]) -> Tensor:
+        """Embeddings of what was read, (B, D) float32."""
+        pixels, faces = batch
+        parts = [] if self.clip is None or pixels is None else [self.clip.encode(pixels)]
+        return torch.cat(parts + ([] if faces is None else [faces.to(self.device)]), dim=1)
 
     def __call__(self, photos: Sequence[Photo]) -> Tensor:
-        """Embeddings of photos, (B, D) float32. Where no face is found, the face's part is zero, as a dropped one."""
-        parts = []
-        if self.clip is not None:
-            processor, encoder = self.clip
-            parts.append(encode_photos(processor, encoder, photos))
-        if self.faces is not None:
-            found = encode_faces(self.faces, photos)
-            missing = found.isnan().any(dim=1)
-            self.without_face += [photo for photo, gone in zip(photos, missing.tolist(), strict=True) if gone]
-            parts.append(found.nan_to_num(0.0).to(self.device))
-        return torch.cat(parts, dim=1)
+        """Embeddings of photos, (B, D) float32."""
+        return self.encode(self.read(photos))
 
 
-def encode_photos(processor: Any, encoder: Any, photos: Sequence[Photo]) -> Tensor:
-    """CLIP image embeddings of photos, (B, D) float32."""
-    pixels = processor([photo.image() for photo in photos], return_tensors="pt").pixel_values
-    return encoder(pixel_values=pixels.to(encoder.device)).image_embeds.float()
-
-
-def encode_faces(network: FaceRecognition, photos: Sequence[Photo]) -> Tensor:
+def encode_faces(network: FaceRecognition, images: Sequence[Image.Image]) -> Tensor:
     """Embeddings of the largest faces, (B, E) float32 with a mean square of 1, as CLIP's about have; else NaN."""
     from lit_multiip.features import to_tensor
 
-    rows = [network.embed(to_tensor([photo.image()])) for photo in photos]  # (1, E), of norm 1
+    rows = [network.embed(to_tensor([image])) for image in images]  # (1, E), of norm 1
     return torch.cat(rows) * rows[0].shape[1] ** 0.5
 
 

@@ -12,6 +12,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from tiny import make_tiny_backbone
 from torch import Tensor
 from torch.utils.data import default_collate
+from torch.utils.flop_counter import FlopCounterMode
 
 from lit_multiip.adapter import MultiIPAdapter
 from lit_multiip.aggregators import AvgPool, Concat, SelfAttention
@@ -106,6 +107,19 @@ def test_the_loss_is_the_epsilon_error_at_the_drawn_step(tiny_backbone: Path, ba
     assert loss == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
 
 
+def test_cached_and_online_features_give_the_same_loss(
+    tiny_backbone: Path, data: MultiPhotoData, batch: Batch, tmp_path: Path
+) -> None:
+    online = MultiPhotoData(str(tiny_backbone), data.source, batch_size=8, cache_dir=str(tmp_path), online=True)
+    online.setup("fit")
+    module = built(tiny_backbone)
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]
+    encoded = online.on_after_batch_transfer(next(iter(online.train_dataloader())), 0)
+    with torch.no_grad():
+        losses = [float(module.training_step(one, 0)) for one in (batch, encoded)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_a_dropped_condition_is_zeros_after_aggregation(tiny_backbone: Path, batch: Batch) -> None:
     module = built(tiny_backbone)
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
@@ -150,6 +164,45 @@ def test_training_changes_what_is_trained_and_no_bit_of_what_is_frozen(
     again.on_load_checkpoint(checkpoint)
     again.load_state_dict(checkpoint["state_dict"], strict=again.strict_loading)
     assert all(torch.equal(after[name], values) for name, values in again.state_dict().items())
+
+
+def test_a_step_never_waits_for_the_device_and_does_the_unets_arithmetic_alone(
+    tiny_backbone: Path, batch: Batch
+) -> None:
+    """A meta tensor has no values: whatever asked for one would raise. SD1.5 is counted in tests/benchmarks."""
+    module = built(tiny_backbone).to("meta")
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]
+    batch = {name: values.to("meta") for name, values in batch.items()}
+    with FlopCounterMode(display=False) as step:
+        module.training_step(batch, 0).backward()
+    frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
+    assert frozen and all(module.get_parameter(name).grad is None for name in frozen)
+    assert all(p.grad is not None for p in module.trained_parameters().values())
+    embeds = module.condition(batch["references"]).detach().requires_grad_()
+    t = torch.zeros(len(embeds), dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as floor:
+        conditions = {"image_embeds": [embeds]}
+        module.unet(batch["eps"], t, batch["prompt_embeds"], added_cond_kwargs=conditions).sample.sum().backward()
+    assert step.get_total_flops() < 1.01 * floor.get_total_flops()
+    with FlopCounterMode(display=False) as whole:
+        module.unet.requires_grad_(True)
+        module.unet(batch["eps"], t, batch["prompt_embeds"], added_cond_kwargs=conditions).sample.sum().backward()
+    assert whole.get_total_flops() > 1.2 * floor.get_total_flops()
+
+
+@pytest.mark.parametrize("option", ["channels_last", "gradient_checkpointing"])
+def test_what_changes_the_speed_changes_no_loss_and_no_gradient(tiny_backbone: Path, batch: Batch, option: str) -> None:
+    results = []
+    for options in ({}, {option: True}):
+        module = built(tiny_backbone, **options).train()
+        module.log = lambda *_, **__: None  # type: ignore[method-assign]
+        loss = module.training_step(batch, 0)
+        loss.backward()
+        results.append((loss.item(), {name: p.grad for name, p in module.trained_parameters().items()}))
+    (plain, expected), (changed, gradients) = results
+    assert changed == pytest.approx(plain, rel=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6)
 
 
 def test_the_aggregator_alone_can_be_trained(tiny_backbone: Path) -> None:

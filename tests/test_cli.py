@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -213,6 +214,24 @@ def test_help_names_the_projects_own_commands(capsys: pytest.CaptureFixture[str]
     assert exit_.value.code == 0
     text = " ".join(capsys.readouterr().out.split()).replace("- ", "-")  # lines are wrapped at hyphens, too
     assert all(name in text for name in (*COMMANDS, "fit", "test", "predict", "--photos", "--run"))
+
+
+def test_help_loads_no_model_code() -> None:
+    """What diffusers' and transformers' models need takes longer to load than all else beyond Lightning."""
+    code = """
+import sys
+sys.argv = ["lit_multiip", "fit", "--help"]
+from lit_multiip.cli import main
+try:
+    main()
+except SystemExit:
+    pass
+heavy = ("diffusers.models", "diffusers.pipelines", "peft", "sklearn", "matplotlib", "onnxruntime", "cv2")
+print([name for name in heavy if name in sys.modules], file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "usage:" in done.stdout
+    assert done.stderr.strip().splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

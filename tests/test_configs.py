@@ -89,7 +89,7 @@ def test_arguments_that_methods_share_have_one_default() -> None:
         name: {str(inspect.signature(cls).parameters[name]) for cls in CLASSES}
         for name in set.intersection(*(set(inspect.signature(cls).parameters) for cls in [Method, *CLASSES]))
     }
-    assert len(shared) == 8
+    assert len(shared) == 10
     assert all(len(defaults) == 1 for name, defaults in shared.items() if name != "optimizer"), shared
     weights = [torch.nn.Parameter(torch.zeros(1))]
     makers = [inspect.signature(cls).parameters["optimizer"].default for cls in CLASSES]

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import ColorJitter
 
 from lit_multiip.data.datamodule import MultiPhotoData, PredictArgs
 from lit_multiip.data.people import DataError, Folder, MiniFaces
@@ -58,6 +60,34 @@ def test_training_batches_are_equal_with_no_and_two_workers(tiny_backbone: Path,
     one, two = (list(made(tiny_backbone, cache, "fit", num_workers=n).train_dataloader()) for n in (0, 2))
     for a, b in zip(one, two, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_online_batches_are_the_cached_ones_and_no_training_photo_is_stored(
+    tiny_backbone: Path, cache: str, tmp_path: Path
+) -> None:
+    cached = made(tiny_backbone, cache, "fit")
+    online = made(tiny_backbone, str(tmp_path), "fit", online=True)
+    assert online.split is not None and online.features is not None and not cached.encoders
+    train = [content_key(photo) for person in online.split.train for photo in person.photos]
+    assert online.features.store["latent"].missing(train) == train
+    for expected, batch in zip(cached.train_dataloader(), online.train_dataloader(), strict=True):
+        assert batch["references"].shape == (8, 9, 3, 32, 32) and batch["moments"].shape == (8, 3, 32, 32)
+        batch = online.on_after_batch_transfer(batch, 0)
+        assert set(batch) == set(expected)
+        for name, values in batch.items():  # convolutions differ in the last bits by the size of a batch
+            assert torch.allclose(values.float(), expected[name].float(), atol=2e-3 if name == "moments" else 1e-5)
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index(tiny_backbone: Path, cache: str) -> None:
+    def pixels(workers: int, augment: Any) -> Tensor:
+        data = made(tiny_backbone, cache, "fit", online=True, augment=augment, num_workers=workers)
+        return torch.cat([batch["moments"] for batch in data.train_dataloader()])
+
+    noise = ColorJitter(brightness=0.5)
+    one, two = pixels(0, noise), pixels(2, noise)
+    assert torch.equal(one, two) and not torch.equal(one, pixels(0, None))
+    with pytest.raises(DataError, match=r"set data\.online"):
+        made(tiny_backbone, cache, "fit", augment=noise)
 
 
 def test_fit_encodes_no_photo_of_a_test_person(tiny_backbone: Path, tmp_path: Path) -> None:

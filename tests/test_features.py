@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,7 +16,7 @@ from lit_multiip import backbone as backbone_module
 from lit_multiip import features
 from lit_multiip.backbone import load_component, load_native_side
 from lit_multiip.data.people import DataError, FilePhoto, MiniFaces, Photo
-from lit_multiip.features import Features, square, to_tensor
+from lit_multiip.features import Encoder, Features, Shards, square, to_tensor
 
 PHOTOS = list(MiniFaces(train=1, validation=1, test=1, photos=5).people()[0].photos)
 
@@ -102,11 +105,11 @@ def test_ranks_build_disjoint_shares(tiny_backbone: Path, tmp_path: Path) -> Non
 
 
 def test_an_encoder_that_makes_nan_is_refused(tiny_backbone: Path, tmp_path: Path, monkeypatch) -> None:
-    def broken(self: Features):
-        def encode(photos: list[Photo]) -> Tensor:
+    def broken(self: Features) -> Encoder:
+        def read(photos: Sequence[Photo]) -> Tensor:
             return torch.tensor([[float("nan") if photo is PHOTOS[2] else 0.0] for photo in photos])
 
-        return encode
+        return Encoder(read, lambda batch: batch)
 
     monkeypatch.setattr(Features, "_embedder", broken)
     with pytest.raises(DataError, match=PHOTOS[2].name):
@@ -122,3 +125,68 @@ def test_the_centre_square_is_cut_out() -> None:
     wide = Image.new("RGB", (60, 20), "red")
     wide.paste("blue", (20, 0, 40, 20))
     assert set(square(wide, 10).getdata()) == {(0, 0, 255)}
+
+
+def test_the_estimate_is_what_the_disk_then_holds(tiny_backbone: Path, tmp_path: Path) -> None:
+    store = build(tiny_backbone, tmp_path)
+    rows = {"embeds": len(PHOTOS), "latent": len(PHOTOS), "text": 3}  # with the empty prompt
+    for kind, size in store.row_bytes().items():
+        [array] = (np.load(file, mmap_mode="r") for file in store.store[kind].folder.glob("*.npy"))
+        assert array.nbytes == rows[kind] * size
+
+
+def test_a_disk_that_is_too_small_is_told_before_an_encoder_is_loaded(
+    tiny_backbone: Path, tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = Features(str(tiny_backbone), tmp_path).row_bytes()
+    needed = 5 * size["embeds"] + 5 * size["latent"] + 3 * size["text"]
+    for free in (needed - 1, needed):
+        monkeypatch.setattr(features.shutil, "disk_usage", lambda _, free=free: type("Usage", (), {"free": free}))
+        if free < needed:
+            with pytest.raises(DataError, match=r"5 embeds, 5 latent, 3 text.*data\.cache_dir"):
+                build(tiny_backbone, tmp_path / "cache")
+            assert loads == [] and not (tmp_path / "cache").exists()
+    build(tiny_backbone, tmp_path / "cache")
+
+
+def test_an_interrupted_build_goes_on_where_it_was(
+    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "SHARD_SECONDS", 0.0)
+    encoded: list[int] = []
+    whole = Features._embedder
+
+    def stops_at_the_third(self: Features) -> Encoder:
+        read, encode = whole(self)
+
+        def counted(batch: Tensor) -> Tensor:
+            if len(encoded) == 2:
+                raise KeyboardInterrupt
+            encoded.append(len(batch))
+            return encode(batch)
+
+        return Encoder(read, counted)
+
+    store = Features(str(tiny_backbone), tmp_path, batch_size=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Features, "_embedder", stops_at_the_third)
+        store.build(PHOTOS, [], [])
+    left = Features(str(tiny_backbone), tmp_path).store["embeds"].missing(map(features.content_key, PHOTOS))
+    assert left == [features.content_key(photo) for photo in PHOTOS[2:]]
+    again = build(tiny_backbone, tmp_path)
+    assert torch.allclose(again.embeds(PHOTOS), build(tiny_backbone, tmp_path / "at_once").embeds(PHOTOS), atol=1e-6)
+
+
+def test_a_large_store_is_found_by_24_bytes_a_row(tmp_path: Path) -> None:
+    count = 20_000
+    keys = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(count)]
+    shards = Shards(tmp_path)
+    for first in range(0, count, 5_000):
+        shards.add(keys[first : first + 5_000], np.arange(first, first + 5_000, dtype=np.float32)[:, None])
+    assert shards._keys.nbytes + shards._places.nbytes == 24 * count
+    chosen = np.random.default_rng(0).permutation(count)[:500]
+    assert shards.get([keys[i] for i in chosen])[:, 0].tolist() == chosen.tolist()
+    unknown = hashlib.sha256(b"unknown").hexdigest()
+    assert shards.missing([keys[7], unknown, unknown]) == [unknown]
+    with pytest.raises(KeyError, match=unknown):
+        shards.get([keys[7], unknown])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,7 @@ from lit_multiip.data.groups import (
     Balance,
     EpochSampler,
     HeldOutGroups,
+    OnlineGroups,
     ShareSampler,
     Target,
     draw_references,
@@ -35,8 +36,8 @@ from lit_multiip.data.people import (
     select_people,
     split_people,
 )
-from lit_multiip.features import Features, content_key
-from lit_multiip.photo_encoder import FaceEncoder
+from lit_multiip.features import Features, Pixels, content_key, load_latent_encoder
+from lit_multiip.photo_encoder import Encoder, FaceEncoder, load_clip
 from lit_multiip.resume import Position
 
 if TYPE_CHECKING:
@@ -177,6 +178,10 @@ class MultiPhotoData(L.LightningDataModule):
         num_workers: of the loaders.
         cache_dir: feature store.
         encode_batch_size: photos at once in an encoder.
+        online: encode training photos at every step, rather than once: for augmentation. A step then costs three times
+            as much or more, and the encoders stay in memory.
+        augment: changes each training photo as it is read, such as ``torchvision.transforms.v2.RandomHorizontalFlip``;
+            needs ``online``.
         seed: of the split, the groups and the tasks.
         training_seed: of the training groups alone, for several trainings on one protocol; None takes ``seed``.
         predict: what ``predict`` draws.
@@ -221,8 +226,14 @@ class MultiPhotoData(L.LightningDataModule):
         image_encoder: str | None = None,
         face_encoder: FaceEncoder | None = None,
         crop: FaceCrop | None = None,
+        online: bool = False,
+        augment: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__()
+        if augment is not None and not online:
+            raise DataError("data.augment changes photos at every step, and their features are kept: set data.online")
+        if online and face_encoder is not None:
+            raise DataError("data.online encodes photos by CLIP alone: leave it out with a face_encoder")
         if min(batch_size, eval_batch_size, encode_batch_size, references, held_out, seeds, validation_held_out) < 1:
             raise DataError("batch sizes, references, held_out and seeds must be at least 1")
         if min(drop) < 0 or sum(drop) > 1:
@@ -242,6 +253,8 @@ class MultiPhotoData(L.LightningDataModule):
         self.cache_dir, self.encode_batch_size, self.seed = cache_dir, encode_batch_size, seed
         self.training_seed = seed if training_seed is None else training_seed
         self.predict_args, self.person = predict or PredictArgs(), person
+        self.online, self.augment = online, augment
+        self.encoders: dict[str, Encoder] = {}  # what training reads by, where photos are encoded at every step
         self.per_person = False  # setup asks the trainer's module
         self.split: Split | None = None
         self.features: Features | None = None
@@ -278,12 +291,16 @@ class MultiPhotoData(L.LightningDataModule):
             return
         photos: list[Photo] = []
         targets: list[Photo] = []
+        prompts: list[str] = []
         if stage == "fit" and self.per_person:
             self.tuning = self._tested(self._find(self.person))
             targets += self.tuning.references
         elif stage == "fit":
-            photos += [photo for person in self.split.train for photo in person.photos]
-            targets += photos
+            training = [photo for person in self.split.train for photo in person.photos]
+            prompts = [photo.prompt for photo in training]
+            if not self.online:
+                photos += training
+                targets += training
         if stage in ("fit", "validate") and not self.per_person:
             self.validation_tasks = make_tasks(
                 self.split.validation, self.references, self.validation_held_out, 1, self.seed
@@ -294,8 +311,7 @@ class MultiPhotoData(L.LightningDataModule):
         for task in [*self.validation_tasks, *self.tasks]:
             photos += task.references
             targets.append(task.held_out)
-        prompts = [photo.prompt for photo in targets]
-        self._build(photos, targets, prompts)
+        self._build(photos, targets, prompts + [photo.prompt for photo in targets])
 
     def read_references(self, folder: str) -> tuple[Person, tuple[Photo, ...]]:
         """Read a folder with photos of one person, any number, and draw ``references`` of them."""
@@ -377,9 +393,12 @@ class MultiPhotoData(L.LightningDataModule):
             item = reference_set(self.tuning.person, self.tuning.references, self.features)
             return DataLoader(OnePerson(item), batch_size=1)
         references = 1 if self.target == "reference" else self.references
-        groups = HeldOutGroups(
-            self.split.train, self.features, self.training_seed, references, self.balance, self.target, self.drop
-        )
+        drawn: Any = (self.training_seed, references, self.balance, self.target, self.drop)
+        if self.online:
+            pixels = Pixels(self.features, *self._load_encoders(), self.augment)
+            groups: HeldOutGroups = OnlineGroups(self.split.train, pixels, *drawn)  # type: ignore[arg-type]
+        else:
+            groups = HeldOutGroups(self.split.train, self.features, *drawn)
         rank, world = self._rank_and_world()
         sampler = EpochSampler(len(groups), self.training_seed, rank, world, self._start(len(groups) // world))
         if len(sampler) < self.batch_size:
@@ -433,6 +452,25 @@ class MultiPhotoData(L.LightningDataModule):
                 ", ".join(changed),
             )
         return self.position["epoch"], min(self.position["batch"] * self.batch_size, samples)
+
+    def _load_encoders(self) -> tuple[Any, Any]:
+        assert self.features is not None
+        device, side = self.features.device, self.features.image_side
+        self.encoders = {
+            "references": load_clip(self.backbone, self.image_encoder, device),
+            "moments": load_latent_encoder(self.backbone, side, device),
+        }
+        return self.encoders["references"].read, self.encoders["moments"].read
+
+    @torch.no_grad()
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Encode a training batch's photos, where that is done at every step; the batch is then as it always is."""
+        if not self.encoders or (self.trainer is not None and not self.trainer.training):
+            return batch
+        pixels = batch["references"]  # (B, R, 3, S, S)
+        embeds = self.encoders["references"].encode(pixels.flatten(0, 1))  # (B R, D)
+        moments = self.encoders["moments"].encode(batch["moments"]).float()  # (B, 2C, h, w)
+        return {**batch, "references": embeds.unflatten(0, pixels.shape[:2]), "moments": moments}
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Batches of the validation people's tasks."""

@@ -8,10 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from lit_multiip.data.people import Person, Photo
-from lit_multiip.features import Features
+from lit_multiip.features import Features, Pixels
 
 Balance = Literal["person", "photo"]
 Target = Literal["held_out", "reference"]
@@ -122,7 +123,7 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         drop_image = u < image or image + text <= u < image + text + both
         drop_text = image <= u < image + text + both
         moments = self.features.moments(target)
-        shape = (moments.shape[0] // 2, *moments.shape[1:])
+        shape = self._latent_shape(moments)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         return {
             "photo": f"{target.person}/{target.name}",
@@ -135,6 +136,27 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
             "latent_noise": torch.randn(shape, generator=generator),
             "eps": torch.randn(shape, generator=generator),
         }
+
+    def _latent_shape(self, moments: Tensor) -> tuple[int, ...]:
+        return (moments.shape[0] // 2, *moments.shape[1:])
+
+
+class OnlineGroups(HeldOutGroups):
+    """The same samples with pixels where ``HeldOutGroups`` has features of photos: ``references`` and ``moments``.
+
+    What augmentation draws from torch's generator is a function of (seed, epoch, index), too.
+    """
+
+    features: Pixels  # type: ignore[assignment]
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        """Return one sample; ``references`` are (R, 3, S, S) float32 and ``moments`` (3, H, W) uint8."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stable_hash("augment", self.seed, *key) % 2**63)
+            return super().__getitem__(key)
+
+    def _latent_shape(self, moments: Tensor) -> tuple[int, ...]:
+        return self.features.latent_shape
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,7 +60,7 @@ class Sampler:
     def __init__(self, backbone: str, unet: nn.Module, sampling: Sampling) -> None:
         self.sampling, self.unet = sampling, unet
         scheduler = load_component(backbone, "scheduler")
-        cls = getattr(importlib.import_module("diffusers"), sampling.scheduler)
+        cls = getattr(diffusers, sampling.scheduler)
         vae = load_component(backbone, "vae")
         self.pipe = load_pipeline(backbone, unet=unet, vae=vae, scheduler=cls.from_config(scheduler.config))
         # The pipeline repeats the embeddings as often as the batch has images, as if all showed one person; attention

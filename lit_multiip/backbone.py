@@ -325,7 +325,7 @@ def load_vae_facts(backbone: str) -> tuple[int, float]:
 
 def takes_text_time(backbone: str) -> bool:
     """Whether the UNet takes, as SDXL's, a pooled text embedding and the photo's sizes and crop besides the text."""
-    unet: Any = _read_config(UNet2DConditionModel, backbone, "unet")
+    unet: Any = _read_config(diffusers.UNet2DConditionModel, backbone, "unet")
     return unet.get("addition_embed_type") == "text_time"
 
 

@@ -172,7 +172,7 @@ def test_a_step_never_waits_for_the_device_and_does_the_unets_arithmetic_alone(
     """A meta tensor has no values: whatever asked for one would raise. SD1.5 is counted in tests/benchmarks."""
     module = built(tiny_backbone).to("meta")
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
-    batch = {name: values.to("meta") for name, values in batch.items()}
+    batch = {name: values.to("meta") if isinstance(values, Tensor) else values for name, values in batch.items()}
     with FlopCounterMode(display=False) as step:
         module.training_step(batch, 0).backward()
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,11 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from lit_multiip.data.groups import EpochSampler, HeldOutGroups, ShareSampler, draw_references
 from lit_multiip.data.people import FilePhoto, Person
+
+
+def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
+    """Whether two samples or batches hold the same names and the same values."""
+    return one["photo"] == two["photo"] and all(torch.equal(one[k], two[k]) for k in one.keys() - {"photo"})
 
 
 def person(name: str, photos: int) -> Person:
@@ -90,7 +96,7 @@ def test_draws_are_a_function_of_seed_epoch_and_index() -> None:
     first, again = groups(person("a", 14), person("b", 12)), groups(person("a", 14), person("b", 12))
     for key in [(0, 3), (7, 19)]:
         one, two = first[key], again[key]
-        assert all(torch.equal(one[name], two[name]) for name in one)
+        assert same(one, two)
     assert groups(person("b", 12)).draw(4, 2) == first.draw(4, 12)  # other people change nothing
     draws = {str(data.draw(epoch, 0)) for epoch in range(3) for data in (first, groups(person("a", 14), seed=1))}
     assert len(draws) == 6
@@ -124,7 +130,7 @@ def test_batches_are_equal_with_no_and_two_workers() -> None:
         batches.append(list(DataLoader(data, 8, sampler=sampler, num_workers=workers)))
     assert len(batches[0]) == 4
     for one, two in zip(*batches, strict=True):
-        assert all(torch.equal(one[name], two[name]) for name in one)
+        assert same(one, two)
 
 
 @pytest.mark.parametrize(("size", "world", "batch"), [(23, 1, 4), (23, 2, 2), (24, 2, 3), (22, 4, 1), (23, 4, 2)])

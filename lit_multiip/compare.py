@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import os
 import re
 import shlex
 import subprocess
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lit_multiip.backbone import COMPONENTS, BackboneError, find_ip_adapter, fingerprint, fingerprint_image_encoder
+from lit_multiip.evaluation.critic import shipped_critic
 from lit_multiip.evaluation.report import write_json
 from lit_multiip.photo_encoder import FaceEncoder
 from lit_multiip.runs import best_checkpoint, read_checkpoint
@@ -229,7 +231,7 @@ def make_steps(
                 chosen = ["--run", str(trained), *(f"--{key}={_as_argument(value)}" for key, value in own.items())]
             elif row.fit:
                 chosen = ["--run", str(trained)]
-            yield Step(name, seed, "test", run, [*chosen, *last], combined_key(key, final))
+            yield Step(name, seed, "test", run, [*chosen, *last], combined_key(key, final, _scorers(files, final)))
 
 
 def run_step(step: Step) -> None:
@@ -333,6 +335,26 @@ def _weights(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
         if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
             found.append(hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest())
     return found
+
+
+def _scorers(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+    """Fingerprints of the networks that score: the package's critics, and the files that the scores' settings name."""
+    import yaml
+
+    named = [yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {} for file in files]
+    texts = set(_strings([[config.get("score") for config in named], list(options.values())]))
+    critics = [shipped_critic(name) / "model.safetensors" for name in ("critic", "critic_b")]
+    paths = [*critics, *(os.path.expanduser(text) for text in sorted(texts))]
+    return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if os.path.isfile(path)]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield every string in nested lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
 
 
 @functools.cache

@@ -170,3 +170,15 @@ def test_the_shipped_plan_has_the_papers_five_and_the_controls(
     lines = capsys.readouterr().out.splitlines()
     assert sum(" fit " in line for line in lines) == 6 and sum(" test " in line for line in lines) == 11
     assert all(line.startswith("to do: python -m lit_multiip") for line in lines)
+
+
+def test_another_critic_makes_tests_anew_but_no_fit(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {"a": Row([config], "A", fit=True)}
+    fit, test = steps_of(rows, tmp_path)
+    (tmp_path / "critic").mkdir()
+    (tmp_path / "critic" / "model.safetensors").write_bytes(b"other weights")
+    monkeypatch.setattr(module, "shipped_critic", lambda name: tmp_path / name)
+    later_fit, later_test = steps_of(rows, tmp_path)
+    assert later_fit.key == fit.key and later_test.key != test.key

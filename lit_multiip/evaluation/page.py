@@ -43,7 +43,7 @@ td { white-space: nowrap; } td.words, td.text { white-space: normal; }
 tbody:last-child tr:last-child > * { border-bottom: 0; }
 thead th { background: var(--band); color: var(--soft); font-weight: 600; vertical-align: bottom; }
 th:first-child { background: var(--paper); left: 0; max-width: 16rem; min-width: 11.5rem;
-  overflow-wrap: anywhere; position: sticky;
+  overflow-wrap: break-word; position: sticky;
   text-align: left; font-weight: 600; z-index: 1; }
 thead th:first-child, th.block { background: var(--band); }
 th.block { color: var(--soft); font-size: .8rem; }
@@ -74,7 +74,7 @@ dl { display: grid; gap: .25rem 1rem; grid-template-columns: max-content 1fr; fo
 dt { color: var(--soft); } dd { margin: 0; }
 @media (max-width: 600px) {
   body { padding: .75rem; } h1 { font-size: 1.4rem; }
-  th:first-child { max-width: 8rem; min-width: 6.5rem; } th, td { padding: .4rem .55rem; }
+  th:first-child { max-width: 8rem; min-width: 7rem; overflow-wrap: break-word; } th, td { padding: .4rem .55rem; }
   .pictures thead th:first-child { min-width: 6rem; } .pictures tbody th { font-size: .78rem; max-width: 6rem; }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; }
 }

@@ -18,7 +18,7 @@ import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import (
@@ -154,9 +154,10 @@ class Maker:
 
     def vae_decoder(self) -> None:
         """Train the autoencoder's decoder further; latents, and with them the UNet, stay as they are."""
-        vae: Any = AutoencoderKL.from_pretrained(self.out / "vae").float()
+        vae: Any = AutoencoderKL.from_config(AutoencoderKL.load_config(self.out / "vae"))  # keeps no path in its config
+        vae.load_state_dict(load_file(self.out / "vae" / "diffusion_pytorch_model.safetensors"))
         vision = CLIPVisionModelWithProjection.from_pretrained(self.out / "image_encoder").float()
-        self._fit(stages.VAEDecoderStage(vae, vision), self._portraits(), 4000, 8, ema=0.999)
+        self._fit(stages.VAEDecoderStage(vae, vision), self._portraits(), 3000, 8, ema=0.999)
         vae.half().save_pretrained(self.out / "vae")
 
     def unet(self) -> None:

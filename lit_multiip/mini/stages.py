@@ -61,11 +61,11 @@ class CriticStage(Stage):
 
 
 def _jitter(images: Tensor) -> Tensor:
-    """Blur a random half of the batch and add noise, so that a critic does not hang on what a VAE loses."""
+    """Blur and add noise, both by a random amount, so that a critic does not hang on what a VAE loses."""
     pixels = images.float()
     blurred = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    share = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) * (torch.rand(len(pixels), 1, 1, 1) < 0.5)
-    noise = torch.randn_like(pixels) * torch.rand(len(pixels), 1, 1, 1) * 8
+    share = torch.rand(len(pixels), 1, 1, 1, device=pixels.device)
+    noise = torch.randn_like(pixels) * torch.rand(len(pixels), 1, 1, 1, device=pixels.device) * 16
     return (pixels + share * (blurred - pixels) + noise).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -122,7 +122,7 @@ class VAEDecoderStage(VAEStage):
         square = error.square().mean()
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         perceptual = torch.stack([F.mse_loss(a, b) for a, b in zip(self._look(restored), seen, strict=True)]).mean()
-        loss = error.abs().mean() + 2 * square + 0.5 * edges + 0.1 * perceptual
+        loss = error.abs().mean() + 2 * square + 0.5 * edges + 3 * perceptual
         psnr = 10 * torch.log10(4 / square.detach())
         self.log_dict({"loss": loss, "psnr_db": psnr, "perceptual": perceptual}, prog_bar=True)
         return loss

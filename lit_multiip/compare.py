@@ -315,8 +315,9 @@ def _weights(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     found = [*_components(backbone)]
     if apart["image_encoder"] is not None:
         found.append(fingerprint_image_encoder(backbone, apart["image_encoder"]))
-    if apart["face_encoder"] is not None:
-        found.append(FaceEncoder(**apart["face_encoder"]).fingerprint())
+    face = {key.partition(".")[2]: value for key, value in options.items() if key.startswith("face_encoder.")}
+    if face or apart["face_encoder"] is not None:
+        found.append(FaceEncoder(**{**(apart["face_encoder"] or {}), **face}).fingerprint())
     adapter: Any = apart["published_adapter"]
     if adapter is not None and not Path(adapter).expanduser().is_file():
         found.append(str(adapter))  # on the hub
@@ -340,8 +341,8 @@ def _scorers(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
 
     named = [yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {} for file in files]
     texts = set(_strings([[config.get("score") for config in named], list(options.values())]))
-    critics = [shipped_critic(name) / "model.safetensors" for name in ("critic", "critic_b")]
-    paths: list[str | Path] = [*critics, *(os.path.expanduser(text) for text in sorted(texts))]
+    critics = [str(shipped_critic(name) / "model.safetensors") for name in ("critic", "critic_b")]
+    paths = [*critics, *(os.path.expanduser(text) for text in sorted(texts))]
     return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if os.path.isfile(path)]
 
 

@@ -476,7 +476,7 @@ def _public_config(config: Mapping[str, Any]) -> dict[str, Any]:
             return [clean(inner) for inner in value]
         return _public(value) if isinstance(value, str) else value
 
-    top = ("backbone", "image_encoder", "published_adapter", "image_side", "seed_everything", "model")
+    top = ("backbone", "image_encoder", "face_encoder", "published_adapter", "image_side", "seed_everything", "model")
     shown = {key: config[key] for key in top if key in config}
     for section, keys in _SHOWN.items():
         values = config.get(section) or {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from onnx_file import write_pooling
 from PIL import Image
 
 from lit_multiip import compare as module
@@ -182,3 +184,13 @@ def test_another_critic_makes_tests_anew_but_no_fit(
     monkeypatch.setattr(module, "shipped_critic", lambda name: tmp_path / name)
     later_fit, later_test = steps_of(rows, tmp_path)
     assert later_fit.key == fit.key and later_test.key != test.key
+
+
+def test_another_face_network_that_conditions_makes_its_rows_anew(tmp_path: Path) -> None:
+    """By content, and also where an option names it over the config's own."""
+    config = tmp_path / "face.yaml"
+    config.write_text("face_encoder: {path: nowhere.onnx, detector: null}\n")
+    a, b = (write_pooling(tmp_path / f"{side}.onnx", side=side) for side in (32, 64))
+    copied = Path(shutil.copy(a, tmp_path / "copy.onnx"))
+    first, other, again = (module._weights([str(config)], {"face_encoder.path": str(path)}) for path in (a, b, copied))
+    assert first == again != other and len(first) == len(module._weights([], {})) + 1

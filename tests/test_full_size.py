@@ -114,7 +114,6 @@ def test_sd15_loads_trains_on_a_fixed_batch_and_draws_at_256_px(sd15: Path, tmp_
         optimizer.step()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - started)
-    print(losses)
     assert losses[-1] < losses[0] - 1e-4 and losses == sorted(losses, reverse=True)
     assert torch.equal(model.unet.conv_in.weight, frozen)
 

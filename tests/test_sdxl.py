@@ -10,9 +10,11 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionXLPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import make_tiny_backbone
 
+from lit_multiip.adapter import MultiIPAdapter
+from lit_multiip.backbone import ip_adapter_parameters, read_ip_adapter
 from lit_multiip.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -90,3 +92,20 @@ def test_dreambooth_learns_a_person_and_draws_them_by_the_shipped_config(
     assert {name.split(".")[0] for name in weights} == {"unet", "text_encoder", "text_encoder_2"}
     main(["predict", "--run", str(run), "--prompts", "a person", "--seeds", "0"])
     assert len(list(run.glob("predict/*/*seed0.png"))) == 1
+
+
+@pytest.mark.parametrize("file", ["ip-adapter_sdxl_vit-h.safetensors", "ip-adapter_sdxl_vit-h.bin"])
+def test_a_published_adapter_of_sdxl_is_what_training_starts_from(file: str, tiny_sdxl: Path, tmp_path: Path) -> None:
+    """In the layout of h94/IP-Adapter: flat keys in .safetensors, two dictionaries in .bin."""
+    state = read_ip_adapter(str(tiny_sdxl / "ip_adapter" / "ip_adapter.safetensors"))
+    generator = torch.Generator().manual_seed(0)
+    state = {s: {k: torch.randn(v.shape, generator=generator) for k, v in part.items()} for s, part in state.items()}
+    flat = {f"{section}.{key}": value for section, part in state.items() for key, value in part.items()}
+    if file.endswith(".bin"):
+        torch.save(state, tmp_path / file)
+    else:
+        save_file(flat, tmp_path / file)
+    model = MultiIPAdapter(str(tiny_sdxl), published_adapter=str(tmp_path / file))
+    model.configure_model()
+    own = ip_adapter_parameters(model.unet)
+    assert own.keys() == flat.keys() and all(torch.equal(own[key], value) for key, value in flat.items())

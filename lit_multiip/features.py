@@ -15,7 +15,6 @@ is an index of 24 bytes a row.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import logging
@@ -285,7 +284,6 @@ class Features:
             "text": self._text_encoder,
         }.items():
             self._fill(kind, items[kind], load, rank, world)
-            gc.collect()  # fit keeps no encoder in memory
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

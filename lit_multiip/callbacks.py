@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ class SavePredictions(L.Callback):
         """Make the folder before anything is drawn."""
         if stage != "predict":
             return
+        self._writer, self._written = ThreadPoolExecutor(1), list[Future[None]]()
         self._data: Any = trainer.datamodule  # type: ignore[attr-defined]
         run, folder = run_folder(trainer), None
         if trainer.is_global_zero:
@@ -131,12 +133,15 @@ class SavePredictions(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write a batch; an image that two ranks draw is the same."""
-        for index, image in zip(batch["task"].tolist(), outputs, strict=True):
-            to_picture(image).save(self._file(index))
+        """Write a batch while the next is drawn; an image that two ranks draw is the same."""
+        for index, image in zip(batch["task"].tolist(), outputs.cpu(), strict=True):
+            self._written.append(self._writer.submit(to_picture(image).save, self._file(index)))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lay all images out on rank 0: the references, and under them a prompt a row and a seed a column."""
+        for written in self._written:
+            written.result()
+        self._writer.shutdown()
         trainer.strategy.barrier("predictions")
         if not trainer.is_global_zero:
             return

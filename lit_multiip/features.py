@@ -17,7 +17,6 @@ is an index of 24 bytes a row.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import logging
@@ -290,7 +289,6 @@ class Features:
         self._require_space({kind: len(self.store[kind].missing(wanted)) for kind, wanted in items.items()}, rank)
         for kind, load in encoders.items():
             self._fill(kind, items[kind], load, rank, world)
-            gc.collect()  # fit keeps no encoder in memory
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import hashlib
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,27 @@ def test_a_second_build_loads_no_encoder(tiny_backbone: Path, tmp_path: Path, lo
     assert torch.equal(first.embeds(PHOTOS), second.embeds(PHOTOS))
     build(tiny_backbone, tmp_path, prompts=("a", "c"))
     assert loads[5:] == ["text_encoder", "tokenizer"]
+
+
+def test_a_build_leaves_no_encoder_in_memory(
+    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+
+    def watched(backbone: str, name: str, *args: Any) -> Any:
+        component = load_component(backbone, name, *args)
+        if isinstance(component, torch.nn.Module):
+            loaded.append(weakref.ref(component))
+        return component
+
+    for module in (features, backbone_module):
+        monkeypatch.setattr(module, "load_component", watched)
+    gc.disable()  # they go at once, not when the collector comes round
+    try:
+        build(tiny_backbone, tmp_path)
+        assert len(loaded) == 3 and all(component() is None for component in loaded)
+    finally:
+        gc.enable()
 
 
 def test_a_photo_that_changed_is_encoded_again(tiny_backbone: Path, tmp_path: Path, loads: list[str]) -> None:

@@ -117,7 +117,7 @@ class Sampler:
     @contextmanager
     def _image_attention(self, scale: float, image_embeds: Tensor | None) -> Iterator[None]:
         """Weigh the photos by ``scale``, where there are any; the UNet is left at 1, as it is trained."""
-        if image_embeds is None:
+        if image_embeds is None or scale == 1:
             yield
             return
         set_ip_scale(self.unet, scale)  # type: ignore[arg-type]

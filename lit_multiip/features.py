@@ -78,7 +78,7 @@ def encode_prompts(tokenizer: Any, encoder: Any, prompts: Sequence[str]) -> Tens
     length = tokenizer.model_max_length
     cut = [prompt for prompt in prompts if len(tokenizer(prompt, verbose=False).input_ids) > length]
     if cut:
-        logger.warning("%d prompts are cut to %d tokens, such as '%s'", len(cut), length, cut[0])
+        logger.warning("%d prompts are cut to %d tokens, such as '%s'", len(cut), length, cut[0][:100])
     tokens = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     return encoder(tokens.input_ids.to(encoder.device)).last_hidden_state
 

@@ -1,4 +1,4 @@
-"""A full disk, a folder that cannot be written, two runs in one folder, a cache that goes: what was there stays whole."""
+"""Full disks, folders that cannot be written, two runs in one, a cache that goes: what was there stays whole."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_write_that_fails_leaves_what_was_there_and_no_litter(tmp_path: Path) 
         file.write(b"new")  # type: ignore[attr-defined]
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="file' cannot be written .No space left on device.: free space"):
+    with pytest.raises(OSError, match=r"file' cannot be written .No space left on device.: free space"):
         write_durably(path, full)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 

@@ -349,6 +349,9 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
         def fit(self, **kwargs: Any) -> None:
             folder: Any = getattr(self.trainer.logger, "log_dir", None)
             with only_writer(Path(folder)) if folder and self.trainer.is_global_zero else nullcontext():
+                with _config_to_blame():
+                    for log in self.trainer.loggers:  # which Lightning makes when it begins
+                        getattr(log, "experiment", None)
                 self.trainer.fit(**kwargs)
 
     trainer_defaults = {

@@ -320,7 +320,7 @@ def refused_or_run(config: dict[str, Any], folder: Path, capsys: Any) -> str | N
     return None
 
 
-@pytest.mark.parametrize("seed", [*range(12), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(12, 300))])
+@pytest.mark.parametrize("seed", [*range(8), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, 300))])
 def test_a_faulty_config_is_run_or_refused_in_one_line(
     seed: int, whole_config: dict[str, Any], tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:

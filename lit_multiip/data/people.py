@@ -302,7 +302,7 @@ def _metadata_prompts(folder: Path, files: Iterable[Path]) -> dict[Path, str]:
                 )
             if file in prompts:
                 raise DataError(f"{place} names {name[:200]!r}, which has a prompt already: keep one")
-            prompts[file] = " ".join(given[0].split())
+            prompts[file] = " ".join(texts[0].split())
     return prompts
 
 

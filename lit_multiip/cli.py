@@ -14,8 +14,8 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -144,7 +144,7 @@ def _backbones_last(args: list[str]) -> list[str]:
         try:
             values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
             return "backbone" in values and "class_path" not in (values.get("model") or {})
-        except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
             return False  # the parser will say what is wrong with it
 
     options = ("-c", "--config")
@@ -294,8 +294,13 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
             parser.add_lightning_class_args(SampleGrid, "grid")
             parser.add_lightning_class_args(ScoreTest, "score")
 
+        def instantiate_classes(self) -> None:
+            with _config_to_blame():
+                super().instantiate_classes()
+
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-            super().parse_arguments(parser, args)
+            with _config_to_blame():
+                super().parse_arguments(parser, args)
             if not execute:
                 return
             config = self.config[self.config.subcommand]
@@ -348,6 +353,9 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
         def fit(self, **kwargs: Any) -> None:
             folder: Any = getattr(self.trainer.logger, "log_dir", None)
             with only_writer(Path(folder)) if folder and self.trainer.is_global_zero else nullcontext():
+                with _config_to_blame():
+                    for log in self.trainer.loggers:  # which Lightning makes when it begins
+                        getattr(log, "experiment", None)
                 self.trainer.fit(**kwargs)
 
     trainer_defaults = {
@@ -440,6 +448,24 @@ def _explain(error: Exception) -> str | None:
     if "jsonargparse" in raised_in.parts:  # which wraps what a constructor of this package refuses
         return _told(str(error))
     return None
+
+
+@contextmanager
+def _config_to_blame() -> Iterator[None]:
+    """Say in one line what a config does to libraries that do not look at it before they use it.
+
+    Raises:
+        UsageError: something that this package has nothing to say of.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _explain(error) is not None:
+            raise
+        raise UsageError(
+            f"the config cannot be used ({type(error).__name__}: {_told(str(error))[:500]}): see the option's help; "
+            f"{DEBUG}=1 shows where"
+        ) from error
 
 
 def _told(message: str) -> str:

@@ -114,7 +114,7 @@ def encode_prompts(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
     length = pipe.tokenizer.model_max_length
     cut = [prompt for prompt in prompts if len(pipe.tokenizer(prompt, verbose=False).input_ids) > length]
     if cut:
-        logger.warning("%d prompts are cut to %d tokens, such as '%s'", len(cut), length, cut[0])
+        logger.warning("%d prompts are cut to %d tokens, such as '%s'", len(cut), length, cut[0][:100])
     options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     with _without_warnings():  # of each cut prompt
         states = pipe.encode_prompt(list(prompts), device=pipe.text_encoder.device, **options)

@@ -1,4 +1,4 @@
-"""A full disk, a read-only folder, two runs in one folder, a cache that goes: what was there stays whole."""
+"""Full disks, folders that cannot be written, two runs in one, a cache that goes: what was there stays whole."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def test_a_write_that_fails_leaves_what_was_there_and_no_litter(tmp_path: Path) 
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(("size", "what"), [(20_000, "features"), (120_000, "checkpoints")])
+@pytest.mark.parametrize(
+    ("size", "what"), [(20_000, "features"), pytest.param(120_000, "checkpoints", marks=pytest.mark.slow)]
+)
 def test_a_full_disk_ends_a_fit_in_one_line_and_space_lets_it_go_on(
     size: int, what: str, config: Path, tmp_path: Path
 ) -> None:
@@ -108,6 +110,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_the_fit_goes_on_from_it_
     assert differences(state_of(run_of(tmp_path / "whole")), state_of(run_of(tmp_path))) == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_during_test_keeps_the_earlier_results(fitted: Path, tmp_path: Path) -> None:
     shutil.copytree(fitted, tmp_path / "work")
     before = hashes(run_of(tmp_path / "work"))
@@ -174,7 +177,7 @@ def test_a_second_fit_into_the_same_folder_is_refused_and_the_first_is_not_distu
     assert state_of(folder)["global_step"] == 40
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_cache_that_is_deleted_under_a_running_fit_does_not_disturb_it(
     workers: int, config: Path, fitted: Path, tmp_path: Path
 ) -> None:
@@ -188,10 +191,14 @@ def test_a_cache_that_is_deleted_under_a_running_fit_does_not_disturb_it(
     assert run(tmp_path, "test").code == 0  # which makes it again
 
 
+OTHER_STOPS = ("drawing:2:INT", "drawing:1:KILL", "scores:1:KILL")
+
 # ---- interrupted ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop", ["drawing:2:INT", "drawing:1:KILL", "scores:1:INT", "scores:1:KILL"])
+@pytest.mark.parametrize(
+    "stop", ["scores:1:INT", *(pytest.param(stop, marks=pytest.mark.slow) for stop in OTHER_STOPS)]
+)
 def test_an_interrupted_test_keeps_the_earlier_results(stop: str, fitted: Path, tmp_path: Path) -> None:
     shutil.copytree(fitted, tmp_path / "work")
     results = run_of(tmp_path / "work") / "test"

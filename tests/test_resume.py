@@ -93,17 +93,18 @@ def test_the_number_of_steps_says_where_training_is(
     ("variant", "stop"),
     [
         ("plain", "batch:6"),  # mid-epoch; gone on with from step 3
-        ("plain", "batch:8"),  # the first of an epoch; from step 6, over the end of the epoch
-        ("plain", "validation:5"),  # the sanity check's is the first one
+        # the first of an epoch; from step 6, over the end of the epoch
+        pytest.param("plain", "batch:8", marks=pytest.mark.slow),
+        pytest.param("plain", "validation:5", marks=pytest.mark.slow),  # the sanity check's is the first one
         ("plain", "writing:5"),  # of best and last, in turn
-        ("plain", "renaming:9"),
-        ("plain", "renamed:4"),
+        pytest.param("plain", "renaming:9", marks=pytest.mark.slow),
+        pytest.param("plain", "renamed:4", marks=pytest.mark.slow),
         ("plain", "batch:9:TERM"),
         ("plain", "batch:7:TERM"),  # the last batch of an epoch
         ("workers", "batch:8"),
-        ("accumulated", "batch:8"),
+        pytest.param("accumulated", "batch:8", marks=pytest.mark.slow),
         ("accumulated", "batch:5:TERM"),  # inside an accumulation
-        ("accumulated", "batch:8:TERM"),
+        pytest.param("accumulated", "batch:8:TERM", marks=pytest.mark.slow),
         ("ranks", "batch:8"),
         ("ranks", "batch:5:TERM"),
     ],

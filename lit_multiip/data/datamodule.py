@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MOST_WORKERS = 256  # of a loader; more are a slip
+
 
 @dataclass
 class PredictArgs:
@@ -236,6 +238,11 @@ class MultiPhotoData(L.LightningDataModule):
             raise DataError("data.online encodes photos by CLIP alone: leave it out with a face_encoder")
         if min(batch_size, eval_batch_size, encode_batch_size, references, held_out, seeds, validation_held_out) < 1:
             raise DataError("batch sizes, references, held_out and seeds must be at least 1")
+        if not 0 <= num_workers <= MOST_WORKERS:
+            raise DataError(f"data.num_workers is {num_workers}: give 0 to {MOST_WORKERS}")
+        for name, given in (("seed", seed), ("training_seed", training_seed or 0)):
+            if given < 0:
+                raise DataError(f"data.{name} is {given}: it must not be negative")
         if min(drop) < 0 or sum(drop) > 1:
             raise DataError(f"data.drop={drop} are no probabilities: give three of at least 0 that add to at most 1")
         self.backbone, self.source = backbone, source or MiniFaces()

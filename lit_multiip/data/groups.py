@@ -27,7 +27,10 @@ class Group(NamedTuple):
 
 def stable_hash(*parts: object) -> int:
     """Hash to 64 bits, the same on every machine and in every process."""
-    return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:8], "big")
+    text = "\0".join(map(str, parts)).encode(
+        "utf-8", "surrogateescape"
+    )  # names of files may hold bytes that are no text
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
 
 
 def draw_references(others: Sequence[int], count: int, rng: np.random.Generator) -> list[int]:

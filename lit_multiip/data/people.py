@@ -248,15 +248,23 @@ def _photo_files(folder: Path) -> list[Path]:
 def _person(folder: Path, files: Sequence[Path], template: str, prompts: Mapping[Path, str]) -> Person:
     name = nfc(folder.name)
     prompts = {**prompts, **_metadata_prompts(folder, files), **_caption_prompts(folder, files)}
-    default = template.replace("{name}", name.replace("_", " "))
+    shown = name.encode("utf-8", "replace").decode()  # the name of a folder may hold bytes that are no text
+    default = template.replace("{name}", shown.replace("_", " "))
     return Person(name, tuple(FilePhoto(name, file.name, prompts.get(file, default), file) for file in files))
 
 
 def _read_text(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
+            raise OSError("it is no file")
         return path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read ({error}): save it as UTF-8 text") from error
+
+
+def _is_text(text: str) -> bool:
+    """Whether it holds no half of a surrogate pair, which JSON can write and no tokenizer can read."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _caption_prompts(folder: Path, files: Iterable[Path]) -> dict[Path, str]:
@@ -284,16 +292,21 @@ def _metadata_prompts(folder: Path, files: Iterable[Path]) -> dict[Path, str]:
             continue
         for place, row in _metadata_rows(path):
             name, given = row.get("file_name"), [row[key] for key in ("text", "prompt") if row.get(key) is not None]
-            if not isinstance(name, str) or len(given) != 1 or not isinstance(given[0], str) or not given[0].strip():
-                raise DataError(f"{place} must give file_name and one prompt, called text or prompt; it is {row}")
+            texts = [text for text in given if isinstance(text, str) and text.strip()]
+            if not isinstance(name, str) or len(given) != 1 or len(texts) != 1 or not _is_text(texts[0]):
+                raise DataError(
+                    f"{place} must give file_name and one prompt, called text or prompt; it is {str(row)[:500]!a}"
+                )
             inside = PureWindowsPath(name)  # understands both / and \, on every system
             if inside.drive or inside.root or ".." in inside.parts:
-                raise DataError(f"{place} names {name!r}, which lies outside {folder}: give a path inside it")
+                raise DataError(f"{place} names {name[:200]!r}, which lies outside {folder}: give a path inside it")
             if (file := known.get(nfc(inside.as_posix()))) is None:
-                raise DataError(f"{place} names {name!r}, and {folder} has no such photo: add it or delete the row")
+                raise DataError(
+                    f"{place} names {name[:200]!r}, and {folder} has no such photo: add it or delete the row"
+                )
             if file in prompts:
-                raise DataError(f"{place} names {name!r}, which has a prompt already: keep one")
-            prompts[file] = " ".join(given[0].split())
+                raise DataError(f"{place} names {name[:200]!r}, which has a prompt already: keep one")
+            prompts[file] = " ".join(texts[0].split())
     return prompts
 
 
@@ -306,7 +319,7 @@ def _metadata_rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}, is not JSON ({error}): write one object a line") from error
             if not isinstance(row, dict):
                 raise DataError(f"{path}, line {number}, is not a JSON object: write {{'file_name': ..., 'text': ...}}")

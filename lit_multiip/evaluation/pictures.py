@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 MIN_CELL = 96  # px; below it faces and labels cannot be read
 GAP = 4  # px
+LONGEST_LABEL = 400  # letters; a caption may be of any length
 Cell = Image.Image | None
 
 
@@ -177,6 +178,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
     """Break text at spaces, and words that are too long within, so that no line is wider than `width` px."""
     # names of files may hold bytes that are no text, which cannot be drawn
     text = text.encode("utf-8", "replace").decode()
+    text = text if len(text) <= LONGEST_LABEL else f"{text[:LONGEST_LABEL]}…"
     lines = []
     for paragraph in text.split("\n"):
         line = ""

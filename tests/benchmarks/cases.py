@@ -250,7 +250,7 @@ def features(size: Size) -> list[Row]:
 def flatness(size: Size) -> list[Row]:
     """(e) Loader and step by the number of references and of people; the memory of a fit, by that of people."""
     rows = []
-    sources = {f"{n} references": size.data(references=n, min_photos=10) for n in (1, 3, 5, 9)}
+    sources = {f"{n} references": size.data(Strangers(100), references=n) for n in (1, 3, 5, 9)}
     people = {f"{n} people": size.data(Strangers(n)) for n in (100, 1_000, 10_000, 100_000)}
     model = size.model()
     optimizer = torch.optim.AdamW(list(model.trained_parameters().values()), lr=0.0)

@@ -36,6 +36,7 @@ COMMANDS = {  # dispatched before LightningCLI
     "make-mini": "lit_multiip.mini.make:make_mini",
     "measure-mini": "lit_multiip.mini.measure:measure_mini",
 }
+SECTIONS = {"trainer", "data", "checkpoint", "grid", "score"}  # of a config
 OWN_PARSER = ("inspect", "export")  # these also take the options of a config, and parse the command line themselves
 DESCRIPTION = """Personalised images from several photos of a person.
 
@@ -137,23 +138,38 @@ def _backbones_last(args: list[str]) -> list[str]:
     """Move configs that name a backbone and no method behind the others, so that the order they are typed in is free.
 
     Steps and learning rate go with the backbone's size, and the method files hold those of the miniature.
+
+    Raises:
+        UsageError: where a config should have a section of options, it has a value, which jsonargparse would ignore.
     """
-    import yaml
-
-    def is_backbone(config: str) -> bool:
-        try:
-            values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-            return "backbone" in values and "class_path" not in (values.get("model") or {})
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
-            return False  # the parser will say what is wrong with it
-
     options = ("-c", "--config")
     slots = [i for i, arg in enumerate(args) if arg.startswith("--config=") or (i > 0 and args[i - 1] in options)]
-    configs = sorted((args[i].removeprefix("--config=") for i in slots), key=is_backbone)
+    names = [args[i].removeprefix("--config=") for i in slots]
+    contents = {name: _config_of(name) for name in names}
+    for name, values in contents.items():
+        for key in SECTIONS & values.keys():
+            if not isinstance(values[key], (dict, type(None))):
+                raise UsageError(f"'{key}' in {name} is {values[key]!r}: write its options below it, one a line")
+
+    def is_backbone(name: str) -> bool:
+        model = contents[name].get("model")
+        return "backbone" in contents[name] and not (isinstance(model, dict) and "class_path" in model)
+
     result = list(args)
-    for i, config in zip(slots, configs, strict=True):
+    for i, config in zip(slots, sorted(names, key=is_backbone), strict=True):
         result[i] = f"--config={config}" if args[i].startswith("--config=") else config
     return result
+
+
+def _config_of(name: str) -> dict[str, Any]:
+    """What a config file holds; empty where it is none, of which the parser will say what is wrong with it."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _choose_run(command: str, folder: str | None) -> tuple[Path, Path]:
@@ -353,10 +369,13 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
         def fit(self, **kwargs: Any) -> None:
             folder: Any = getattr(self.trainer.logger, "log_dir", None)
             with only_writer(Path(folder)) if folder and self.trainer.is_global_zero else nullcontext():
-                with _config_to_blame():
-                    for log in self.trainer.loggers:  # which Lightning makes when it begins
-                        getattr(log, "experiment", None)
-                self.trainer.fit(**kwargs)
+                try:
+                    self.trainer.fit(**kwargs)
+                except Exception:
+                    if self.trainer.global_step > 0:
+                        raise
+                    with _config_to_blame():  # it never got going
+                        raise
 
     trainer_defaults = {
         "accelerator": "auto",

@@ -104,14 +104,16 @@ def _arm(where: str, count: str = "1", sign: str = "KILL") -> None:
     """Have this process send itself a signal at the ``count``-th time that it comes to a place.
 
     Args:
-        where: ``features`` (made, nothing else), ``batch`` (its loss is computed), ``validation``, ``writing`` (half of
-            a checkpoint), ``renaming`` (before a file takes its name), ``renamed`` (just after a checkpoint has), and
-            of a test ``drawing`` (a batch) and ``scores`` (of one extractor, when its images are written).
+        where: ``features`` (made, nothing else), ``batch`` (its loss is computed), ``tuning`` (DreamBooth's),
+            ``validation``, ``writing`` (half of a checkpoint), ``renaming`` (before a file takes its name), ``renamed``
+            (just after a checkpoint has), and of a test ``drawing`` (a batch) and ``scores`` (of one extractor, when
+            its images are written).
         count: how often it must have come there.
         sign: ``KILL``, ``TERM`` or ``INT``.
     """
     from lit_multiip import files, resume
     from lit_multiip.adapter import MultiIPAdapter
+    from lit_multiip.dreambooth import DreamBooth
     from lit_multiip.evaluation import callback
 
     left = [int(count)]
@@ -138,6 +140,8 @@ def _arm(where: str, count: str = "1", sign: str = "KILL") -> None:
         armed(MultiIPAdapter, "configure_model")
     elif where == "batch":
         armed(MultiIPAdapter, "training_step", after=True)
+    elif where == "tuning":
+        armed(DreamBooth, "training_step", after=True)
     elif where == "drawing":
         armed(MultiIPAdapter, "generate")
     elif where == "scores":

@@ -331,6 +331,19 @@ def test_a_faulty_config_is_run_or_refused_in_one_line(
         assert len(error) < 3000, what
 
 
+@pytest.mark.parametrize("section", ["trainer", "data", "score", "grid", "checkpoint"])
+def test_a_value_in_place_of_a_section_is_not_ignored(
+    section: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text(f"{section}: 1.0e+30\n")
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", "bad.yaml"])
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message == f"error: '{section}' in bad.yaml is 1e+30: write its options below it, one a line"
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -146,6 +146,23 @@ def test_sigterm_on_the_first_rank_stops_both_at_one_step(fits: Fits) -> None:
     fits.check(folder, "ranks")
 
 
+def test_dreambooth_goes_on_after_sigterm_as_if_it_had_not_been_stopped(fits: Fits) -> None:
+    args = ["fit", "--config", str(METHOD.with_name("dreambooth.yaml")), *fits.args("plain")[3:]]
+    args += ["--data.person=test_000000", "--model.steps=4", "--model.class_images=2", "--trainer.max_steps=-1"]
+    args += [f"--model.class_folder={fits.folder / 'class'}"]
+    states = []
+    for stop in (None, "tuning:2:TERM"):
+        folder = fits.new()
+        command = run(folder, *args, stop=stop)
+        if stop is not None:
+            assert command.code == 128 + signal.SIGTERM, command.said()
+            command = run(folder, *args, "--ckpt_path", "last")
+        assert command.code == 0, command.said()
+        states.append(state_of(folder / "runs" / "dreambooth" / "version_0"))
+    assert states[0]["global_step"] == 4
+    assert differences(*states) == []
+
+
 # ---- which checkpoint -----------------------------------------------------------------------------------------------
 
 

@@ -46,6 +46,7 @@ class Size:
     batches: int  # of predict, measured
     photos: int  # in (d)
     cache: Path
+    warmup: int = 3  # steps
 
     def data(self, source: Any = None, **options: Any) -> MultiPhotoData:
         """The project's DataModule at this size."""
@@ -86,7 +87,9 @@ def mini(work: Path) -> Size:
 
 def sd15(work: Path, side: int = 256) -> Size:
     """SD1.5 with random weights, bf16; a few steps of one sample."""
-    return Size("sd15", str(write_sd15(work / "sd15_random")), side, 1, "bfloat16", 5, 2, 1, 3, 2, 4, work / "sd15")
+    return Size(
+        "sd15", str(write_sd15(work / "sd15_random")), side, 1, "bfloat16", 5, 2, 1, 3, 2, 4, work / "sd15", warmup=1
+    )
 
 
 # ---- (a) and (c): the step ------------------------------------------------------------------------------------------
@@ -102,7 +105,8 @@ def training(size: Size) -> list[Row]:
     ):
         command = [
             *size.command("fit"), *options, "--data.batch_size", str(size.batch_size), "--trainer.max_steps",
-            str(steps + 3), "--trainer.limit_val_batches", "0", "--trainer.callbacks+=measure.Floor",
+            str(steps + size.warmup), "--trainer.limit_val_batches", "0", "--trainer.callbacks+=measure.Floor",
+            "--trainer.callbacks.warmup", str(size.warmup),
         ]  # fmt: skip
         lit_multiip(command)
         rows.append(_measured(name, Floor))
@@ -128,7 +132,9 @@ def _measured(what: str, reference: type[Reference]) -> Row:
         "peak_mib": float(np.median(reference.peaks)),
         "reference_peak_mib": float(np.median(reference.reference_peaks)),
     }
-    return {"what": what, **ratios(reference.times, reference.references), **peaks}
+    row = {"what": what, **ratios(reference.times, reference.references), **peaks}
+    print(f"\n{row}", flush=True)  # SD1.5 takes long enough to be interrupted
+    return row
 
 
 def flops(size: Size, references: int = 9) -> dict[str, Any]:
@@ -250,7 +256,7 @@ def features(size: Size) -> list[Row]:
 def flatness(size: Size) -> list[Row]:
     """(e) Loader and step by the number of references and of people; the memory of a fit, by that of people."""
     rows = []
-    sources = {f"{n} references": size.data(references=n, min_photos=10) for n in (1, 3, 5, 9)}
+    sources = {f"{n} references": size.data(Strangers(100), references=n) for n in (1, 3, 5, 9)}
     people = {f"{n} people": size.data(Strangers(n)) for n in (100, 1_000, 10_000, 100_000)}
     model = size.model()
     optimizer = torch.optim.AdamW(list(model.trained_parameters().values()), lr=0.0)

@@ -1,0 +1,44 @@
+"""The benchmarks run, on a tiny backbone; what they measure is for `python tests/benchmarks` to say."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parent / "benchmarks"
+
+
+@pytest.fixture
+def cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.chdir(tmp_path)
+    return importlib.import_module("cases")
+
+
+@pytest.fixture
+def tiny(cases: Any, tiny_backbone: Path, tmp_path: Path) -> Any:
+    return cases.Size("tiny", str(tiny_backbone), 32, 4, "float32", 3, 2, 2, 2, 2, 16, tmp_path / "cache")
+
+
+def test_a_step_of_the_miniature_does_the_floors_arithmetic(cases: Any, tmp_path: Path) -> None:
+    work = {
+        row["what"].removeprefix("GFLOP a sample: "): row["gflop"] for row in cases.flops(cases.mini(tmp_path))["rows"]
+    }
+    step, floor = work["step on stored features"], work["floor: UNet forward and backward"]
+    assert floor < step < 1.001 * floor
+    online = step + work["CLIP of 9 photos"] + work["VAE encoder"]
+    assert online / step == pytest.approx(1.58, abs=0.005)  # as tests/benchmarks/README.md says
+
+
+def test_steps_and_batches_are_measured_beside_their_references(cases: Any, tiny: Any) -> None:
+    rows = {row["what"]: row for case in (cases.training, cases.generation, cases.features) for row in case(tiny)}
+    for name, repeats in {"step cached / floor": 3, "step online / floor": 2, "predict / diffusers by hand": 2}.items():
+        row = rows[name]
+        assert row["repeats"] == repeats and row["peak_mib"] > 100 and row["reference_peak_mib"] > 100
+        assert math.isfinite(row["ratio"]) and row["quartiles"][0] <= row["ratio"] <= row["quartiles"][1]
+    assert 0 < rows["the UNet's share of predict"]["ratio"] < 1
+    assert rows["features of 4 photos / encoders alone"]["repeats"] == 3

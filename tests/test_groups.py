@@ -87,6 +87,7 @@ def test_draws_are_a_function_of_seed_epoch_and_index() -> None:
     first, again = groups(person("a", 14), person("b", 12)), groups(person("a", 14), person("b", 12))
     for key in [(0, 3), (7, 19)]:
         one, two = first[key], again[key]
+        assert one.pop("photo") == two.pop("photo")
         assert all(torch.equal(one[name], two[name]) for name in one)
     assert groups(person("b", 12)).draw(4, 2) == first.draw(4, 12)  # other people change nothing
     draws = {str(data.draw(epoch, 0)) for epoch in range(3) for data in (first, groups(person("a", 14), seed=1))}
@@ -121,6 +122,7 @@ def test_batches_are_equal_with_no_and_two_workers() -> None:
         batches.append(list(DataLoader(data, 8, sampler=sampler, num_workers=workers)))
     assert len(batches[0]) == 4
     for one, two in zip(*batches, strict=True):
+        assert one.pop("photo") == two.pop("photo")
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 

@@ -429,7 +429,7 @@ def _refuse(message: str) -> NoReturn:
 
 def _component_class(library: str, class_name: str, backbone: str) -> Any:
     cls = None
-    if library in ("diffusers", "transformers"):
+    if library in ("diffusers", "transformers") and isinstance(class_name, str):
         cls = getattr(importlib.import_module(library), _RENAMED.get(class_name, class_name), None)
     if not isinstance(cls, type):
         raise BackboneError(

@@ -42,6 +42,7 @@ def test_fit_batches_have_what_training_takes(tiny_backbone: Path, cache: str) -
     data = made(tiny_backbone, cache, "fit")
     batches = list(data.train_dataloader())
     assert len(batches) == 3 * 10 // 8  # three people, ten targets each, and no part of a batch
+    assert all(name.startswith("train_") and name.endswith(".png") for name in batches[0].pop("photo"))
     shapes = {name: tuple(values.shape) for name, values in batches[0].items()}
     assert shapes == {
         "references": (8, 9, 24),
@@ -59,6 +60,7 @@ def test_fit_batches_have_what_training_takes(tiny_backbone: Path, cache: str) -
 def test_training_batches_are_equal_with_no_and_two_workers(tiny_backbone: Path, cache: str) -> None:
     one, two = (list(made(tiny_backbone, cache, "fit", num_workers=n).train_dataloader()) for n in (0, 2))
     for a, b in zip(one, two, strict=True):
+        assert a.pop("photo") == b.pop("photo")
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -73,7 +75,7 @@ def test_online_batches_are_the_cached_ones_and_no_training_photo_is_stored(
     for expected, batch in zip(cached.train_dataloader(), online.train_dataloader(), strict=True):
         assert batch["references"].shape == (8, 9, 3, 32, 32) and batch["moments"].shape == (8, 3, 32, 32)
         batch = online.on_after_batch_transfer(batch, 0)
-        assert set(batch) == set(expected)
+        assert set(batch) == set(expected) and batch.pop("photo") == expected["photo"]
         for name, values in batch.items():  # convolutions differ in the last bits by the size of a batch
             assert torch.allclose(values.float(), expected[name].float(), atol=2e-3 if name == "moments" else 1e-5)
 

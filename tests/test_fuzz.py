@@ -300,6 +300,8 @@ def faulty(config: dict[str, Any], rng: random.Random) -> tuple[str, dict[str, A
     if rng.random() < 0.1:
         path = (*path[:-1], "".join(rng.choices(string.ascii_lowercase, k=6)))
     value = rng.choice(VALUES)
+    if path == ("data",) and not value:  # all defaults: fine, and long
+        value = "nonsense"
     return f"{'.'.join(path)} = {value!r}", changed(config, path, value)
 
 

@@ -79,7 +79,7 @@ def fill(features: Features, photos: Iterable[Photo], seed: int = 0) -> None:
 def _text_shape(features: Features) -> tuple[int, int]:
     from lit_multiip.backbone import load_feature_shapes
 
-    tokens, width = load_feature_shapes(features.backbone, features.image_side, features.image_encoder)["text"]
+    tokens, width = load_feature_shapes(features.backbone, features.image_side)["text"]
     return tokens, width
 
 

@@ -339,6 +339,7 @@ class Method(L.LightningModule):
         return self.provenance() | {
             "method": self.method(),
             "settings": self.settings(),
+            "per_person": self.per_person,
             "trained_parameters": sum(p.numel() for p in self.trained_parameters().values()),
             "sampling": self.sampling.describe(),
             "image_side": self.image_side,

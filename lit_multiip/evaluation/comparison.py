@@ -210,11 +210,12 @@ class Comparison:
             return dict.fromkeys(("personalise", "image", "parameters"))
         seconds = [test.metrics["seconds"] for test in row.tests]
         tuning = [float(s["personalise"]) for s in seconds if s.get("personalise") is not None]
-        described = row.tests[0].metrics["describe"].get("trained_parameters")
+        facts = row.tests[0].metrics["describe"]
+        described, tuned = facts.get("trained_parameters"), row.trained or facts.get("per_person", False)
         return {
             "personalise": float(np.mean(tuning)) / self.protocol["people"] if tuning else None,
             "image": float(np.mean([s["method"] for s in seconds])) / self.protocol["tasks"],
-            "parameters": (described if described is None else float(described)) if row.trained else 0.0,
+            "parameters": (described if described is None else float(described)) if tuned else 0.0,
         }
 
     def notes(self) -> list[str]:

@@ -305,26 +305,32 @@ def summary(comparison: Comparison) -> str:
 
 
 def _second_opinion(comparison: Comparison, extractor: str) -> str:
-    said = []
+    said, (methods, whose, _) = [], _contestants(comparison)
     for name, words in HEADLINES.items():
-        found = leader(comparison, f"{name}/{extractor}", [row for row in comparison.rows if row.group == "paper"])
+        found = leader(comparison, f"{name}/{extractor}", methods)
         if found is not None:
             how = "" if found[1] is None else f", {'clear' if clear(found[2]) else 'not clear'} of {found[1].title}"
             said.append(f"{found[0].title} in {words}{how}")
-    return f"By {extractor} the best of the paper's methods is {'; '.join(said)}." if said else ""
+    return f"By {extractor} the best of {whose} is {'; '.join(said)}." if said else ""
+
+
+def _contestants(comparison: Comparison) -> tuple[list[Row], str, list[Row]]:
+    """The paper's methods, what to call them, and the controls; in a table without the paper's, all are alike."""
+    methods = [row for row in comparison.rows if row.group == "paper"]
+    if not methods:
+        return list(comparison.rows), "the rows", []
+    return methods, "the paper's methods", [row for row in comparison.rows if row.group != "paper"]
 
 
 def _headline(comparison: Comparison, extractor: str) -> str:
-    methods = [row for row in comparison.rows if row.group == "paper"]
-    controls = [row for row in comparison.rows if row.group != "paper"]
-    said = []
+    said, (methods, whose, controls) = [], _contestants(comparison)
     for name, words in HEADLINES.items():
         key = f"{name}/{extractor}"
         found = leader(comparison, key, methods)
         if found is None:
             continue
         first, second, difference = found
-        text = f"{first.title} has the best {words} of the paper's methods by {extractor}"
+        text = f"{first.title} has the best {words} of {whose} by {extractor}"
         text += f", {scored(comparison.scores[first.key][key])}"
         if second is not None:
             text += f"; to the runner-up, {second.title}, the difference is {_weighed(difference)}"
@@ -352,7 +358,8 @@ def _trainings(row: Row) -> str:
     planned = len(row.tests) + len(row.missing)
     if row.missing:
         return f"{len(row.tests)} of {planned}"
-    return str(planned) if row.trained or planned > 1 else "none"
+    per_person = any(test.metrics["describe"].get("per_person", False) for test in row.tests)
+    return str(planned) if row.trained or per_person or planned > 1 else "none"
 
 
 def _counted(number: int, what: str) -> str:

@@ -189,6 +189,15 @@ def test_costs_are_a_person_an_image_and_what_was_trained(own):
     assert comparison.costs(comparison.row("ip_adapter")) == {"personalise": None, "image": 2, "parameters": 0}
 
 
+def test_what_is_tuned_a_person_counts_as_trained_without_a_seed_of_its_own(own):
+    metrics = own / "ip_adapter" / "version_0" / "test" / "metrics.json"
+    content = json.loads(metrics.read_text())
+    content["describe"]["per_person"] = True
+    metrics.write_text(json.dumps(content))
+    comparison = load_comparison(own)
+    assert comparison.costs(comparison.row("ip_adapter"))["parameters"] == 1234567
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,6 +1,8 @@
+import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,6 +147,17 @@ def test_the_summary_names_the_leader_and_whether_it_is_clear(folder):
         "By critic_b the best of the paper's methods is Self-Attention in identity to the held-out photo, clear" in text
     )
     assert "1 of 4 rows are not run yet" in text
+
+
+def test_a_table_without_the_papers_methods_has_a_leader_of_all_rows(folder, tmp_path):
+    own = Path(shutil.copytree(folder, tmp_path / "own"))
+    plan = json.loads((own / "plan.json").read_text())
+    for row in plan["rows"]:
+        row["group"] = "control"
+    (own / "plan.json").write_text(json.dumps(plan))
+    text = summary(load_comparison(own))
+    assert text.startswith("Self-Attention has the best identity to the held-out photo of the rows by critic,")
+    assert "paper" not in text and "A control" not in text
 
 
 def test_figure_6_shows_the_very_images(folder):

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -126,16 +127,20 @@ class PhotoEncoder:
     def read(self, photos: Sequence[Photo]) -> tuple[Tensor | None, Tensor | None]:
         """CLIP's pixels (B, 3, S, S), and embeddings of faces (B, E).
 
-        Where no face is found these are zero, as if dropped, and a warning names the photo.
+        Where no face is found these are zero, as if dropped; of several faces the largest counts. Either is told.
         """
         images = [photo.image() for photo in photos]
         pixels = None if self.clip is None else self.clip.read(images)
         if self.faces is None:
             return pixels, None
         faces = encode_faces(self.faces, images)
-        for photo, missing in zip(photos, faces.isnan().any(dim=1).tolist(), strict=True):
+        for photo, image, missing in zip(photos, images, faces.isnan().any(dim=1).tolist(), strict=True):
             if missing:
                 logger.warning("%s of %s: no face is found, so that no face conditions", photo.name, photo.person)
+            elif self.faces.detector is not None:
+                count = len(self.faces.detector.faces(np.asarray(image.convert("RGB"))))
+                if count > 1:
+                    logger.warning("%s of %s: of %d faces the largest conditions", photo.name, photo.person, count)
         return pixels, faces.nan_to_num(0.0)
 
     def encode(self, batch: tuple[Tensor | None, Tensor | None]) -> Tensor:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,8 +16,9 @@ from lit_multiip.adapter import MultiIPAdapter
 from lit_multiip.aggregators import AvgPool
 from lit_multiip.backbone import BackboneError, load_embed_dim, read_ip_adapter
 from lit_multiip.data.people import MiniFaces
+from lit_multiip.evaluation import faces as face_networks
 from lit_multiip.evaluation.callback import _refuse_if_it_conditions
-from lit_multiip.evaluation.faces import FaceRecognition
+from lit_multiip.evaluation.faces import TEMPLATE, FaceRecognition
 from lit_multiip.features import Features, to_tensor
 from lit_multiip.method import CheckpointError
 from lit_multiip.photo_encoder import FaceEncoder, PhotoEncoder, photo_embed_dim
@@ -66,6 +68,29 @@ def test_a_photo_without_a_face_conditions_as_a_dropped_one_and_is_told(
     assert not embeds[1, 24:].any() and embeds[1, :24].all() and embeds[[0, 2, 3], 24:].abs().max() > 0.1
     told = [record.getMessage() for record in caplog.records if "no face is found" in record.getMessage()]
     assert len(told) == 1 and PHOTOS[1].name in told[0]
+
+
+def test_of_several_faces_the_largest_conditions_and_that_is_told(
+    tiny_backbone: Path, network: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Detector:
+        """Two faces in the second photo, one in the others."""
+
+        def __init__(self, path: str) -> None: ...
+
+        def faces(self, pixels: Any) -> Any:
+            return np.zeros((2 if np.array_equal(pixels, np.asarray(PHOTOS[1].image())) else 1, 15))
+
+        def landmarks(self, pixels: Any) -> Any:
+            return TEMPLATE
+
+    monkeypatch.setattr(face_networks, "FaceDetector", Detector)
+    encoder = PhotoEncoder(str(tiny_backbone), face_encoder=FaceEncoder(network))
+    with caplog.at_level("WARNING", "lit_multiip"):
+        embeds = encoder(PHOTOS)
+    assert embeds.shape == (4, E) and embeds.isfinite().all()
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"{PHOTOS[1].name} of {PHOTOS[1].person}: of 2 faces the largest conditions"]
 
 
 def test_features_of_another_network_or_crop_are_never_found(tiny_backbone: Path, network: str, tmp_path: Path) -> None:

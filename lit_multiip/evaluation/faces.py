@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class FaceDetector:
         cv2 = _import("cv2")
         create = cv2.FaceDetectorYN.create
         self._cv2, self._network = cv2, _opencv(create, weights_file(path), "", (side, side), min_score)
+        self._lock = threading.Lock()  # its input size is state
 
     def faces(self, pixels: Pixels) -> npt.NDArray[np.float32]:
         """OpenCV's rows of all faces, (F, 15), that with the largest box first.
@@ -65,8 +67,9 @@ class FaceDetector:
         height, width = pixels.shape[:2]
         scale = self.side / max(height, width)
         seen = pixels if scale == 1 else _resized(pixels, (round(width * scale), round(height * scale)))
-        self._network.setInputSize((seen.shape[1], seen.shape[0]))
-        _, rows = self._network.detect(_bgr(seen))  # (F, 15), or None
+        with self._lock:
+            self._network.setInputSize((seen.shape[1], seen.shape[0]))
+            _, rows = self._network.detect(_bgr(seen))  # (F, 15), or None
         found = np.array([] if rows is None else rows, dtype=np.float32).reshape(-1, 15)
         found[:, :14:2] *= width / seen.shape[1]
         found[:, 1:14:2] *= height / seen.shape[0]

@@ -12,6 +12,7 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 LOCK = ".lock"
+PATIENCE = 10  # seconds: workers that a killed process leaves hold its locks until they look for it, every 5 s
 
 
 def write_durably(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -78,7 +79,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=PATIENCE)
     except Timeout:
         raise OSError(
             f"another process is writing into '{folder}': wait until it has ended, or give this one a folder of its own"

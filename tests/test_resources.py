@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from resuming import METHOD, Command, differences, run, run_of, state_of, write_config
 
+from lit_multiip import files
 from lit_multiip.files import only_writer, write_durably
 from lit_multiip.runs import read_checkpoint
 
@@ -149,7 +150,8 @@ def test_a_read_only_folder_is_told_in_one_line(config: Path, tmp_path: Path) ->
         assert command.code == 1 and message.startswith("error: ") and "Read-only file system" in message
 
 
-def test_a_folder_has_one_writer(tmp_path: Path) -> None:
+def test_a_folder_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
     with only_writer(tmp_path), pytest.raises(OSError, match="another process is writing into"), only_writer(tmp_path):
         pass
     with only_writer(tmp_path):

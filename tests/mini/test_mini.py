@@ -34,8 +34,9 @@ def test_every_caption_word_and_identifier_is_one_token(tmp_path: Path) -> None:
 
 def test_remaking_the_tokenizer_gives_the_shipped_one(tmp_path: Path) -> None:
     make_tokenizer(tmp_path)
-    for name in ("vocab.json", "merges.txt"):
-        assert (tmp_path / name).read_bytes() == (MINI / "tokenizer" / name).read_bytes()
+    made, shipped = (json.loads((folder / "vocab.json").read_text()) for folder in (tmp_path, MINI / "tokenizer"))
+    assert made == shipped
+    assert (tmp_path / "merges.txt").read_bytes() == (MINI / "tokenizer" / "merges.txt").read_bytes()
 
 
 def test_no_caption_is_cut_nor_holds_an_identifier() -> None:

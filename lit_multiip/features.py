@@ -284,7 +284,7 @@ class Features:
             items |= {"pooled": items["text"], "frame": items["latent"]}
             encoders |= {
                 "pooled": lambda: self._text_encoder("pooled_prompt_embeds"),
-                "frame": lambda: Encoder(self._frames, lambda rows: rows),
+                "frame": lambda: Encoder(self.frames, lambda rows: rows),
             }
         self._require_space({kind: len(self.store[kind].missing(wanted)) for kind, wanted in items.items()}, rank)
         for kind, load in encoders.items():
@@ -347,8 +347,22 @@ class Features:
         """
         if not self.text_time:
             return {}
-        frame = self.store["frame"].get([content_key(photo)])[0].float()  # (4,)
+        return self.time_ids_of(self.store["frame"].get([content_key(photo)])[0].float())
+
+    def time_ids_of(self, frame: Tensor) -> dict[str, Tensor]:
+        """``time_ids`` of one row of ``frames``, (4,)."""
         return {"time_ids": torch.cat([frame, torch.full((2,), float(self.image_side))])}
+
+    def frames(self, photos: Sequence[Photo]) -> Tensor:
+        """Height and width of photos, and top and left of their squares once scaled, (B, 4) float32."""
+        rows = []
+        for photo in photos:
+            width, height = photo.image().size
+            top, left = (
+                (edge * self.image_side // min(width, height) - self.image_side) // 2 for edge in (height, width)
+            )
+            rows.append([height, width, top, left])
+        return torch.tensor(rows, dtype=torch.float32)
 
     def _fill(
         self,
@@ -393,16 +407,6 @@ class Features:
         pipe = load_text_pipeline(self.backbone).to(self.device)
         return Encoder(list, lambda prompts: encode_prompts(pipe, prompts)[part].half())  # (B, L, E) or (B, P)
 
-    def _frames(self, photos: Sequence[Photo]) -> Tensor:
-        rows = []
-        for photo in photos:
-            width, height = photo.image().size
-            top, left = (
-                (edge * self.image_side // min(width, height) - self.image_side) // 2 for edge in (height, width)
-            )
-            rows.append([height, width, top, left])
-        return torch.tensor(rows, dtype=torch.float32)  # (B, 4)
-
 
 class Pixels:
     """Stands in for ``Features`` where photos are encoded at every step: gives what the encoders take of them.
@@ -442,7 +446,7 @@ class Pixels:
 
     def time_ids(self, photo: Photo) -> dict[str, Tensor]:
         """Of SDXL, ``time_ids`` (6,) float32, of the picture before augmentation."""
-        return self.features.time_ids(photo)
+        return self.features.time_ids_of(self.features.frames([photo])[0]) if self.features.text_time else {}
 
 
 _content_keys: dict[Photo, str] = {}

@@ -64,11 +64,13 @@ def test_training_batches_are_equal_with_no_and_two_workers(tiny_backbone: Path,
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("backbone", ["tiny_backbone", "tiny_sdxl"])
 def test_online_batches_are_the_cached_ones_and_no_training_photo_is_stored(
-    tiny_backbone: Path, cache: str, tmp_path: Path
+    backbone: str, cache: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    cached = made(tiny_backbone, cache, "fit")
-    online = made(tiny_backbone, str(tmp_path), "fit", online=True)
+    folder = request.getfixturevalue(backbone)
+    cached = made(folder, cache, "fit")
+    online = made(folder, str(tmp_path), "fit", online=True)
     assert online.split is not None and online.features is not None and not cached.encoders
     train = [content_key(photo) for person in online.split.train for photo in person.photos]
     assert online.features.store["latent"].missing(train) == train

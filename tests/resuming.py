@@ -121,7 +121,7 @@ def _arm(where: str, count: str = "1", sign: str = "KILL") -> None:
     def come() -> None:
         left[0] -= 1
         if left[0] == 0:
-            os.kill(os.getpid(), getattr(signal, f"SIG{sign}"))
+            signal.raise_signal(getattr(signal, f"SIG{sign}"))  # to this very thread, at once
 
     def armed(owner: Any, name: str, after: bool = False) -> None:
         plain = getattr(owner, name)

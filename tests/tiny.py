@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -113,32 +114,26 @@ def make_tiny_backbone(
     return folder
 
 
-def tiny_unet(sample_size: int = 8, cross_attention_dim: int = 32) -> UNet2DConditionModel:
+def tiny_unet(sample_size: int = 8, cross_attention_dim: int = 32, **particulars: Any) -> UNet2DConditionModel:
     """Two levels, cross-attention in the lower one and in the middle: 2 + 1 + 1 = 4 cross-attention layers."""
-    return UNet2DConditionModel(
-        sample_size=sample_size,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=4,
-        cross_attention_dim=cross_attention_dim,
-    )
+    shape: dict[str, Any] = {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+    }
+    return UNet2DConditionModel(sample_size=sample_size, cross_attention_dim=cross_attention_dim, **shape | particulars)
 
 
 def tiny_sdxl_unet(sample_size: int = 8, cross_attention_dim: int = 32) -> UNet2DConditionModel:
     """SDXL's particulars: no attention in level 0, several transformer layers, text_time conditioning."""
-    return UNet2DConditionModel(
-        sample_size=sample_size,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
+    return tiny_unet(
+        sample_size,
+        cross_attention_dim,
         attention_head_dim=(2, 4),
         transformer_layers_per_block=(1, 2),
-        cross_attention_dim=cross_attention_dim,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,

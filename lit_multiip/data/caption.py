@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lit_multiip.data.people import METADATA, SUFFIXES, DataError, FilePhoto, Folder, Person, nfc, read_person
+from lit_multiip.files import write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -202,9 +203,7 @@ def _keep(photo: FilePhoto, text: str, prefix: str, overwrite: bool, done: Capti
     if path.exists() and not overwrite:  # somebody wrote it in the meantime
         done.kept += 1
         return
-    part = path.with_name(f".{path.name}.part")  # hidden: no reader takes it for a caption
-    part.write_text(caption + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_durably(path, lambda file: file.write(f"{caption}\n".encode()))
     done.written.append(path)
     if caption != text:
         done.named.append(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lit_multiip.evaluation.intervals import Score
 from lit_multiip.evaluation.scores import ImageSet, summarise_difference
+from lit_multiip.files import write_durably
 
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "torchmetrics", "lit_multiip")
 
@@ -68,9 +68,8 @@ def results(
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write strict JSON at once or not at all; numbers that are not finite become null."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+    write_durably(path, lambda file: file.write(text.encode()))
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

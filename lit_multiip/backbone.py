@@ -23,7 +23,7 @@ import pickle
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -51,6 +51,7 @@ _UNLISTED = {
     "image_encoder": ("transformers", "CLIPVisionModelWithProjection"),
     "feature_extractor": ("transformers", "CLIPImageProcessor"),
 }
+ATTENTION = "sdpa"  # of transformers' models, whatever their configuration says: it could name code of the hub's
 _RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}  # transformers 5 dropped the name that SD1.5 was saved with
 
 # A key that only the image projection of another adapter family has -> that family's name. The order matters.
@@ -113,6 +114,18 @@ def resolve_backbone(backbone: str) -> str:
     raise BackboneError(f"backbone '{backbone}' is not an existing folder, a hub id such as 'org/name', or 'mini'")
 
 
+def read_whole(cls: Any, place: str, **options: Any) -> Any:
+    """A module's ``from_pretrained``, with all its weights from the files: others would be random.
+
+    Raises:
+        ValueError: the files lack some.
+    """
+    module, found = cls.from_pretrained(place, output_loading_info=True, **options)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
+    return module
+
+
 def load_component(backbone: str, name: str, dtype: torch.dtype = torch.float32) -> Any:
     """Load one component of a pipeline; modules come frozen and in eval mode.
 
@@ -147,9 +160,11 @@ def load_component(backbone: str, name: str, dtype: torch.dtype = torch.float32)
 
     options: dict[str, Any] = {"subfolder": name}
     if issubclass(cls, nn.Module):
-        options |= {"torch_dtype" if library == "diffusers" else "dtype": dtype, "use_safetensors": True}
+        own = {"torch_dtype": dtype} if library == "diffusers" else {"dtype": dtype, "attn_implementation": ATTENTION}
+        options |= {"use_safetensors": True, **own}
     try:
-        component = cls.from_pretrained(backbone, **options)
+        read = partial(read_whole, cls) if issubclass(cls, nn.Module) else cls.from_pretrained
+        component = read(backbone, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, OSError) and not local:
             raise BackboneError(_not_fetched(backbone, f"{name}/", "--backbone", error)) from error
@@ -233,8 +248,13 @@ def load_image_encoder(
     root, subfolder = _image_encoder_place(backbone, image_encoder)
     side = load_image_side(backbone, image_encoder)
     try:
-        encoder: Any = transformers.CLIPVisionModelWithProjection.from_pretrained(
-            root, subfolder=subfolder, dtype=dtype, use_safetensors=True
+        encoder: Any = read_whole(
+            transformers.CLIPVisionModelWithProjection,
+            root,
+            subfolder=subfolder,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation=ATTENTION,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, OSError) and not Path(root).is_dir():

@@ -3,8 +3,8 @@
 On disk, ``<cache>/<kind>-<fingerprint>/`` holds shards: ``<name>.npy`` is one array, a row per key, and ``<name>.json``
 its list of keys. The fingerprint covers the encoder's weights and the preprocessing, a key the content of a photo or
 the text of a prompt, so that a stale row cannot be found by mistake. A shard appears by one rename of a finished file,
-is never changed, and is read memory-mapped without pickle: several processes may build and read at once. In memory
-is an index of 24 bytes a row.
+is never changed, and is read memory-mapped without pickle: several processes may build and read at once. An index of 24
+bytes a row is memory-mapped, too, from a file without a name that goes with its process.
 
 | kind   | key                    | row                                                       |
 |--------|------------------------|-----------------------------------------------------------|
@@ -22,6 +22,7 @@ import json
 import logging
 import math
 import shutil
+import tempfile
 import time
 import uuid
 from collections import deque
@@ -29,6 +30,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import compress, islice
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +140,9 @@ def prompt_key(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()
 
 
+Digests = npt.NDArray[np.bytes_]
+
+
 class Shards:
     """Rows by key in memory-mapped arrays; only ever grows."""
 
@@ -158,7 +164,7 @@ class Shards:
                 array = np.load(index.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
                 if len(array) != len(keys):
                     raise ValueError(f"{len(keys)} keys, {len(array)} rows")
-                found.append(_digests(keys))
+                found.append(digests_of(keys))
             except (OSError, ValueError) as error:
                 raise DataError(f"feature shard '{index.with_suffix('')}' is broken ({error}): delete it") from error
             rows = np.arange(len(keys), dtype=np.uint32)
@@ -166,21 +172,42 @@ class Shards:
             self._known.add(index.name)
             self._arrays.append(array.view(np.ndarray))  # indexing a memmap itself costs three times as much
         if len(found) > 1:
-            self._keys, first = np.unique(np.concatenate(found), return_index=True)
-            self._places = np.concatenate(places)[first]
+            keys, first = np.unique(np.concatenate(found), return_index=True)
+            self._keys, self._places = self._mapped(keys), self._mapped(np.concatenate(places)[first])
+
+    def _mapped(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Move an array out of memory into an unnamed file beside the shards, whose pages the system can drop."""
+        try:
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                array.tofile(file)
+                file.flush()
+                return np.memmap(file, array.dtype, "r", shape=array.shape).view(np.ndarray)
+        except OSError:  # a store that may only be read
+            return array
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Return the keys that have no row yet, each once, in order."""
-        keys = list(dict.fromkeys(keys))
-        return [key for key, found in zip(keys, self._find(keys)[1], strict=True) if not found]
+        keys = list(keys)
+        return [keys[at] for at in self.lacking(digests_of(keys))]
+
+    def lacking(self, digests: Digests, rank: int = 0, world: int = 1) -> npt.NDArray[np.int64]:
+        """Where in ``digests`` those stand, each once, that have no row yet.
+
+        Args:
+            digests: of keys, (n,).
+            rank: of ``world`` ranks, this one gets every world-th of the distinct keys: a share that does not depend on
+                what others have stored by now.
+            world: number of ranks.
+        """
+        first = np.sort(np.unique(digests, return_index=True)[1])[rank::world]
+        return first[~self._find(digests[first])[1]]
 
     def add(self, keys: Sequence[str], rows: npt.NDArray[Any]) -> None:
-        """Write one shard, durable before it becomes visible."""
+        """Write one shard, durable before it becomes visible; ``refresh`` takes it in."""
         name = self.folder / uuid.uuid4().hex
         rows = np.ascontiguousarray(rows)
         write_durably(name.with_suffix(".npy"), lambda file: np.lib.format.write_array(file, rows, allow_pickle=False))
         write_durably(name.with_suffix(".json"), lambda file: file.write(json.dumps(list(keys)).encode()))
-        self.refresh()
 
     def get(self, keys: Sequence[str]) -> Tensor:
         """Return the rows of ``keys`` stacked, as stored.
@@ -188,22 +215,41 @@ class Shards:
         Raises:
             KeyError: one was never stored.
         """
-        at, found = self._find(keys)
+        at, found = self._find(digests_of(keys))
         if not found.all():
             raise KeyError(keys[int(found.argmin())])
         return torch.from_numpy(np.stack([self._arrays[array][row] for array, row in self._places[at].tolist()]))
 
-    def _find(self, keys: Sequence[str]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    def _find(self, digests: Digests) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Where in the index each key is, and whether it is there."""
         if not len(self._keys):
-            return np.zeros(len(keys), int), np.zeros(len(keys), bool)
-        wanted = _digests(keys)
-        at = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
-        return at, self._keys[at] == wanted
+            return np.zeros(len(digests), int), np.zeros(len(digests), bool)
+        at = np.minimum(np.searchsorted(self._keys, digests), len(self._keys) - 1)
+        return at, self._keys[at] == digests
 
 
-def _digests(keys: Sequence[str]) -> npt.NDArray[Any]:
-    return np.array([bytes.fromhex(key[:32]) for key in keys], "S16")
+def digests_of(keys: Iterable[str]) -> Digests:
+    """What keys are told apart by in memory: the first half of each SHA-256, (n,) of 16 bytes."""
+    packed = bytearray()
+    for key in keys:
+        packed += bytes.fromhex(key[:32])
+    return np.frombuffer(packed, "S16")
+
+
+class _Items:
+    """Photos or prompts that are wanted, and the digests of their keys; they themselves are not held."""
+
+    def __init__(self, items: Iterable[Any], key: Callable[[Any], str]) -> None:
+        self.items, self.key = items, key
+        self.digests = digests_of(map(key, items))
+
+    def parts(self, positions: npt.NDArray[np.int64], size: int) -> Iterator[list[Any]]:
+        """Yield the items at ``positions`` in lists of ``size``."""
+        chosen = np.zeros(len(self.digests), bool)
+        chosen[positions] = True
+        found = compress(self.items, chosen)
+        while part := list(islice(found, size)):
+            yield part
 
 
 def _ahead(read: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
@@ -259,21 +305,21 @@ class Features:
             shards.refresh()
 
     def build(
-        self, photos: Sequence[Photo], targets: Sequence[Photo], prompts: Iterable[str], rank: int = 0, world: int = 1
+        self, photos: Iterable[Photo], targets: Iterable[Photo], prompts: Iterable[str], rank: int = 0, world: int = 1
     ) -> None:
         """Encode whatever is not stored yet; of ``world`` ranks, this one does every world-th.
 
         Args:
-            photos: whose image embeddings will be asked for.
+            photos: whose image embeddings will be asked for; gone through twice, as are targets, so no iterator.
             targets: whose latents will be asked for.
             prompts: whose text states will be asked for; that of the empty prompt is always built.
             rank: this process's number.
             world: number of processes that build together.
         """
-        items: dict[str, dict[str, Any]] = {
-            "embeds": dict(zip(map(content_key, photos), photos, strict=True)),
-            "latent": dict(zip(map(content_key, targets), targets, strict=True)),
-            "text": {prompt_key(prompt): prompt for prompt in ["", *prompts]},
+        items: dict[str, _Items] = {
+            "embeds": _Items(photos, methodcaller("content_key")),
+            "latent": _Items(targets, methodcaller("content_key")),
+            "text": _Items(list(dict.fromkeys(["", *prompts])), prompt_key),
         }
         encoders: dict[str, Callable[[], Encoder]] = {
             "embeds": self._embedder,
@@ -286,7 +332,9 @@ class Features:
                 "pooled": lambda: self._text_encoder("pooled_prompt_embeds"),
                 "frame": lambda: Encoder(self.frames, lambda rows: rows),
             }
-        self._require_space({kind: len(self.store[kind].missing(wanted)) for kind, wanted in items.items()}, rank)
+        self._require_space(
+            {kind: len(self.store[kind].lacking(wanted.digests)) for kind, wanted in items.items()}, rank
+        )
         for kind, load in encoders.items():
             self._fill(kind, items[kind], load, rank, world)
 
@@ -311,7 +359,7 @@ class Features:
         folder = next(path for path in self.store["embeds"].folder.absolute().parents if path.exists())
         free = shutil.disk_usage(folder).free
         counts = ", ".join(f"{count} {kind}" for kind, count in missing.items() if count)
-        what = f"features to compute: {counts}; {needed / 2**30:.2f} GiB on disk, {free / 2**30:.1f} GiB free"
+        what = f"features to compute: {counts}; {needed / 2**20:,.1f} MiB on disk, {free / 2**20:,.0f} MiB free"
         if needed > free:
             raise DataError(f"{what}: free some, or set data.cache_dir to a folder on a larger disk")
         if rank == 0:
@@ -324,11 +372,11 @@ class Features:
 
     def embeds(self, photos: Sequence[Photo]) -> Tensor:
         """Image embeddings, (n, D) float32."""
-        return self.store["embeds"].get([content_key(photo) for photo in photos])
+        return self.store["embeds"].get([photo.content_key() for photo in photos])
 
     def moments(self, photo: Photo) -> Tensor:
         """Posterior mean and logvar of the VAE's unscaled latent, (2C, h, w) float32."""
-        return self.store["latent"].get([content_key(photo)])[0].float()
+        return self.store["latent"].get([photo.content_key()])[0].float()
 
     def text(self, prompt: str) -> dict[str, Tensor]:
         """A prompt's ``prompt_embeds``, text states (L, E), and of SDXL ``pooled_prompt_embeds`` (P,); float32."""
@@ -347,7 +395,7 @@ class Features:
         """
         if not self.text_time:
             return {}
-        return self.time_ids_of(self.store["frame"].get([content_key(photo)])[0].float())
+        return self.time_ids_of(self.store["frame"].get([photo.content_key()])[0].float())
 
     def time_ids_of(self, frame: Tensor) -> dict[str, Tensor]:
         """``time_ids`` of one row of ``frames``, (4,)."""
@@ -367,33 +415,35 @@ class Features:
     def _fill(
         self,
         kind: str,
-        items: dict[str, Any],
+        items: _Items,
         load: Callable[[], Encoder],
         rank: int,
         world: int,
     ) -> None:
         shards = self.store[kind]
-        keys = shards.missing(list(items)[rank::world])  # shares that do not depend on what others have stored by now
-        if not keys:
+        positions = shards.lacking(items.digests, rank, world)
+        if not len(positions):
             return
         encoder = load()
-        parts = [keys[first : first + self.batch_size] for first in range(0, len(keys), self.batch_size)]
+        left = len(positions)
         stored: list[str] = []
         rows: list[npt.NDArray[Any]] = []
         started = time.monotonic()
-        with tqdm(total=len(keys), desc=f"encoding {kind}", unit="item", disable=rank > 0) as bar:
-            for part, batch in _ahead(lambda part: encoder.read([items[key] for key in part]), parts):
+        with tqdm(total=left, desc=f"encoding {kind}", unit="item", disable=rank > 0) as bar:
+            for part, batch in _ahead(encoder.read, items.parts(positions, self.batch_size)):
                 with torch.inference_mode():
                     encoded = encoder.encode(batch).cpu()
                 if not encoded.isfinite().all():
-                    bad = next(k for k, row in zip(part, encoded, strict=True) if not row.isfinite().all())
-                    raise DataError(f"the {kind} encoder makes NaN or infinity of {items[bad]!r}: leave it out")
-                stored += part
+                    bad = next(item for item, row in zip(part, encoded, strict=True) if not row.isfinite().all())
+                    raise DataError(f"the {kind} encoder makes NaN or infinity of {bad!r}: leave it out")
+                stored += map(items.key, part)
                 rows.append(encoded.numpy())
                 bar.update(len(part))
-                if len(stored) >= SHARD_ROWS or part is parts[-1] or time.monotonic() - started > SHARD_SECONDS:
+                left -= len(part)
+                if len(stored) >= SHARD_ROWS or not left or time.monotonic() - started > SHARD_SECONDS:
                     shards.add(stored, np.concatenate(rows))
                     stored, rows, started = [], [], time.monotonic()
+        shards.refresh()
 
     def _embedder(self) -> Encoder:
         encoder = PhotoEncoder(self.backbone, self.image_encoder, self.face_encoder, self.device)
@@ -447,14 +497,3 @@ class Pixels:
     def time_ids(self, photo: Photo) -> dict[str, Tensor]:
         """Of SDXL, ``time_ids`` (6,) float32, of the picture before augmentation."""
         return self.features.time_ids_of(self.features.frames([photo])[0]) if self.features.text_time else {}
-
-
-_content_keys: dict[Photo, str] = {}
-
-
-def content_key(photo: Photo) -> str:
-    """``photo.content_key()``, read once per process."""
-    key = _content_keys.get(photo)
-    if key is None:
-        key = _content_keys[photo] = photo.content_key()
-    return key

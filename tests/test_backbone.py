@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import make_tiny_backbone, tiny_sdxl_unet, tiny_unet
 from torch import Tensor
 
@@ -583,3 +583,21 @@ def test_a_hub_that_cannot_be_reached_is_told_with_the_file_that_was_wanted_and_
         load()
     text = str(error.value)
     assert wanted in text and "hf download" in text and f"give your copy, {option} <folder>" in text
+
+
+@pytest.mark.parametrize("name", ["unet", "vae", "text_encoder", "image_encoder"])
+def test_a_component_that_lacks_weights_is_refused(name: str, tiny_backbone: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "backbone"
+    shutil.copytree(tiny_backbone, folder)
+    [file] = (folder / name).glob("*.safetensors")
+    weights = load_file(file)
+    lost = sorted(key for key in weights if key.endswith("weight"))[3]
+    save_file({key: value for key, value in weights.items() if key != lost}, file, {"format": "pt"})
+    with pytest.raises(BackboneError, match=f"'{name}'.*missing") as raised:
+        load_component(str(folder), name)
+    assert lost.rpartition(".")[0].rpartition(".")[2] in str(raised.value)
+
+
+def test_the_miniatures_text_encoder_is_in_the_layout_that_all_versions_read() -> None:
+    keys = load_file(Path(resolve_backbone("mini")) / "text_encoder" / "model.safetensors")
+    assert all(key.startswith("text_model.") for key in keys)  # as of Stable Diffusion 1.5

@@ -13,7 +13,6 @@ from torchvision.transforms.v2 import ColorJitter
 
 from lit_multiip.data.datamodule import MultiPhotoData, PredictArgs
 from lit_multiip.data.people import DataError, Folder, MiniFaces
-from lit_multiip.features import content_key
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +71,7 @@ def test_online_batches_are_the_cached_ones_and_no_training_photo_is_stored(
     cached = made(folder, cache, "fit")
     online = made(folder, str(tmp_path), "fit", online=True)
     assert online.split is not None and online.features is not None and not cached.encoders
-    train = [content_key(photo) for person in online.split.train for photo in person.photos]
+    train = [photo.content_key() for person in online.split.train for photo in person.photos]
     assert online.features.store["latent"].missing(train) == train
     for expected, batch in zip(cached.train_dataloader(), online.train_dataloader(), strict=True):
         assert batch["references"].shape == (8, 9, 3, 32, 32) and batch["moments"].shape == (8, 3, 32, 32)
@@ -98,9 +97,9 @@ def test_fit_encodes_no_photo_of_a_test_person(tiny_backbone: Path, tmp_path: Pa
     data = made(tiny_backbone, str(tmp_path), "fit")
     assert data.split is not None and data.features is not None
     for kind in ("embeds", "latent"):
-        test = [content_key(photo) for person in data.split.test for photo in person.photos]
+        test = [photo.content_key() for person in data.split.test for photo in person.photos]
         assert data.features.store[kind].missing(test) == test
-        train = [content_key(photo) for person in data.split.train for photo in person.photos]
+        train = [photo.content_key() for person in data.split.train for photo in person.photos]
         assert not data.features.store[kind].missing(train)
 
 

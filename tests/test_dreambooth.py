@@ -18,7 +18,6 @@ from lit_multiip.data.datamodule import MultiPhotoData, PredictArgs
 from lit_multiip.data.people import DataError, MiniFaces
 from lit_multiip.dreambooth import DreamBooth, Who
 from lit_multiip.evaluation.sampling import Sampling
-from lit_multiip.features import content_key
 from lit_multiip.method import CheckpointError, NonFiniteLoss
 
 PEOPLE = ["test_000000", "test_000001"]
@@ -255,9 +254,9 @@ def test_a_person_in_two_batches_is_tuned_on_once(
 
 def test_held_out_photos_are_never_tuned_on(data: MultiPhotoData, tasks: dict[str, Any]) -> None:
     assert data.features is not None
-    held_out = {content_key(task.held_out) for task in data.tasks}
+    held_out = {task.held_out.content_key() for task in data.tasks}
     for row, task in enumerate(data.tasks):
-        assert not held_out & {content_key(photo) for photo in task.references}
+        assert not held_out & {photo.content_key() for photo in task.references}
         expected = torch.stack([data.features.moments(photo) for photo in task.references])
         assert torch.equal(tasks["reference_moments"][row], expected)
 

@@ -34,7 +34,6 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for module in (features, backbone_module):  # which loads the image encoder
         monkeypatch.setattr(module, "load_component", counted)
-    monkeypatch.setattr(features, "_content_keys", {})
     return names
 
 
@@ -94,11 +93,10 @@ def test_a_build_leaves_no_encoder_in_memory(
 
 
 def test_a_photo_that_changed_is_encoded_again(tiny_backbone: Path, tmp_path: Path, loads: list[str]) -> None:
-    photo = FilePhoto("p", "1.png", "a", tmp_path / "1.png")
     embeds = []
     for colour in ("red", "blue", "red"):
+        photo = FilePhoto("p", "1.png", "a", tmp_path / "1.png")  # anew, as in a new process
         Image.new("RGB", (40, 40), colour).save(photo.path)
-        features._content_keys.clear()  # as in a new process
         embeds.append(build(tiny_backbone, tmp_path / "cache", [photo]).embeds([photo]))
     assert not torch.equal(embeds[0], embeds[1]) and torch.equal(embeds[0], embeds[2])
     assert loads.count("image_encoder") == 2  # the first picture is still known
@@ -123,7 +121,7 @@ def test_a_broken_shard_is_named(tiny_backbone: Path, tmp_path: Path, suffix: st
 def test_ranks_build_disjoint_shares(tiny_backbone: Path, tmp_path: Path) -> None:
     for rank in range(2):
         Features(str(tiny_backbone), tmp_path).build(PHOTOS, [], ["a", "b"], rank, 2)
-        keys = Features(str(tiny_backbone), tmp_path).store["embeds"].missing(map(features.content_key, PHOTOS))
+        keys = Features(str(tiny_backbone), tmp_path).store["embeds"].missing(photo.content_key() for photo in PHOTOS)
         assert len(keys) == [2, 0][rank]  # rank 0 has encoded three of five
 
 
@@ -194,8 +192,8 @@ def test_an_interrupted_build_goes_on_where_it_was(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Features, "_embedder", stops_at_the_third)
         store.build(PHOTOS, [], [])
-    left = Features(str(tiny_backbone), tmp_path).store["embeds"].missing(map(features.content_key, PHOTOS))
-    assert left == [features.content_key(photo) for photo in PHOTOS[2:]]
+    left = Features(str(tiny_backbone), tmp_path).store["embeds"].missing(photo.content_key() for photo in PHOTOS)
+    assert left == [photo.content_key() for photo in PHOTOS[2:]]
     again = build(tiny_backbone, tmp_path)
     assert torch.allclose(again.embeds(PHOTOS), build(tiny_backbone, tmp_path / "at_once").embeds(PHOTOS), atol=1e-6)
 
@@ -206,7 +204,11 @@ def test_a_large_store_is_found_by_24_bytes_a_row(tmp_path: Path) -> None:
     shards = Shards(tmp_path)
     for first in range(0, count, 5_000):
         shards.add(keys[first : first + 5_000], np.arange(first, first + 5_000, dtype=np.float32)[:, None])
+    shards.refresh()
     assert shards._keys.nbytes + shards._places.nbytes == 24 * count
+    for part in (shards._keys, shards._places):
+        assert isinstance(part.base, np.memmap)  # no memory of this process
+    assert len(list(tmp_path.iterdir())) == 8  # four shards: the index has no name
     chosen = np.random.default_rng(0).permutation(count)[:500]
     assert shards.get([keys[i] for i in chosen])[:, 0].tolist() == chosen.tolist()
     unknown = hashlib.sha256(b"unknown").hexdigest()

@@ -12,16 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tiny import make_tokenizer
+from sd15 import write_sd15
 from torch.utils.data import default_collate
-from transformers import (
-    CLIPImageProcessor,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
 
 from lit_multiip.adapter import MultiIPAdapter
 from lit_multiip.backbone import ip_adapter_parameters
@@ -35,49 +27,7 @@ SIDE, STEPS = 256, 6
 
 @pytest.fixture(scope="module")
 def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The published configurations of SD1.5 and of ViT-H/14; 1.7 billion random weights in 16 bits, 3.4 GB."""
-    folder = tmp_path_factory.mktemp("sd15")
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer(folder / "tokenizer", length=77)
-    text = CLIPTextConfig(
-        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=1280,
-        intermediate_size=5120,
-        num_hidden_layers=32,
-        num_attention_heads=16,
-        image_size=224,
-        patch_size=14,
-        projection_dim=1024,
-        hidden_act="gelu",
-    )
-    parts: dict[str, Any] = {
-        "unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768),  # diffusers' defaults are SD1.5's else
-        "vae": AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            latent_channels=4,
-            sample_size=512,
-        ),
-        "text_encoder": CLIPTextModel(text),
-        "image_encoder": CLIPVisionModelWithProjection(vision),
-    }
-    parts = {name: part.half() for name, part in parts.items()}
-    scheduler = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, skip_prk_steps=True
-    )
-    StableDiffusionPipeline(
-        **parts,
-        tokenizer=tokenizer,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=CLIPImageProcessor(),
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
-    return folder
+    return write_sd15(tmp_path_factory.mktemp("sd15"))
 
 
 def test_sd15_loads_trains_on_a_fixed_batch_and_draws_at_256_px(sd15: Path, tmp_path: Path) -> None:

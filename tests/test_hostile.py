@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 from resuming import METHOD, ROOT, run, write_config
+from transformers import AutoModel
 
-from lit_multiip.backbone import BackboneError, load_component, read_ip_adapter
+from lit_multiip.backbone import BackboneError, load_component, load_image_encoder, read_ip_adapter
 from lit_multiip.cli import main
 from lit_multiip.data.people import DataError
 from lit_multiip.evaluation.sampling import Sampler, Sampling
+from lit_multiip.evaluation.vision import _load
 from lit_multiip.features import Shards
 from lit_multiip.method import CheckpointError
 from lit_multiip.resume import DurableCheckpointIO
@@ -137,6 +139,19 @@ def test_code_inside_a_backbone_is_never_run(tiny_backbone: Path, harm: Path, tm
         with suppress(ValueError, OSError):
             Sampler(str(folder), load_component(str(tiny_backbone), "unet"), Sampling())
     assert not harm.exists()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
+def test_attention_that_a_model_names_on_the_hub_is_not_fetched(key: str, tiny_backbone: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "backbone"
+    shutil.copytree(tiny_backbone, folder)
+    for name in ("image_encoder", "text_encoder"):
+        file = folder / name / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), key: "kernels-community/evil"}))
+        assert load_component(str(folder), name).config._attn_implementation == "sdpa"
+    _, encoder = load_image_encoder(str(tiny_backbone), str(folder / "image_encoder"))
+    assert encoder.config._attn_implementation == "sdpa"
+    assert _load(AutoModel, str(folder / "image_encoder")).config._attn_implementation == "eager"
 
 
 def test_code_of_strangers_is_trusted_nowhere() -> None:

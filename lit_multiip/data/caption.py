@@ -55,13 +55,16 @@ class ImageToText:
         from safetensors import SafetensorError
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
+        from lit_multiip.evaluation.vision import safe_config
+
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         folder = Path(model).expanduser()
         place = str(folder) if folder.is_dir() else model
         dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         try:
             self.processor: Any = AutoProcessor.from_pretrained(place)
-            network: Any = AutoModelForImageTextToText.from_pretrained(place, use_safetensors=True, dtype=dtype)
+            options: dict[str, Any] = {"use_safetensors": True, "dtype": dtype, "config": safe_config(place)}
+            network: Any = AutoModelForImageTextToText.from_pretrained(place, **options)
         except (OSError, ValueError, SafetensorError) as error:
             reason = (str(error) or type(error).__name__).strip().splitlines()[0]
             raise DataError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,7 +36,7 @@ from lit_multiip.data.people import (
     select_people,
     split_people,
 )
-from lit_multiip.features import Features, Pixels, content_key, load_latent_encoder
+from lit_multiip.features import Features, Pixels, load_latent_encoder
 from lit_multiip.photo_encoder import Encoder, FaceEncoder, load_clip
 from lit_multiip.resume import Position
 
@@ -87,7 +87,7 @@ def reference_set(person: str, references: Sequence[Photo], features: Features) 
     return {
         **{f"reference_{name}": torch.stack([row[name] for row in time_ids]) for name in time_ids[0]},
         "person": person,
-        "reference_set": f"{stable_hash(person, *map(content_key, references)):016x}",
+        "reference_set": f"{stable_hash(person, *(photo.content_key() for photo in references)):016x}",
         "reference_moments": torch.stack([features.moments(photo) for photo in references]),
     }
 
@@ -298,16 +298,12 @@ class MultiPhotoData(L.LightningDataModule):
             return
         photos: list[Photo] = []
         targets: list[Photo] = []
-        prompts: list[str] = []
+        training: list[Person] = []
         if stage == "fit" and self.per_person:
             self.tuning = self._tested(self._find(self.person))
             targets += self.tuning.references
         elif stage == "fit":
-            training = [photo for person in self.split.train for photo in person.photos]
-            prompts = [photo.prompt for photo in training]
-            if not self.online:
-                photos += training
-                targets += training
+            training = self.split.train
         if stage in ("fit", "validate") and not self.per_person:
             self.validation_tasks = make_tasks(
                 self.split.validation, self.references, self.validation_held_out, 1, self.seed
@@ -318,7 +314,10 @@ class MultiPhotoData(L.LightningDataModule):
         for task in [*self.validation_tasks, *self.tasks]:
             photos += task.references
             targets.append(task.held_out)
-        self._build(photos, targets, prompts + [photo.prompt for photo in targets])
+        prompts = (photo.prompt for photo in _PhotosOf(training, targets))
+        if self.online:
+            training = []
+        self._build(_PhotosOf(training, photos), _PhotosOf(training, targets), prompts)
 
     def read_references(self, folder: str) -> tuple[Person, tuple[Photo, ...]]:
         """Read a folder with photos of one person, any number, and draw ``references`` of them."""
@@ -349,7 +348,9 @@ class MultiPhotoData(L.LightningDataModule):
     def _split(self) -> Split:
         people = select_people(self.source.people(), self.min_photos, self.max_people, self.seed)
         people = check_photos(people, self.on_unreadable)
-        people = self._cut(select_people([_distinct(person) for person in people], self.min_photos, None, self.seed))
+        for i, person in enumerate(people):
+            people[i] = _distinct(person)  # in place: the photos of a hundred thousand are not held twice
+        people = self._cut(select_people(people, self.min_photos, None, self.seed))
         split = split_people(people, self.seed, self.test_fraction, self.validation_fraction, **self.names)
         if self.training_people is not None:
             split = replace(split, train=select_people(split.train, 2, self.training_people, self.seed))
@@ -358,7 +359,7 @@ class MultiPhotoData(L.LightningDataModule):
         return split
 
     def _draw_references(self, person: Person) -> tuple[Photo, ...]:
-        photos, rng = person.photos, np.random.default_rng([self.seed, stable_hash(person.name)])
+        photos, rng = tuple(person.photos), np.random.default_rng([self.seed, stable_hash(person.name)])
         if len(photos) != self.references:
             what = "the surplus is dropped" if len(photos) > self.references else "missing ones are drawn again"
             logger.warning("%s has %d photos, %d are used: %s", person.name, len(photos), self.references, what)
@@ -372,10 +373,10 @@ class MultiPhotoData(L.LightningDataModule):
         self.requests = [Request(person.name, references, prompt, seed) for prompt in prompts for seed in seeds]
         self._build(list(references), [], prompts)
 
-    def _build(self, photos: list[Photo], targets: list[Photo], prompts: list[str]) -> None:
+    def _build(self, photos: Iterable[Photo], targets: Iterable[Photo], prompts: Iterable[str]) -> None:
         """Encode photos that condition, photos whose latents are asked for, and prompts."""
         if self.per_person:  # which tunes on the photos' latents, and asks for no embeddings
-            photos, targets = [], photos + targets
+            photos, targets = [], [*photos, *targets]
         strategy: Any = self.trainer.strategy if self.trainer is not None else None
         device = strategy.root_device if strategy else "cpu"
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
@@ -501,9 +502,24 @@ class MultiPhotoData(L.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
 
+class _PhotosOf:
+    """The photos of people, unpacked person by person each time they are gone through, and then further ones."""
+
+    def __init__(self, people: Sequence[Person], further: Sequence[Photo]) -> None:
+        self.people, self.further = people, further
+
+    def __iter__(self) -> Iterator[Photo]:
+        for person in self.people:
+            yield from person.photos
+        yield from self.further
+
+
 def _distinct(person: Person) -> Person:
-    """Keep one photo of those with equal content, so that a copy of a target is never among its references."""
-    photos = {content_key(photo): photo for photo in reversed(person.photos)}
+    """Keep one photo of those with equal content, so that a copy of a target is never among its references.
+
+    The contents of files that are read for it are packed with the photos, and not read again.
+    """
+    photos = {photo.content_key(): photo for photo in reversed(tuple(person.photos))}
     kept = tuple(reversed(photos.values()))
     if len(kept) < len(person.photos):
         logger.warning("%s: %d photos are copies of others and left out", person.name, len(person.photos) - len(kept))

@@ -100,14 +100,13 @@ class FaceCrop:
     def find(self, photos: Sequence[Photo], cache_dir: str | Path) -> dict[Photo, np.ndarray]:
         """Rows of ``box``, of every photo; those that the store lacks are looked for and kept in it."""
         from lit_multiip.evaluation.faces import FaceDetector, weights_file
-        from lit_multiip.features import SHARD_ROWS, Shards, content_key
+        from lit_multiip.features import SHARD_ROWS, Shards
 
         digest = hashlib.sha256(weights_file(self.detector).read_bytes()).hexdigest()[:16]
         store = Shards(Path(cache_dir) / f"faces-{digest}")
         store.refresh()
-        by_key = {content_key(photo): photo for photo in photos}
-        missing = store.missing(by_key)
-        if missing:
+        by_key = {photo.content_key(): photo for photo in photos}
+        if missing := store.missing(by_key):
             detector = FaceDetector(self.detector)
             with tqdm(total=len(missing), desc="finding faces", unit="photo", delay=3) as bar:
                 for start in range(0, len(missing), SHARD_ROWS):
@@ -119,5 +118,6 @@ class FaceCrop:
                         rows.append([*largest, len(found), pixels.shape[1], pixels.shape[0]])
                         bar.update()
                     store.add(missing[start : start + SHARD_ROWS], np.array(rows, dtype=np.float32))
-        table: torch.Tensor = store.get([content_key(photo) for photo in photos])
+            store.refresh()
+        table: torch.Tensor = store.get([photo.content_key() for photo in photos])
         return dict(zip(photos, table.numpy(), strict=True))

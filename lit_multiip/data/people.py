@@ -8,16 +8,19 @@ import io
 import json
 import logging
 import os
+import pickle
 import re
 import unicodedata
+import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
+from itertools import islice
 from pathlib import Path, PureWindowsPath
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -94,8 +97,12 @@ class FilePhoto(Photo):
             raise DataError(f"{self.path}: {error}") from error
 
     def content_key(self) -> str:
-        """Return the SHA-256 of the file's bytes."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+        """Return the SHA-256 of the file's bytes, which are read once."""
+        return self._digest.hex()
+
+    @cached_property
+    def _digest(self) -> bytes:
+        return hashlib.sha256(self.path.read_bytes()).digest()
 
 
 @dataclass(frozen=True)
@@ -131,19 +138,63 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-@dataclass(frozen=True)
+class Photos(Sequence[Photo]):
+    """A tuple of photos, packed: they are unpacked when asked for, so that a million take some 50 MB of memory.
+
+    A loop that asks for several by number unpacks them once, ``tuple(person.photos)``.
+    """
+
+    __slots__ = ("_count", "_packed")
+
+    def __init__(self, photos: Iterable[Photo]) -> None:
+        photos = tuple(photos)
+        self._count, self._packed = len(photos), zlib.compress(pickle.dumps(photos, pickle.HIGHEST_PROTOCOL), 1)
+
+    def _unpacked(self) -> tuple[Photo, ...]:
+        photos: tuple[Photo, ...] = pickle.loads(zlib.decompress(self._packed))  # of this process
+        return photos
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Photo]:
+        return iter(self._unpacked())
+
+    @overload
+    def __getitem__(self, index: int) -> Photo: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Photo, ...]: ...
+    def __getitem__(self, index: int | slice) -> Photo | tuple[Photo, ...]:
+        return self._unpacked()[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, (tuple, Photos)) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(self._unpacked())
+
+    def __repr__(self) -> str:
+        return repr(self._unpacked())
+
+
+@dataclass(frozen=True, slots=True)
 class Person:
     """A person and their photos.
 
     Attributes:
         name: Unique within the source, Unicode NFC.
-        photos: In natural order of their names.
+        photos: In natural order of their names; kept packed, see :class:`Photos`.
         split: ``train``, ``validation`` or ``test`` where the source itself fixes it.
     """
 
     name: str
-    photos: tuple[Photo, ...]
+    photos: Sequence[Photo]
     split: str | None = None
+
+    def __post_init__(self) -> None:
+        """Pack the photos."""
+        if not isinstance(self.photos, Photos):
+            object.__setattr__(self, "photos", Photos(self.photos))
 
 
 class PeopleSource(ABC):
@@ -177,15 +228,20 @@ class Folder(PeopleSource):
     def people(self) -> list[Person]:
         """Scan the folders; photos are not opened."""
         root = Path(self.path).expanduser()
-        files = {folder: _photo_files(folder) for folder in _entries(root) if folder.is_dir()}
-        if empty := [folder.name for folder, photos in files.items() if not photos]:
+        folders = [folder for folder in _entries(root) if folder.is_dir()]
+        prompts = _metadata_prompts(root, filter(_is_photo, (file for folder in folders for file in _entries(folder))))
+        people, empty = [], []
+        for folder in folders:
+            if files := _photo_files(folder):
+                people.append(_person(folder, files, self.template, prompts))
+            else:
+                empty.append(folder.name)
+        if empty:
             logger.warning("%s: no photos in %s: ignored", root, _some(empty))
         if loose := [photo.name for photo in _photo_files(root)]:
             logger.warning("%s: ignored %s: photos belong into a folder per person", root, _some(loose))
-        if not any(files.values()):
+        if not people:
             raise DataError(f"no photos in {root}: it must hold a folder per person with {', '.join(SUFFIXES)} files")
-        prompts = _metadata_prompts(root, [photo for photos in files.values() for photo in photos])
-        people = [_person(folder, photos, self.template, prompts) for folder, photos in files.items() if photos]
         _refuse_duplicates(people)
         return people
 
@@ -236,9 +292,13 @@ def _entries(folder: Path) -> list[Path]:
     return sorted(found, key=lambda entry: natural(entry.name))
 
 
+def _is_photo(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES and not file.is_dir()
+
+
 def _photo_files(folder: Path) -> list[Path]:
     files = [entry for entry in _entries(folder) if not entry.is_dir()]
-    photos = [file for file in files if file.suffix.lower() in SUFFIXES]
+    photos = list(filter(_is_photo, files))
     captions = [file for file in files if file.suffix.lower() == ".txt" or file.name in METADATA]
     if photos and (others := [file.name for file in files if file not in {*photos, *captions}]):
         logger.warning("%s: ignored %s: not %s", folder, _some(others), ", ".join(SUFFIXES))
@@ -285,11 +345,11 @@ def _caption_prompts(folder: Path, files: Iterable[Path]) -> dict[Path, str]:
 
 def _metadata_prompts(folder: Path, files: Iterable[Path]) -> dict[Path, str]:
     """Read the prompts that a folder's ``metadata.csv`` and ``metadata.jsonl`` give to some of ``files`` inside it."""
-    known = {nfc(file.relative_to(folder).as_posix()): file for file in files}
     prompts: dict[Path, str] = {}
-    for path in (folder / name for name in METADATA):
-        if not path.exists():
-            continue
+    if not (given_in := [path for path in (folder / name for name in METADATA) if path.exists()]):
+        return prompts
+    known = {nfc(file.relative_to(folder).as_posix()): file for file in files}
+    for path in given_in:
         for place, row in _metadata_rows(path):
             name, given = row.get("file_name"), [row[key] for key in ("text", "prompt") if row.get(key) is not None]
             texts = [text for text in given if isinstance(text, str) and text.strip()]
@@ -574,17 +634,22 @@ def check_photos(
     """
     if on_unreadable not in ("refuse", "skip"):
         raise DataError(f"on_unreadable is {on_unreadable!r}: choose refuse or skip")
-    photos = [photo for person in people for photo in person.photos if not isinstance(photo, DrawnPhoto)]
-    if not photos:
+    total = sum(not isinstance(photo, DrawnPhoto) for person in people for photo in person.photos)
+    if not total:
         return list(people)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes outside the interpreter lock
-        checked = tqdm(
-            pool.map(_unreadable, photos), "checking photos", len(photos), unit="photo", disable=not progress
-        )
-        faults = [fault for fault in checked if fault is not None]
+    photos = (photo for person in people for photo in person.photos if not isinstance(photo, DrawnPhoto))
+    faults: list[Unreadable] = []
+    with (
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,  # Pillow decodes outside the interpreter lock
+        tqdm(total=total, desc="checking photos", unit="photo", disable=not progress) as bar,
+    ):
+        while part := list(islice(photos, 1024)):  # of a million, few are unpacked and waiting at a time
+            for fault in pool.map(_unreadable, part):
+                bar.update()
+                faults += [fault] if fault is not None else []
     if not faults:
         return list(people)
-    report = f"{len(faults)} of {len(photos)} photos cannot be used:" + "".join(f"\n  {f.reason}" for f in faults)
+    report = f"{len(faults)} of {total} photos cannot be used:" + "".join(f"\n  {f.reason}" for f in faults)
     if on_unreadable == "refuse":
         raise DataError(f"{report}\nreplace or delete them, or set on_unreadable to skip")
     logger.warning("%s\nthey are skipped", report)

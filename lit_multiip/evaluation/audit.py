@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,13 +60,11 @@ def training_record(people: Sequence[Person], earlier: Mapping[str, Tensor] | No
     Returns:
         `people` (P, 32) and `photos` (Q, 32), uint8, sorted; digests of names (Unicode NFC) and of photos' contents.
     """
-    from lit_multiip.features import content_key  # read once a process
-
     found = {
-        "people": {_name_digest(person.name) for person in people},
-        "photos": {bytes.fromhex(content_key(photo.original())) for person in people for photo in person.photos},
+        "people": (_name_digest(person.name) for person in people),
+        "photos": (bytes.fromhex(photo.original().content_key()) for person in people for photo in person.photos),
     }
-    return {key: _to_tensor(digests | _digests(earlier, key)) for key, digests in found.items()}
+    return {key: _distinct(digests, None if earlier is None else earlier[key]) for key, digests in found.items()}
 
 
 def find_record(trainer: Any, describe: Mapping[str, Any]) -> tuple[str, dict[str, Tensor] | None]:
@@ -331,6 +329,10 @@ def _digests(record: Mapping[str, Tensor] | None, key: str) -> set[bytes]:
     return set() if record is None else {row.tobytes() for row in record[key].numpy()}
 
 
-def _to_tensor(digests: set[bytes]) -> Tensor:
-    rows = np.frombuffer(b"".join(sorted(digests)), np.uint8).reshape(-1, 32)
-    return torch.from_numpy(rows.copy())  # (P, 32)
+def _distinct(digests: Iterable[bytes], earlier: Tensor | None) -> Tensor:
+    """Sorted rows (P, 32) uint8; packed all the way, for there may be millions."""
+    packed = bytearray() if earlier is None else bytearray(earlier.numpy().tobytes())
+    for digest in digests:
+        packed += digest
+    rows = np.unique(np.frombuffer(packed, "S32"))
+    return torch.from_numpy(np.frombuffer(rows.tobytes(), np.uint8).reshape(-1, 32).copy())

@@ -457,7 +457,7 @@ def _people(tasks: Sequence[Task]) -> Any:
 def _photos_of_others(tasks: Sequence[Task], people: Sequence[Person], seed: int) -> list[Photo]:
     """As many photos of training people as there are tasks, drawn evenly from as many people as are tested."""
     rng = np.random.default_rng(seed)
-    drawn = [[person.photos[j] for j in rng.permutation(len(person.photos))] for person in people]
+    drawn = [[photos[j] for j in rng.permutation(len(photos))] for photos in (tuple(p.photos) for p in people)]
     drawn = [drawn[i] for i in rng.permutation(len(drawn))]
     n_people = len({task.person for task in tasks})
     order: list[Photo] = []

@@ -75,7 +75,7 @@ def make_tasks(
 
 def _draw(person: Person, references: int, held_out: int, seed: int) -> tuple[tuple[Photo, ...], list[Photo]]:
     """The person's references, R of them, and held-out photos."""
-    distinct = list({photo.content_key(): photo for photo in reversed(person.photos)}.values())[::-1]
+    distinct = list({photo.content_key(): photo for photo in reversed(tuple(person.photos))}.values())[::-1]
     n = len(distinct)
     if n < 2:
         raise DataError(

@@ -122,16 +122,28 @@ class DINO(Extractor):
         return Extraction(hidden[:, 0], embedding=hidden[:, 0])
 
 
+def safe_config(place: str) -> Any:
+    """A model's configuration with eager attention, which all models have: it could name code of the hub's instead."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(place)
+    config._attn_implementation = "eager"
+    return config
+
+
 def _load(auto: Any, model: str) -> Any:
     """A component of a model; weights come from safetensors alone, in float32, and no code of the model's is run.
 
     Raises:
         OSError: it cannot be loaded; the message names the model and the remedy.
     """
-    weights = {"use_safetensors": True, "dtype": torch.float32} if auto.__name__ == "AutoModel" else {}
     folder = Path(model).expanduser()
+    place = str(folder) if folder.is_dir() else model
+    weights: dict[str, Any] = {}
     try:
-        return auto.from_pretrained(str(folder) if folder.is_dir() else model, **weights)
+        if auto.__name__ == "AutoModel":
+            weights = {"use_safetensors": True, "dtype": torch.float32, "config": safe_config(place)}
+        return auto.from_pretrained(place, **weights)
     except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise OSError(

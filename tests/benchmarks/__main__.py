@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(1, str(ROOT))  # not installed: this checkout
+sys.path[1:1] = [str(ROOT), str(ROOT / "tests")]  # not installed: this checkout
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).parent), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
@@ -22,7 +22,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 import cases  # noqa: E402
 import torch  # noqa: E402
 
-CASES = ("training", "generation", "features", "flatness")
+CASES = ("training", "tensors", "generation", "features", "flatness")
 
 
 def main() -> None:
@@ -90,7 +90,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-VALUES = (("ratio", 3, ""), ("gflop", 3, ""), ("anonymous_mib", 0, " MiB"))
+VALUES = (("ratio", 3, ""), ("gflop", 3, ""), ("anonymous_mib", 0, " MiB"), ("gigabytes", 2, " GB"))
 
 if __name__ == "__main__":
     main()

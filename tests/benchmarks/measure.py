@@ -6,7 +6,8 @@ import ctypes
 import gc
 import sys
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import wait
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from lit_multiip.backbone import resolve_backbone
 from lit_multiip.callbacks import SavePredictions
@@ -100,6 +103,42 @@ def trim() -> None:
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that live, each storage once, and keeps the peak.
+
+    With fake tensors (``FakeTensorMode``) a step of any size takes neither arithmetic nor memory. What kernels take
+    beside their results, and what an allocator rounds up, is not in it.
+
+    Args:
+        tensors: those that live from the start.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.peak = 0
+        for tensor in tensors:
+            self._meet(tensor)
+
+    def _meet(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._part, storage._cdata)
+
+    def _part(self, storage: int) -> None:
+        self.now -= self.sizes.pop(storage)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        for result in tree_iter(results):
+            if isinstance(result, torch.Tensor):
+                self._meet(result)
+        return results
 
 
 # ---- references -----------------------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -448,3 +450,33 @@ def test_a_split_fixed_by_the_source_takes_no_lists(tmp_path: Path) -> None:
 def test_importing_people_loads_neither_torch_nor_sklearn() -> None:
     code = "import sys, lit_multiip.data; print({'torch', 'sklearn', 'lightning'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_a_photo_of_a_person_takes_fewer_than_a_hundred_bytes_of_memory(tmp_path: Path) -> None:
+    picture = tmp_path / "picture.jpg"
+    picture.write_bytes(b"content")
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        people = []
+        for number in range(500):
+            name = f"Person_{number:05d}"
+            photos = [FilePhoto(name, f"{i}.jpg", f"a photo of a person, number {i}", picture) for i in range(10)]
+            assert all(photo.content_key() for photo in photos)  # read, and packed with the photo
+            people.append(Person(name, photos))
+        del photos
+        a_photo = (tracemalloc.get_traced_memory()[0] - before) / 5_000
+    finally:
+        tracemalloc.stop()
+    picture.unlink()
+    assert people[7].photos[3].content_key() == hashlib.sha256(b"content").hexdigest()
+    assert a_photo < 100
+
+
+def test_packed_photos_are_the_tuple_that_they_were() -> None:
+    [person, *_] = MiniFaces(train=1, validation=1, test=1, photos=5).people()
+    photos = tuple(person.photos)
+    assert len(person.photos) == 5 and person.photos == photos and hash(person.photos) == hash(photos)
+    assert person.photos[1:3] == photos[1:3] and person.photos[-1] == photos[4] and photos[2] in person.photos
+    again = pickle.loads(pickle.dumps(person))
+    assert again == person and again.photos == photos and replace(person, photos=photos[:2]).photos == photos[:2]

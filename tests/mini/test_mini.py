@@ -86,14 +86,9 @@ def test_the_shipped_folder_is_a_plain_pipeline_of_small_half_precision_files() 
     assert json.loads((MINI / "unet" / "config.json").read_text())["sample_size"] == 16
 
 
-@pytest.mark.xfail(strict=True, reason="one photo shows the critic 76.1 % of 250 people")
-def test_one_photo_does_not_show_a_critic_who_someone_is() -> None:
-    assert rank_one(critic_embed(MINI / "critic"), seed=0)[1] <= 0.75
-
-
-def test_nine_photos_show_a_critic_who_someone_is_far_better_than_one() -> None:
+def test_one_photo_does_not_show_a_critic_who_someone_is_and_nine_do() -> None:
     shares = rank_one(critic_embed(MINI / "critic"), seed=0)
-    assert shares[1] <= 0.78 and shares[9] >= 0.95
+    assert shares[1] <= 0.75 and shares[9] >= 0.95
 
 
 def test_one_photo_does_not_show_clip_who_someone_is_and_nine_do() -> None:
@@ -101,7 +96,7 @@ def test_one_photo_does_not_show_clip_who_someone_is_and_nine_do() -> None:
     assert shares[1] <= 0.75 and shares[9] >= 0.95
 
 
-@pytest.mark.xfail(strict=True, reason="beards of the skin's own colour fade: 4 points")
+@pytest.mark.xfail(strict=True, reason="beards of the skin's own colour fade: 5 points")
 def test_critic_accuracy_on_vae_round_trips_is_within_three_points() -> None:
     images, labels, _ = _portraits(0, people=20, photos=10)
     critic = Critic.load(MINI / "critic")

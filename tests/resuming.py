@@ -121,6 +121,8 @@ def _arm(where: str, count: str = "1", sign: str = "KILL") -> None:
     def come() -> None:
         left[0] -= 1
         if left[0] == 0:
+            if sign == "INT":  # which a shell's background jobs, and what they start, ignore
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.raise_signal(getattr(signal, f"SIG{sign}"))  # to this very thread, at once
 
     def armed(owner: Any, name: str, after: bool = False) -> None:

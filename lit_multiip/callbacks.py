@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from lit_multiip.data.people import Photo
+from lit_multiip.data.photos import Photo
 from lit_multiip.evaluation.audit import RECORD, training_record
 from lit_multiip.evaluation.pictures import Cell, labelled_grid, references_held_out_generated, to_picture
 from lit_multiip.features import square

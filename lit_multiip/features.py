@@ -51,7 +51,7 @@ from lit_multiip.backbone import (
     takes_text_time,
     text_components,
 )
-from lit_multiip.data.people import DataError, Photo
+from lit_multiip.data.photos import DataError, Photo
 from lit_multiip.files import write_durably
 from lit_multiip.photo_encoder import (
     Encoder,

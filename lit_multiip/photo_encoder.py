@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from lit_multiip.backbone import fingerprint_image_encoder, load_embed_dim, load_image_encoder
-from lit_multiip.data.people import Photo
+from lit_multiip.data.photos import Photo
 
 if TYPE_CHECKING:
     from lit_multiip.evaluation.faces import FaceRecognition

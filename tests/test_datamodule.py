@@ -12,7 +12,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import ColorJitter
 
 from lit_multiip.data.datamodule import MultiPhotoData, PredictArgs
-from lit_multiip.data.people import DataError, Folder, MiniFaces
+from lit_multiip.data.people import Folder, MiniFaces
+from lit_multiip.data.photos import DataError
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lit_multiip.adapter import MultiIPAdapter
 from lit_multiip.data.datamodule import MultiPhotoData, PredictArgs
-from lit_multiip.data.people import DataError, MiniFaces
+from lit_multiip.data.people import MiniFaces
+from lit_multiip.data.photos import DataError
 from lit_multiip.dreambooth import DreamBooth, Who
 from lit_multiip.evaluation.sampling import Sampling
 from lit_multiip.method import CheckpointError, NonFiniteLoss

@@ -17,7 +17,8 @@ from torch import Tensor
 from lit_multiip import backbone as backbone_module
 from lit_multiip import features
 from lit_multiip.backbone import load_component, load_native_side
-from lit_multiip.data.people import DataError, FilePhoto, MiniFaces, Photo
+from lit_multiip.data.people import MiniFaces
+from lit_multiip.data.photos import DataError, FilePhoto, Photo
 from lit_multiip.features import Encoder, Features, Shards, square, to_tensor
 
 PHOTOS = list(MiniFaces(train=1, validation=1, test=1, photos=5).people()[0].photos)

@@ -22,7 +22,8 @@ from resuming import METHOD, write_config
 
 from lit_multiip.cli import main
 from lit_multiip.data import Folder
-from lit_multiip.data.people import METADATA, MIN_SIDE, DataError, FilePhoto
+from lit_multiip.data.people import METADATA
+from lit_multiip.data.photos import MIN_SIDE, DataError, FilePhoto
 from lit_multiip.features import prompt_key
 
 

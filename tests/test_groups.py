@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from lit_multiip.data.groups import EpochSampler, HeldOutGroups, ShareSampler, draw_references
-from lit_multiip.data.people import FilePhoto, Person
+from lit_multiip.data.people import Person
+from lit_multiip.data.photos import FilePhoto
 
 
 def same(one: dict[str, Any], two: dict[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from transformers import AutoModel
 
 from lit_multiip.backbone import BackboneError, load_component, load_image_encoder, read_ip_adapter
 from lit_multiip.cli import main
-from lit_multiip.data.people import DataError
+from lit_multiip.data.photos import DataError
 from lit_multiip.evaluation.sampling import Sampler, Sampling
 from lit_multiip.evaluation.vision import _load
 from lit_multiip.features import Shards

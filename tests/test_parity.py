@@ -234,7 +234,7 @@ def test_a_unet_that_predicts_neither_noise_nor_v_is_refused(tmp_path: Path) -> 
 def test_sdxl_is_told_the_size_of_the_file_and_the_crop_of_its_square(tiny_sdxl: Path, tmp_path: Path) -> None:
     from PIL import Image
 
-    from lit_multiip.data.people import FilePhoto
+    from lit_multiip.data.photos import FilePhoto
     from lit_multiip.features import Features
 
     Image.new("RGB", (100, 50)).save(tmp_path / "wide.png")

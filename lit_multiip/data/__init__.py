@@ -2,14 +2,10 @@
 
 from lit_multiip.data.lfw import LFW
 from lit_multiip.data.people import (
-    DataError,
-    DrawnPhoto,
-    FilePhoto,
     Folder,
     MiniFaces,
     PeopleSource,
     Person,
-    Photo,
     Split,
     Unreadable,
     check_photos,
@@ -17,6 +13,7 @@ from lit_multiip.data.people import (
     select_people,
     split_people,
 )
+from lit_multiip.data.photos import DataError, DrawnPhoto, FilePhoto, Photo
 
 __all__ = [
     "LFW",

@@ -14,7 +14,8 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from lit_multiip.data.people import METADATA, SUFFIXES, DataError, FilePhoto, Folder, Person, nfc, read_person
+from lit_multiip.data.people import METADATA, SUFFIXES, Folder, Person, nfc, read_person
+from lit_multiip.data.photos import DataError, FilePhoto
 from lit_multiip.files import write_durably
 
 logger = logging.getLogger(__name__)

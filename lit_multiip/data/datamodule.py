@@ -25,17 +25,16 @@ from lit_multiip.data.groups import (
     stable_hash,
 )
 from lit_multiip.data.people import (
-    DataError,
     MiniFaces,
     PeopleSource,
     Person,
-    Photo,
     Split,
     check_photos,
     read_person,
     select_people,
     split_people,
 )
+from lit_multiip.data.photos import DataError, Photo
 from lit_multiip.features import Features, Pixels, load_latent_encoder
 from lit_multiip.photo_encoder import Encoder, FaceEncoder, load_clip
 from lit_multiip.resume import Position

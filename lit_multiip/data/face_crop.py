@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from lit_multiip.data.people import MIN_SIDE, DataError, Person, Photo
+from lit_multiip.data.people import Person
+from lit_multiip.data.photos import MIN_SIDE, DataError, Photo
 from lit_multiip.photo_encoder import YUNET
 
 logger = logging.getLogger(__name__)

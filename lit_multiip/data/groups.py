@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from lit_multiip.data.people import Person, Photo
+from lit_multiip.data.people import Person
+from lit_multiip.data.photos import Photo
 from lit_multiip.features import Features, Pixels
 
 Balance = Literal["person", "photo"]

@@ -22,7 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_multiip.data import mini_faces
-from lit_multiip.data.people import DrawnPhoto, Person, Photo
+from lit_multiip.data.people import Person
+from lit_multiip.data.photos import DrawnPhoto, Photo
 from lit_multiip.evaluation.tasks import Task
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_multiip.data.people import Person, Photo
+from lit_multiip.data.people import Person
+from lit_multiip.data.photos import Photo
 from lit_multiip.evaluation import audit, report
 from lit_multiip.evaluation.critic import CriticExtractor, shipped_critic
 from lit_multiip.evaluation.extractors import Extraction, Extractor

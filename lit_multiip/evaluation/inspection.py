@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from lit_multiip.adapter import VALIDATION_TIMES
 from lit_multiip.data import mini_faces
-from lit_multiip.data.people import DrawnPhoto, Photo
+from lit_multiip.data.photos import DrawnPhoto, Photo
 from lit_multiip.evaluation import report
 from lit_multiip.evaluation.intervals import FloatArray, Score, person_bootstrap
 from lit_multiip.evaluation.pictures import Bars, photos_with_bars, to_picture

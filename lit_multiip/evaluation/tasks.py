@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lit_multiip.data.people import DataError, Person, Photo, natural
+from lit_multiip.data.people import Person, natural
+from lit_multiip.data.photos import DataError, Photo
 
 
 @dataclass(frozen=True)

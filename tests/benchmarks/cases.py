@@ -25,7 +25,8 @@ from lit_multiip.adapter import MultiIPAdapter
 from lit_multiip.backbone import load_component, load_image_encoder
 from lit_multiip.cli import main as lit_multiip
 from lit_multiip.data.datamodule import MultiPhotoData
-from lit_multiip.data.people import FilePhoto, MiniFaces, Photo
+from lit_multiip.data.people import MiniFaces
+from lit_multiip.data.photos import FilePhoto, Photo
 from lit_multiip.features import Encoder, Features
 
 Row = dict[str, Any]

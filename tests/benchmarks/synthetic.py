@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_multiip.data.people import DrawnPhoto, PeopleSource, Person, Photo
+from lit_multiip.data.people import PeopleSource, Person
+from lit_multiip.data.photos import DrawnPhoto, Photo
 from lit_multiip.features import Features, prompt_key
 
 PROMPTS = [f"a photo of a person, scene {number}" for number in range(16)]

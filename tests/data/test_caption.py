@@ -8,7 +8,8 @@ from PIL import Image
 
 from lit_multiip.cli import main
 from lit_multiip.data.caption import PREFIX, ImageToText, caption_photos, read_people, with_prefix, without_name
-from lit_multiip.data.people import DataError, Folder
+from lit_multiip.data.people import Folder
+from lit_multiip.data.photos import DataError
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a photo of person man in the red shirt ann smiling".split()  # noqa: SIM905
 

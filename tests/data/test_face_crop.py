@@ -12,7 +12,8 @@ from PIL import Image
 
 from lit_multiip.data.datamodule import MultiPhotoData, PredictArgs
 from lit_multiip.data.face_crop import CroppedPhoto, FaceCrop
-from lit_multiip.data.people import DataError, FilePhoto, Folder, Person
+from lit_multiip.data.people import Folder, Person
+from lit_multiip.data.photos import DataError, FilePhoto
 from lit_multiip.evaluation import audit
 from lit_multiip.evaluation.tasks import make_tasks, protocol
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from lit_multiip.adapter import VALIDATION_TIMES, MultiIPAdapter
 from lit_multiip.aggregators import Aggregator, AvgPool, Concat, First, MaxPool, SelfAttention
 from lit_multiip.data import mini_faces
-from lit_multiip.data.people import FilePhoto, MiniFaces
+from lit_multiip.data.people import MiniFaces
+from lit_multiip.data.photos import FilePhoto
 from lit_multiip.evaluation.inspection import (
     Inspected,
     effective_number,

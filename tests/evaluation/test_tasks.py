@@ -6,7 +6,8 @@ from pathlib import PurePath
 import pytest
 from PIL import Image
 
-from lit_multiip.data.people import DataError, Person, Photo
+from lit_multiip.data.people import Person
+from lit_multiip.data.photos import DataError, Photo
 from lit_multiip.evaluation.tasks import image_files, make_tasks, protocol
 
 

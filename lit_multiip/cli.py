@@ -226,10 +226,8 @@ def build_run(
         given = ["--config", json.dumps(values)]
     for config in configs:
         given += ["--config", config]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*LightningCLI's args parameter")
-        one_process = ["--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
-        return make_cli([*given, *one_process, *options], execute=False), folder, checkpoint
+    one_process = ["--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
+    return make_cli([*given, *one_process, *options], execute=False), folder, checkpoint
 
 
 def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCLI:
@@ -440,6 +438,7 @@ def _set_up_logging() -> None:
         "have no .validation_step",
         "your dataloader is not resumable",  # the samplers are
         "Checkpoint directory .* exists and is not empty",
+        "LightningCLI's args parameter",  # of commands that parse a run's config, not their own line
     ):
         warnings.filterwarnings("ignore", f".*{nag}")
 

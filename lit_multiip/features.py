@@ -182,7 +182,7 @@ class Shards:
                 array.tofile(file)
                 file.flush()
                 return np.memmap(file, array.dtype, "r", shape=array.shape).view(np.ndarray)
-        except OSError:  # a store that may only be read
+        except (OSError, ValueError):  # a store that may only be read, or nothing in it
             return array
 
     def missing(self, keys: Iterable[str]) -> list[str]:

@@ -96,12 +96,21 @@ class ExactResume(L.Callback):
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         if not trainer.strategy.reduce_boolean_decision(self.terminated, all=False):
             return
-        callbacks: list[Any] = [callback for callback in trainer.checkpoint_callbacks if _is_last(callback)]
-        path = Path(callbacks[0].dirpath) / LAST
+        path = _last_of(trainer)
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             logger.warning("SIGTERM: stopped after step %d, kept in %s", trainer.global_step, path)
         raise SIGTERMException(128 + signal.SIGTERM)
+
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the last step, where a fit was stopped between its two saves of that and had nothing more to do."""
+        if trainer.ckpt_path is None:
+            return
+        path = _last_of(trainer)
+        behind = not path.exists() or read_checkpoint(path)["global_step"] < trainer.global_step
+        if trainer.strategy.broadcast(behind):
+            trainer.save_checkpoint(path)
 
 
 def loops_at(position: Position, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
@@ -135,6 +144,12 @@ def loops_at(position: Position, trainer: L.Trainer, pl_module: L.LightningModul
     if batch == 0:  # a new epoch counts its validations anew
         state["epoch_loop.val_loop.batch_progress"] = {**done(0, 0), "is_last_batch": False}
     return state
+
+
+def _last_of(trainer: L.Trainer) -> Path:
+    """Where the last checkpoint of a fit is kept."""
+    callbacks: list[Any] = [callback for callback in trainer.checkpoint_callbacks if _is_last(callback)]
+    return Path(callbacks[0].dirpath) / LAST
 
 
 def _is_last(callback: Any) -> bool:

@@ -97,6 +97,7 @@ def test_the_number_of_steps_says_where_training_is(
         pytest.param("plain", "batch:8", marks=pytest.mark.slow),
         pytest.param("plain", "validation:5", marks=pytest.mark.slow),  # the sanity check's is the first one
         ("plain", "writing:5"),  # of best and last, in turn
+        ("plain", "writing:10"),  # the very last of all, after which there is nothing more to train
         pytest.param("plain", "renaming:9", marks=pytest.mark.slow),
         pytest.param("plain", "renamed:4", marks=pytest.mark.slow),
         ("plain", "batch:9:TERM"),

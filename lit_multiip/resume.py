@@ -102,7 +102,6 @@ class ExactResume(L.Callback):
             logger.warning("SIGTERM: stopped after step %d, kept in %s", trainer.global_step, path)
         raise SIGTERMException(128 + signal.SIGTERM)
 
-
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the last step, where a fit was stopped between its two saves of that and had nothing more to do."""
         if trainer.ckpt_path is None:

@@ -20,6 +20,7 @@ from lit_multiip.backbone import load_component
 from lit_multiip.data.datamodule import MultiPhotoData
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.dreambooth import DreamBooth
+from lit_multiip.evaluation import sampling
 from lit_multiip.evaluation.sampling import Sampling
 from lit_multiip.method import CheckpointError, NonFiniteLoss
 
@@ -332,6 +333,24 @@ def test_without_guidance_the_text_alone_is_no_part(tiny_backbone: Path, tasks: 
     other = {**tasks, "negative_prompt_embeds": tasks["negative_prompt_embeds"] + 1}
     with torch.no_grad():
         assert torch.equal(module.generate(tasks), module.generate(other))
+
+
+def test_a_large_batch_is_decoded_image_by_image_and_a_small_one_at_once(
+    tiny_backbone: Path, tasks: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = built(tiny_backbone)
+    sizes: list[int] = []
+    drawn = []
+    for most, expected in ((10**9, [4]), (1, [1, 1, 1, 1])):
+        monkeypatch.setattr(sampling, "SLICED", most)
+        sizes.clear()
+        with torch.no_grad():
+            drawn.append(module.generate(tasks))
+            if not sizes:  # the sampler is there now
+                module.sampler.pipe.vae.decoder.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+                module.generate(tasks)
+        assert sizes == expected
+    assert (drawn[0].int() - drawn[1].int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize(

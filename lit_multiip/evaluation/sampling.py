@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from lit_multiip.backbone import load_component, load_pipeline, set_ip_scale
 from lit_multiip.features import to_pixels, to_signal
 
+SLICED = 512**2  # a batch of more pixels is decoded an image at a time: small ones take 50 % longer so, on a CPU
+
 
 @dataclass
 class Sampling:
@@ -67,7 +69,6 @@ class Sampler:
         # would then mix them across the batch. Ours are one set an image, and taken as they are.
         self.pipe.prepare_ip_adapter_image_embeds = lambda image, embeds, *_: embeds
         self.pipe.set_progress_bar_config(disable=True)
-        self.pipe.vae.enable_slicing()
 
     def __call__(
         self,
@@ -101,6 +102,8 @@ class Sampler:
         if not guided or getattr(self.pipe.config, "force_zeros_for_empty_prompt", False):
             texts = {name: value for name, value in texts.items() if not name.startswith("negative")}
         self.pipe.vae.to(prompt_embeds.device)
+        slices = len(seeds) * side**2 > SLICED
+        (self.pipe.vae.enable_slicing if slices else self.pipe.vae.disable_slicing)()
         with self._image_attention(self.sampling.ip_scale if ip_scale is None else ip_scale, image_embeds):
             images = self.pipe(
                 height=side,

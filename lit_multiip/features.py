@@ -21,6 +21,7 @@ import hashlib
 import json
 import logging
 import math
+import mmap
 import shutil
 import tempfile
 import time
@@ -140,6 +141,12 @@ def prompt_key(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()
 
 
+def _read_rows_alone(array: Any) -> None:
+    """Tell the system not to read 128 KB around each row that is asked for, where a row is no more than a page."""
+    if hasattr(mmap, "MADV_RANDOM") and len(array) and array[0].nbytes <= mmap.PAGESIZE:
+        array.base.madvise(mmap.MADV_RANDOM)
+
+
 Digests = npt.NDArray[np.bytes_]
 
 
@@ -170,6 +177,7 @@ class Shards:
             rows = np.arange(len(keys), dtype=np.uint32)
             places.append(np.stack([np.full_like(rows, len(self._arrays)), rows], axis=1))
             self._known.add(index.name)
+            _read_rows_alone(array)
             self._arrays.append(array.view(np.ndarray))  # indexing a memmap itself costs three times as much
         if len(found) > 1:
             keys, first = np.unique(np.concatenate(found), return_index=True)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,9 @@ def flops(size: Size, references: int = 9) -> dict[str, Any]:
         "floor: UNet forward and backward": floor,
     }
     giga = {name: counter.get_total_flops() / 1e9 for name, counter in counts.items()}
-    rows: list[Row] = [{"what": f"GFLOP a sample: {name}", "gflop": value} for name, value in giga.items()]
+    rows: list[Row] = [
+        {"what": f"GFLOP a sample, {size.side} px: {name}", "gflop": value} for name, value in giga.items()
+    ]
     encoders = sum(list(giga.values())[:2])
     ratio = (giga["step on stored features"] + encoders) / giga["step on stored features"]
     return {"rows": rows, "ratio": ratio}
@@ -188,7 +190,10 @@ def _empty_batch(model: MultiIPAdapter, count: int, side: int, references: int =
 
 
 def tensors(size: Size) -> list[Row]:
-    """(c) Bytes of the tensors of a training step in bf16-mixed, at SD1.5's own side: weights, activations, AdamW."""
+    """(c) Bytes of the tensors of a training step in bf16-mixed: weights, activations, AdamW; and GFLOP.
+
+    Both without values, at SD1.5's own side, which a CPU would take a minute a step for.
+    """
     rows: list[Row] = []
     for checkpointing in (True, False):
         model = size.model(gradient_checkpointing=checkpointing).train()
@@ -218,7 +223,7 @@ def tensors(size: Size) -> list[Row]:
         row = {"what": what, "gigabytes": live.peak / 1e9}
         aim = {"aim": "<= 4 GB", "met": live.peak <= 4e9} if size.name == "sd15" and checkpointing else {}
         rows.append(row | aim)
-    return rows
+    return rows + (flops(replace(size, side=side))["rows"] if side != size.side else [])
 
 
 # ---- (b) and (c): generation ----------------------------------------------------------------------------------------

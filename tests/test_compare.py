@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -194,3 +195,41 @@ def test_another_face_network_that_conditions_makes_its_rows_anew(tmp_path: Path
     copied = Path(shutil.copy(a, tmp_path / "copy.onnx"))
     first, other, again = (module._weights([str(config)], {"face_encoder.path": str(path)}) for path in (a, b, copied))
     assert first == again != other and len(first) == len(module._weights([], {})) + 1
+
+
+@pytest.mark.slow
+def test_a_comparison_made_twice_from_scratch_is_the_same_to_the_last_digit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"train": 12, "validation": 2, "test": 4}
+    options = {"data.source": "lit_multiip.data.MiniFaces", "data.held_out": 2, "model.sampling.steps": 3}
+    fit = {"trainer.max_steps": 8, "trainer.val_check_interval": 4}
+    rows = {
+        "dreambooth": {"title": "D", "configs": ["dreambooth.yaml"], "options": {"model.steps": 3}, "seeds": True},
+        "max_pool": {"title": "M", "configs": ["max_pool.yaml"]},
+        "self_attn": {"title": "S", "configs": ["self_attn.yaml"], "options": fit, "fit": True, "seeds": True},
+    }
+    for row in rows.values():
+        row["configs"] = [str(ROOT / "configs" / row["configs"][0])]  # type: ignore[index]
+    plan = {
+        "title": "Twice", "reference": "self_attn", "rows": rows, "seeds": [0, 1], "output": "out",
+        "options": options | {f"data.source.init_args.{side}": count for side, count in few.items()},
+    }  # fmt: skip
+    found: list[dict[str, Any]] = []
+    for name in ("first", "second"):
+        folder = tmp_path / name  # with a feature store of its own
+        folder.mkdir()
+        (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
+        monkeypatch.chdir(folder)
+        main(["compare", "--config", "plan.yaml"])
+        tests = sorted((folder / "out").glob("*/*/test"))
+        assert len(tests) == 5
+        found.append({})
+        for test in tests:
+            place = str(test.relative_to(folder))
+            found[-1][place] = json.loads((test / "metrics.json").read_text())["rows"]
+            for file in (*test.rglob("*.png"), test / "scores.csv"):
+                found[-1][str(file.relative_to(folder))] = file.read_bytes()
+        assert (folder / "out" / "report" / "index.html").exists()
+    assert found[0].keys() == found[1].keys()
+    assert [key for key, value in found[0].items() if found[1][key] != value] == []

@@ -93,11 +93,14 @@ def measure_mini(
         guidance_scale: of the text.
     """
     folder = Path(resolve_backbone(backbone))
-    critic = Critic.load(folder / "critic")
+    critics = {name: Critic.load(folder / name) for name in ("critic", "critic_b") if (folder / name).is_dir()}
     images, labels, prompts = _portraits(seed, people=(samples + 9) // 10 * 5, photos=10)
     restored = round_trip(backbone, images)
     error = (restored.float() - images.float()).square().mean(dim=(1, 2, 3))
-    original, round_tripped = accuracy(critic, images, labels), accuracy(critic, restored, labels)
+    accuracies = {
+        name: {"original": accuracy(critic, images, labels), "round_trip": accuracy(critic, restored, labels)}
+        for name, critic in critics.items()
+    }
     seen, prompts = labels[:samples], prompts[:samples]
     drawn = text_to_image(backbone, prompts, seed, steps, guidance_scale)
     report: dict[str, Any] = {
@@ -105,16 +108,20 @@ def measure_mini(
         "round_trips": len(images),
         "seed": seed,
         "vae_psnr_db": float((10 * torch.log10(255**2 / error)).mean()),
-        "critic_accuracy": {k: [round(original[k], 4), round(round_tripped[k], 4)] for k in original},
-        "largest_loss_points": max(100 * (original[k] - round_tripped[k]) for k in original),
+        "accuracy": {
+            name: {k: [round(of["original"][k], 4), round(of["round_trip"][k], 4)] for k in HEADS}
+            for name, of in accuracies.items()
+        },
+        "largest_loss_points": {
+            name: max(100 * (of["original"][k] - of["round_trip"][k]) for k in HEADS) for name, of in accuracies.items()
+        },
         "scene_read_back": {
-            "real": read_back(critic, images[:samples], seen),
-            "text_to_image": read_back(critic, drawn, seen),
+            "real": read_back(critics["critic"], images[:samples], seen),
+            "text_to_image": read_back(critics["critic"], drawn, seen),
         },
         "rank_one": {
             name: rank_one(clip_embed(folder) if name == "clip" else critic_embed(folder / name), seed)
-            for name in ("critic", "critic_b", "clip")
-            if name == "clip" or (folder / name).is_dir()
+            for name in (*critics, "clip")
         },
     }
     print(json.dumps(report, indent=2))

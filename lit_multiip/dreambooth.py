@@ -294,7 +294,7 @@ class DreamBooth(Method):
                 drawn.append(images.cpu())
                 encoded.append(self.sampler.encode(images).float().cpu())
         part = file.with_name(f"{os.getpid()}.part")
-        save_file({"images": torch.cat(drawn), "moments": torch.cat(encoded).half().contiguous()}, part)
+        save_file({"images": torch.cat(drawn), "moments": torch.cat(encoded).half()}, part)
         os.replace(part, file)
 
     def _start(self) -> None:

@@ -115,7 +115,7 @@ class Sampler:
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type="pt",
             ).images
-        return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+        return (images.float() * 255).round().clamp(0, 255).to(torch.uint8).contiguous()
 
     @contextmanager
     def _image_attention(self, scale: float, image_embeds: Tensor | None) -> Iterator[None]:
@@ -133,7 +133,7 @@ class Sampler:
         """Encode RGB (B, 3, H, W) uint8 to the VAE's posterior mean and logvar, (B, 2C, h, w)."""
         vae = self.pipe.vae.to(pixels.device)
         posterior = vae.encode(to_signal(pixels)).latent_dist
-        return torch.cat([posterior.mean, posterior.logvar], dim=1)
+        return torch.cat([posterior.mean, posterior.logvar], dim=1).contiguous()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode unscaled latents (B, C, h, w) to RGB, (B, 3, H, W) uint8."""

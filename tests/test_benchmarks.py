@@ -25,9 +25,8 @@ def tiny(cases: Any, tiny_backbone: Path, tmp_path: Path) -> Any:
 
 
 def test_a_step_of_the_miniature_does_the_floors_arithmetic(cases: Any, tmp_path: Path) -> None:
-    work = {
-        row["what"].removeprefix("GFLOP a sample, 64 px: "): row["gflop"] for row in cases.flops(cases.mini(tmp_path))["rows"]
-    }
+    rows = cases.flops(cases.mini(tmp_path))["rows"]
+    work = {row["what"].removeprefix("GFLOP a sample, 64 px: "): row["gflop"] for row in rows}
     step, floor = work["step on stored features"], work["floor: UNet forward and backward"]
     assert floor < step < 1.001 * floor
     online = step + work["CLIP of 9 photos"] + work["VAE encoder"]

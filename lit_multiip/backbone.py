@@ -126,6 +126,16 @@ def read_whole(cls: Any, place: str, **options: Any) -> Any:
     return module
 
 
+def safe_config(place: str) -> Any:
+    """Configuration of any model for transformers' Auto classes, which ignore ``ATTENTION`` where it names another.
+
+    With eager attention, which all models have.
+    """
+    config = transformers.AutoConfig.from_pretrained(place)
+    config._attn_implementation = "eager"
+    return config
+
+
 def load_component(backbone: str, name: str, dtype: torch.dtype = torch.float32) -> Any:
     """Load one component of a pipeline; modules come frozen and in eval mode.
 

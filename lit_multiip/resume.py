@@ -147,12 +147,10 @@ def loops_at(position: Position, trainer: L.Trainer, pl_module: L.LightningModul
 
 def _last_of(trainer: L.Trainer) -> Path:
     """Where the last checkpoint of a fit is kept."""
-    callbacks: list[Any] = [callback for callback in trainer.checkpoint_callbacks if _is_last(callback)]
-    return Path(callbacks[0].dirpath) / LAST
-
-
-def _is_last(callback: Any) -> bool:
-    return isinstance(callback, ModelCheckpoint) and callback.filename == Path(LAST).stem
+    callbacks: list[Any] = [
+        callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)
+    ]
+    return Path(next(callback.dirpath for callback in callbacks if callback.filename == Path(LAST).stem)) / LAST
 
 
 def _purge(log: Any, step: int) -> None:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
+from lit_multiip.backbone import safe_config
 from lit_multiip.evaluation.extractors import Extraction, Extractor
 
 
@@ -120,15 +121,6 @@ class DINO(Extractor):
         """See `Extractor.compute`."""
         hidden = self.network(pixel_values=_inputs(self._processor, images)).last_hidden_state  # (B, T, D)
         return Extraction(hidden[:, 0], embedding=hidden[:, 0])
-
-
-def safe_config(place: str) -> Any:
-    """A model's configuration with eager attention, which all models have: it could name code of the hub's instead."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(place)
-    config._attn_implementation = "eager"
-    return config
 
 
 def _load(auto: Any, model: str) -> Any:

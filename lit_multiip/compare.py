@@ -1,8 +1,7 @@
 """``python -m lit_multiip compare``: every method of a plan on one protocol, then the report.
 
-Each step is a command of its own, ``fit`` or ``test``, in a process of its own: what a row costs and leaves in memory
-does not touch the next one. A finished step leaves a stamp in its run's folder; a step whose stamp still holds is
-skipped, and an interrupted fit goes on from its last checkpoint.
+A plan becomes steps, ``fit`` and ``test`` of its rows, which ``lit_multiip.steps`` carries out; each has a key of all
+that its result depends on: configs, options, code, weights, photos and prompts.
 """
 
 from __future__ import annotations
@@ -15,19 +14,19 @@ import logging
 import os
 import re
 import shlex
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
+
+from jsonargparse.typing import PositiveInt
 
 from lit_multiip.backbone import COMPONENTS, BackboneError, find_ip_adapter, fingerprint, fingerprint_image_encoder
 from lit_multiip.evaluation.critic import shipped_critic
 from lit_multiip.evaluation.report import write_json
 from lit_multiip.photo_encoder import FaceEncoder
-from lit_multiip.runs import best_checkpoint, newest_checkpoint
+from lit_multiip.runs import best_checkpoint
+from lit_multiip.steps import Step, run_steps
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +34,7 @@ PACKAGE = Path(__file__).parent
 # Modules that no number depends on: changing them leaves finished steps valid.
 PRESENTATION = (
     "compare.py",
+    "steps.py",
     "sweep.py",
     "export.py",
     "data/caption.py",
@@ -54,7 +54,7 @@ PRESENTATION = (
 
 
 class CompareError(ValueError):
-    """A plan that cannot be carried out, or a step that failed; the message names it and the remedy."""
+    """A plan that cannot be carried out; the message names the remedy."""
 
 
 @dataclass
@@ -100,30 +100,6 @@ class Contrast:
     text: str = ""
 
 
-class Step(NamedTuple):
-    """One command of a comparison: ``fit`` or ``test`` of a row and training seed."""
-
-    row: str
-    seed: int
-    command: Literal["fit", "test"]
-    run: Path
-    arguments: list[str]
-    key: str  # of all that its result depends on
-
-    @property
-    def stamp(self) -> Path:
-        """The file that says what the step was done for."""
-        return self.run / f"{self.command}.json"
-
-    def is_done(self) -> bool:
-        """Whether its result is there, and for this very key."""
-        if self.command == "test" and not (self.run / "test" / "metrics.json").is_file():
-            return False
-        if self.command == "fit" and best_checkpoint(self.run) is None:
-            return False
-        return (read_stamp(self.stamp) or {}).get("key") == self.key
-
-
 def compare(
     rows: dict[str, Row],
     reference: str,
@@ -135,6 +111,7 @@ def compare(
     seeds: list[int] | None = None,
     only: list[str] | None = None,
     output: str = "runs/compare/mini",
+    processes: PositiveInt = 1,
     dry_run: bool = False,
 ) -> None:
     """Train and test every row of a plan on one protocol, and write the report.
@@ -150,9 +127,9 @@ def compare(
         seeds: training seeds of the rows that have them; [0] by default. Data, split and test tasks stay the same.
         only: run these rows; the report is of all that is there.
         output: the folder to write; finished steps in it are kept.
+        processes: steps at a time, each with its share of the CPU cores and a log in its run's folder.
         dry_run: print the commands, and run none.
     """
-    started = time.perf_counter()
     folder, seeds = Path(output), [0] if seeds is None else seeds
     _check_plan(rows, reference, contrasts or [], seeds, only)
     plan = {
@@ -175,14 +152,7 @@ def compare(
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "plan.json", plan)
-    for number, step in enumerate(steps, 1):
-        name = f"[{number}/{len(steps)}] {step.command} {step.row}, training seed {step.seed}"
-        if step.is_done():
-            print(f"{name}: done before", flush=True)
-            continue
-        print(f"{name}, {(time.perf_counter() - started) / 60:.0f} min so far", flush=True)
-        run_step(step)
-    print(f"all {len(steps)} steps done, {(time.perf_counter() - started) / 60:.1f} min", flush=True)
+    run_steps(steps, processes)
 
     from lit_multiip.evaluation.publish import report
 
@@ -232,42 +202,6 @@ def make_steps(
             elif row.fit:
                 chosen = ["--run", str(trained)]
             yield Step(name, seed, "test", run, [*chosen, *last], combined_key(key, final, _scorers(files, final)))
-
-
-def run_step(step: Step) -> None:
-    """Carry a step out in a process of its own, and stamp it.
-
-    Raises:
-        CompareError: the command failed; what was finished before stays.
-    """
-    started, arguments = time.perf_counter(), list(step.arguments)
-    began = step.run / f"{step.command}.began.json"
-    if step.command == "fit":
-        if (read_stamp(began) or {}).get("key") == step.key and newest_checkpoint(step.run) is not None:
-            arguments += ["--ckpt_path", "last"]
-        else:
-            _clear(step.run)
-    step.run.mkdir(parents=True, exist_ok=True)
-    write_json(began, {"key": step.key})
-    command = [sys.executable, "-m", "lit_multiip", step.command, *arguments]
-    code = subprocess.run(command, check=False).returncode
-    if code:
-        raise CompareError(
-            f"{step.command} of row '{step.row}', training seed {step.seed}, ended with exit code {code}: see above, "
-            "mend it and run compare again; finished steps are kept. "
-            f"The command: python -m lit_multiip {shlex.join(command[3:])}"
-        )
-    write_json(step.stamp, {"key": step.key, "seconds": time.perf_counter() - started, "command": command[3:]})
-    began.unlink()
-
-
-def read_stamp(path: Path) -> dict[str, Any] | None:
-    """Return what a step left; None where there is nothing that can be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def code_fingerprint() -> str:
@@ -396,9 +330,3 @@ def _check_plan(
 
 def _as_argument(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _clear(run: Path) -> None:
-    """Remove what an earlier fit left, so that its checkpoints are not taken for the new one's."""
-    for path in [*run.glob("checkpoints/*.ckpt"), *run.glob("events.out.tfevents.*"), run / "fit.json"]:
-        path.unlink(missing_ok=True)

@@ -15,18 +15,19 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from jsonargparse.typing import PositiveInt
 from PIL import Image
 
-from lit_multiip.compare import CompareError, Row, Step, combined_key, compare, make_steps, run_step
+from lit_multiip.compare import CompareError, Row, combined_key, compare, make_steps
 from lit_multiip.evaluation.plane import Series, plane
 from lit_multiip.evaluation.report import TITLES, cell, markdown, write_csv
+from lit_multiip.steps import Step, run_steps
 
 IDENTITY, PROMPT = "identity_held_out", "prompt"
 SHOWN = (IDENTITY, PROMPT, "fid", "diversity")
@@ -66,6 +67,7 @@ def sweep(
     tested_people: int = 25,
     prompt_tolerance: float = 0.01,
     output: str = "runs/sweep/mini",
+    processes: PositiveInt = 1,
     dry_run: bool = False,
 ) -> None:
     """Score rows of a comparison over settings, numbers of references and numbers of training people.
@@ -78,9 +80,10 @@ def sweep(
         tested_people: of the validation people (or training people) each point scores at most so many.
         prompt_tolerance: of ``best_setting``.
         output: the folder to write; finished tests in it are kept.
+        processes: steps at a time, each with its share of the CPU cores and a log in its run's folder.
         dry_run: print the points, and run none.
     """
-    started, folder = time.perf_counter(), Path(output)
+    folder = Path(output)
     content, rows = read_plan(plan)
     _check_rows(rows, [*grids, *(references or {}), *([people.row] if people else [])], plan)
     options = {"data.tested": "validation", "data.tested_people": tested_people}
@@ -92,10 +95,7 @@ def sweep(
         for step in steps:
             print(f"{'done' if step.is_done() else 'to do'}: {step.command} {step.run}")
         return
-    for number, step in enumerate(steps, 1):
-        if not step.is_done():
-            print(f"[{number}/{len(steps)}] {step.command} {step.run}, {_minutes(started)} so far", flush=True)
-            run_step(step)
+    run_steps(steps, processes)
     records = [_record(point) for point in points]
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "sweep.csv", [_flat(record) for record in records])
@@ -103,7 +103,7 @@ def sweep(
     text = render(records, best, prompt_tolerance)
     (folder / "sweep.md").write_text(text, encoding="utf-8")
     identity_against_prompt(records, rows, best).save(folder / "plane.png")
-    print(f"\n{text}\n{len(steps)} steps done, {_minutes(started)}: {folder}", flush=True)
+    print(f"\n{text}\n{folder}", flush=True)
 
     at_best = {row: replace(rows[row], options=rows[row].options | setting) for row, setting in best.items()}
     compare(
@@ -114,6 +114,7 @@ def sweep(
         options=content.get("options"),
         seeds=content.get("seeds", [0])[:1],
         output=str(folder / "best"),
+        processes=processes,
     )
 
 
@@ -287,7 +288,3 @@ def _check_rows(rows: Mapping[str, Row], named: Sequence[str], plan: str) -> Non
     for key in named:
         if key not in rows:
             raise CompareError(f"there is no row '{key}' in '{plan}', which has {', '.join(rows)}")
-
-
-def _minutes(started: float) -> str:
-    return f"{(time.perf_counter() - started) / 60:.1f} min"

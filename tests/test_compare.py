@@ -17,7 +17,8 @@ from PIL import Image
 
 from lit_multiip import compare as module
 from lit_multiip.cli import main
-from lit_multiip.compare import CompareError, Row, Step, make_steps, run_step
+from lit_multiip.compare import Row, make_steps
+from lit_multiip.steps import Step, run_steps
 
 ROOT = Path(__file__).parents[1]
 PLAN = ROOT / "configs" / "plans" / "compare.yaml"
@@ -50,7 +51,7 @@ def run_all(steps: list[Step], monkeypatch: pytest.MonkeyPatch) -> list[tuple[st
         if not step.is_done():
             leave_results(step)
             monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
-            run_step(step)
+            run_steps([step])
             done.append((step.row, step.command))
     return done
 
@@ -106,17 +107,6 @@ def test_another_photo_or_caption_makes_everything_anew(config: str, tmp_path: P
         module.photos_fingerprint.cache_clear()
         keys.append(steps_of({"a": Row([config], "A")}, tmp_path / "out", configs=[str(overlay)])[0].key)
     assert keys[0] == keys[1] and len(set(keys)) == 3
-
-
-def test_a_failed_step_says_which_and_leaves_no_stamp(
-    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    [step] = steps_of({"a": Row([config], "A")}, tmp_path / "out")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=3))
-    message = r"row 'a', training seed 0, ended with exit code 3.*python -m lit_multiip test"
-    with pytest.raises(CompareError, match=message):
-        run_step(step)
-    assert not step.stamp.exists() and not step.is_done()
 
 
 def test_only_what_presents_may_change_without_a_new_run() -> None:

@@ -288,8 +288,8 @@ def limitations(comparison: Comparison) -> list[str]:
         )
     if str(comparison.first.metrics["describe"].get("backbone")) == "mini":
         said.append(
-            "People are drawn portraits, the backbone is a miniature and the extractors are its own critics: what "
-            "holds here need not hold for photographs and large models."
+            "The backbone is a miniature that was trained on drawn portraits, as were its critics: what holds here "
+            "need not hold for photographs and large models."
         )
     return said
 

@@ -7,6 +7,7 @@ cross-attention, being permutation-invariant itself, does not see). ``First`` al
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -126,30 +127,36 @@ class SelfAttention(Aggregator):
 
     * default: W_v = I, W_q = 0, W_k = I. All logits are 0, so that every row is the mean of the photos: untrained, it
       is ``AvgPool``. W_q receives a gradient because W_k is not 0 (with both at 0 neither would ever move).
-    * ``residual``: x + Z with W_v = 0, W_q = 0, W_k = I. Untrained, it is ``Concat``. W_v moves with the first step,
-      W_q with the second.
+    * ``query_scale``: W_q = s I. A photo's embedding resembles itself more than the person's others, so the larger s,
+      the more every row keeps to its own photo: untrained, it goes from ``AvgPool`` at 0 to ``Concat``.
+    * ``residual``: x + Z with W_v = 0. Untrained, it is ``Concat``. W_v moves with the first step, W_q (from 0) with
+      the second.
 
     Args:
         dim: width D of an embedding.
         heads: number of heads; d = D / heads. The paper uses one.
         residual: add the input, x + Z.
+        query_scale: s of W_q = s I, before training.
 
     Raises:
-        ValueError: ``heads`` is not a positive divisor of ``dim``.
+        ValueError: ``heads`` is not a positive divisor of ``dim``, or ``query_scale`` is negative or not finite.
     """
 
     weights_are = "attention"
 
-    def __init__(self, dim: int, heads: int = 1, residual: bool = False) -> None:
+    def __init__(self, dim: int, heads: int = 1, residual: bool = False, query_scale: float = 0.0) -> None:
         super().__init__(dim)
         if heads < 1 or dim % heads:
             raise ValueError(f"heads={heads} does not divide the embedding width {dim}: choose a divisor of {dim}")
+        if not 0 <= query_scale < math.inf:
+            raise ValueError(f"query_scale={query_scale} is no scale of weights: give a finite number of 0 or more")
         self.heads = heads
         self.residual = residual
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(dim, dim, bias=False)
         self.to_v = nn.Linear(dim, dim, bias=False)
-        nn.init.zeros_(self.to_q.weight)
+        with torch.no_grad():
+            nn.init.eye_(self.to_q.weight).mul_(query_scale)
         nn.init.eye_(self.to_k.weight)
         if residual:
             nn.init.zeros_(self.to_v.weight)

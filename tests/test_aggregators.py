@@ -53,6 +53,21 @@ def test_untrained_residual_self_attention_is_concat():
     assert torch.equal(SelfAttention(DIM, residual=True)(x), Concat(DIM)(x))
 
 
+def test_the_larger_the_query_scale_the_more_every_row_keeps_to_its_own_photo():
+    x = 8 * torch.nn.functional.normalize(photos(count=1) + photos(seed=3), dim=-1)  # resembling each other
+    modules = [SelfAttention(DIM, query_scale=scale) for scale in (0.0, 0.05, 0.2, 1.0, 10.0)]
+    own = [module.attention_weights(x).diagonal(dim1=2, dim2=3).mean().item() for module in modules]
+    assert own == sorted(own) and own[0] == pytest.approx(1 / 9, abs=1e-6)
+    assert (modules[0](x) - AvgPool(DIM)(x)).abs().max() < 1e-5
+    assert (modules[-1](x) - Concat(DIM)(x)).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("scale", [-1.0, float("inf"), float("nan")])
+def test_an_impossible_query_scale_is_refused(scale):
+    with pytest.raises(ValueError, match=r"query_scale=.*: give a finite number of 0 or more"):
+        SelfAttention(DIM, query_scale=scale)
+
+
 def test_the_first_step_moves_w_q_and_zero_w_k_would_not_let_it():
     def gradient(module: SelfAttention) -> float:
         (module(photos()) ** 2).sum().backward()

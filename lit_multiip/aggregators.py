@@ -123,20 +123,20 @@ class Concat(Aggregator):
 class SelfAttention(Aggregator):
     """Self-attention over the photos, Z = softmax(Q K^T / sqrt(d)) V, Q = x W_q, K = x W_k, V = x W_v (Algorithm 1).
 
-    No biases, so zeros stay zeros. It starts as something known, with a gradient to leave it by:
+    No biases, so zeros stay zeros. The paper does not say how it starts. Here W_k = I and W_q = s I, with s the
+    ``query_scale``, so that it starts as something known, with a gradient to leave it by:
 
-    * default: W_v = I, W_q = 0, W_k = I. All logits are 0, so that every row is the mean of the photos: untrained, it
-      is ``AvgPool``. W_q receives a gradient because W_k is not 0 (with both at 0 neither would ever move).
-    * ``query_scale``: W_q = s I. A photo's embedding resembles itself more than the person's others, so the larger s,
-      the more every row keeps to its own photo: untrained, it goes from ``AvgPool`` at 0 to ``Concat``.
-    * ``residual``: x + Z with W_v = 0. Untrained, it is ``Concat``. W_v moves with the first step, W_q (from 0) with
-      the second.
+    * default: W_v = I. Photo n's logits are s x_n . x_m / sqrt(d), largest for itself: at s = 1 a row is mostly its own
+      photo (0.96 of it with the miniature's embeddings, of norm 14.5), so that, untrained, it is nearly ``Concat``. At
+      s = 0 every row is the mean of the photos, ``AvgPool``, and has to learn to be told apart (W_q can: W_k is not 0).
+    * ``residual``: x + Z with W_v = 0. Untrained, it is ``Concat``, whatever s. W_v moves with the first step, and with
+      s = 0 W_q with the second.
 
     Args:
         dim: width D of an embedding.
         heads: number of heads; d = D / heads. The paper uses one.
         residual: add the input, x + Z.
-        query_scale: s of W_q = s I, before training.
+        query_scale: s, before training.
 
     Raises:
         ValueError: ``heads`` is not a positive divisor of ``dim``, or ``query_scale`` is negative or not finite.
@@ -144,7 +144,7 @@ class SelfAttention(Aggregator):
 
     weights_are = "attention"
 
-    def __init__(self, dim: int, heads: int = 1, residual: bool = False, query_scale: float = 0.0) -> None:
+    def __init__(self, dim: int, heads: int = 1, residual: bool = False, query_scale: float = 1.0) -> None:
         super().__init__(dim)
         if heads < 1 or dim % heads:
             raise ValueError(f"heads={heads} does not divide the embedding width {dim}: choose a divisor of {dim}")

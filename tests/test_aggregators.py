@@ -42,10 +42,10 @@ def test_pooling_matches_its_definition():
 
 @pytest.mark.parametrize("heads", [1, 3, 4])
 @pytest.mark.parametrize("count", [1, 5, 9])
-def test_untrained_self_attention_is_average_pooling_in_every_row(heads, count):
+def test_self_attention_without_queries_is_average_pooling_in_every_row(heads, count):
     x = photos(count=count)
     mean = AvgPool(DIM)(x).expand_as(x)
-    assert (SelfAttention(DIM, heads=heads)(x) - mean).abs().max() < 1e-6
+    assert (SelfAttention(DIM, heads=heads, query_scale=0)(x) - mean).abs().max() < 1e-6
 
 
 def test_untrained_residual_self_attention_is_concat():
@@ -74,14 +74,14 @@ def test_the_first_step_moves_w_q_and_zero_w_k_would_not_let_it():
         assert module.to_q.weight.grad is not None
         return module.to_q.weight.grad.abs().max().item()
 
-    stuck = SelfAttention(DIM)
+    stuck = SelfAttention(DIM, query_scale=0)
     torch.nn.init.zeros_(stuck.to_k.weight)
-    assert gradient(SelfAttention(DIM)) > 1e-2
+    assert gradient(SelfAttention(DIM, query_scale=0)) > 1e-2
     assert gradient(stuck) == 0
 
 
 def test_residual_self_attention_moves_w_v_first_and_w_q_second():
-    module = SelfAttention(DIM, residual=True)
+    module = SelfAttention(DIM, residual=True, query_scale=0)
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-2)
     moved = []
     for _ in range(2):
@@ -137,9 +137,10 @@ def test_zeros_stay_zeros_since_nothing_has_a_bias():
         assert torch.equal(module(zeros), torch.zeros_like(module(zeros)))
 
 
-def test_attention_weights_start_uniform_and_sum_to_one():
+def test_attention_weights_without_queries_are_uniform_and_all_sum_to_one():
     x = photos()
-    assert torch.allclose(SelfAttention(DIM, heads=2).attention_weights(x), torch.full((2, 2, 9, 9), 1 / 9))
+    untrained = SelfAttention(DIM, heads=2, query_scale=0)
+    assert torch.allclose(untrained.attention_weights(x), torch.full((2, 2, 9, 9), 1 / 9))
     weights = trained(heads=2).attention_weights(x)
     assert (weights.sum(-1) - 1).abs().max() < 1e-6
     assert weights.std() > 1e-3
@@ -189,8 +190,8 @@ def test_photo_weights_sum_to_one_where_they_can_be_read_off(kind):
         torch.testing.assert_close(weights.sum(dim=1), torch.ones(2))
 
 
-def test_untrained_attention_is_even_and_trained_attention_is_not():
-    even = SelfAttention(DIM).photo_weights(photos())
+def test_attention_without_queries_is_even_and_trained_attention_is_not():
+    even = SelfAttention(DIM, query_scale=0).photo_weights(photos())
     torch.testing.assert_close(even, torch.full((2, 9), 1 / 9))
     assert (trained(heads=3).photo_weights(photos()).std(dim=1) > 1e-2).all()
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,8 @@ def test_the_worth_is_the_change_of_the_loss_at_equal_noise(tiny_backbone: Path)
     assert found.values["loss_increase"][2] == pytest.approx(np.mean(changes), abs=1e-6)
 
 
-@pytest.mark.parametrize("aggregator", [Concat, partial(SelfAttention, query_scale=0)])
-def test_methods_with_tokens_for_every_photo_are_inspected(tiny_backbone: Path, aggregator: type[Aggregator]) -> None:
+@pytest.mark.parametrize("aggregator", [Concat, partial(SelfAttention, query_scale=0)], ids=["concat", "self_attn"])
+def test_methods_with_tokens_for_every_photo_are_inspected(tiny_backbone: Path, aggregator: Any) -> None:
     found = inspected(tiny_backbone, aggregator).values
     assert all(values.shape == (5,) for values in found.values())
     if aggregator is not Concat:

@@ -54,7 +54,7 @@ class Step(NamedTuple):
             return False
         if self.command == "fit" and best_checkpoint(self.run) is None:
             return False
-        return (read_stamp(self.stamp) or {}).get("key") == self.key
+        return (_read_stamp(self.stamp) or {}).get("key") == self.key
 
 
 def run_steps(steps: Sequence[Step], processes: int = 1) -> None:
@@ -102,14 +102,14 @@ def _run(step: Step, processes: int) -> None:
     started, arguments = time.perf_counter(), list(step.arguments)
     began = step.run / f"{step.command}.began.json"
     if step.command == "fit":
-        if (read_stamp(began) or {}).get("key") == step.key and newest_checkpoint(step.run) is not None:
+        if (_read_stamp(began) or {}).get("key") == step.key and newest_checkpoint(step.run) is not None:
             arguments += ["--ckpt_path", "last"]
         else:
             _clear(step.run)
     step.run.mkdir(parents=True, exist_ok=True)
     write_json(began, {"key": step.key})
     command = [sys.executable, "-m", "lit_multiip", step.command, *arguments]
-    where = "see above"
+    where, end = "see above", ""
     if processes == 1:
         code = subprocess.run(command, check=False).returncode
     else:
@@ -119,19 +119,19 @@ def _run(step: Step, processes: int) -> None:
             code = subprocess.run(
                 command, check=False, stdout=file, stderr=subprocess.STDOUT, env=threads | os.environ
             ).returncode
-        where = f"see '{log}', which ends in\n{_tail(log)}\n" if code else ""
+        where, end = f"see '{log}'", f". It ends in\n{_tail(log)}" if code else ""
     if code:
         raise StepError(
             f"{step.command} of row '{step.row}', training seed {step.seed}, ended with exit code {code}: {where}, "
             "mend it and run this again; finished steps are kept. "
-            f"The command: python -m lit_multiip {shlex.join(command[3:])}"
+            f"The command: python -m lit_multiip {shlex.join(command[3:])}{end}"
         )
     write_json(step.stamp, {"key": step.key, "seconds": time.perf_counter() - started, "command": command[3:]})
     began.unlink()
 
 
-def read_stamp(path: Path) -> dict[str, Any] | None:
-    """Return what a step left; None where there is nothing that can be read."""
+def _read_stamp(path: Path) -> dict[str, Any] | None:
+    """What a step left; None where there is nothing that can be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -194,13 +194,13 @@ def test_a_comparison_made_twice_from_scratch_is_the_same_to_the_last_digit(
     few = {"train": 12, "validation": 2, "test": 4}
     options = {"data.source": "lit_multiip.data.MiniFaces", "data.held_out": 2, "model.sampling.steps": 3}
     fit = {"trainer.max_steps": 8, "trainer.val_check_interval": 4}
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         "dreambooth": {"title": "D", "configs": ["dreambooth.yaml"], "options": {"model.steps": 3}, "seeds": True},
         "max_pool": {"title": "M", "configs": ["max_pool.yaml"]},
         "self_attn": {"title": "S", "configs": ["self_attn.yaml"], "options": fit, "fit": True, "seeds": True},
     }
     for row in rows.values():
-        row["configs"] = [str(ROOT / "configs" / row["configs"][0])]  # type: ignore[index]
+        row["configs"] = [str(ROOT / "configs" / row["configs"][0])]
     plan = {
         "title": "Twice", "reference": "self_attn", "rows": rows, "seeds": [0, 1], "output": "out",
         "options": options | {f"data.source.init_args.{side}": count for side, count in few.items()},

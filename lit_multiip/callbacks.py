@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from lit_multiip.data.photos import Photo
-from lit_multiip.evaluation.audit import RECORD, training_record
+from lit_multiip.data.record import RECORD, training_record
 from lit_multiip.evaluation.pictures import Cell, labelled_grid, references_held_out_generated, to_picture
-from lit_multiip.features import square
+from lit_multiip.pixels import square
 
 
 class ValidateAtEnd(L.Callback):

@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 DEBUG = "LIT_MULTIIP_DEBUG"
 COMMANDS = {  # dispatched before LightningCLI
-    "compare": "lit_multiip.compare:compare",
-    "sweep": "lit_multiip.sweep:sweep",
-    "caption": "lit_multiip.data.caption:caption",
-    "paired": "lit_multiip.evaluation.report:paired",
-    "report": "lit_multiip.evaluation.publish:report",
-    "inspect": "lit_multiip.evaluation.inspection:inspect",
-    "export": "lit_multiip.export:export",
+    "compare": "lit_multiip.comparison.compare:compare",
+    "sweep": "lit_multiip.comparison.sweep:sweep",
+    "caption": "lit_multiip.tools.caption:caption",
+    "paired": "lit_multiip.evaluation.results:paired",
+    "report": "lit_multiip.comparison.report:report",
+    "inspect": "lit_multiip.tools.inspection:inspect",
+    "export": "lit_multiip.tools.export:export",
     "make-mini": "lit_multiip.mini.make:make_mini",
     "measure-mini": "lit_multiip.mini.measure:measure_mini",
 }
@@ -244,15 +244,15 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
     from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-    from lit_multiip.adapter import MultiIPAdapter
-    from lit_multiip.aggregators import Aggregator
+    from lit_multiip.backbone.encoders import FaceEncoder
     from lit_multiip.callbacks import RecordPeople, SampleGrid, SavePredictions, ValidateAtEnd
-    from lit_multiip.data.datamodule import MultiPhotoData
-    from lit_multiip.dreambooth import DreamBooth
+    from lit_multiip.datamodule import MultiPhotoData
     from lit_multiip.evaluation.callback import ScoreTest
     from lit_multiip.files import only_writer, write_durably
-    from lit_multiip.method import Method
-    from lit_multiip.photo_encoder import FaceEncoder
+    from lit_multiip.methods.adapter import MultiIPAdapter
+    from lit_multiip.methods.aggregators import Aggregator
+    from lit_multiip.methods.dreambooth import DreamBooth
+    from lit_multiip.methods.method import Method
     from lit_multiip.resume import DurableCheckpointIO, ExactResume
     from lit_multiip.runs import best_checkpoint, read_checkpoint, run_to_continue
 

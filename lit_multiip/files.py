@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -46,6 +47,15 @@ def write_durably(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             f"'{path}' cannot be written ({reason.strerror or reason}): free space, or make the folder writable; what "
             "was there before is whole"
         ) from error
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file, read a piece at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def move_into(part: Path, folder: Path) -> None:

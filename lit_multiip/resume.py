@@ -8,10 +8,8 @@ after it are drawn again.
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +19,11 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lit_multiip.datasets import Position
 from lit_multiip.files import write_durably
 from lit_multiip.runs import LAST, read_checkpoint
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where training is: ``batch`` batches of an epoch of ``batches`` are done, by ``steps`` optimiser steps in it."""
-
-    epoch: int
-    batch: int
-    batches: int | None  # of a rank; None: without end
-    steps: int
-
-    @classmethod
-    def after(cls, step: int, batches: float, accumulate: int) -> Position:
-        """Where training is after ``step`` optimiser steps; the last one of an epoch may be of fewer batches."""
-        if math.isinf(batches):
-            return cls(0, step * accumulate, None, step)
-        epoch, steps = divmod(step, math.ceil(batches / accumulate))
-        return cls(epoch, steps * accumulate, int(batches), steps)
-
-    @classmethod
-    def of(cls, trainer: L.Trainer) -> Position:
-        """Where a trainer is that fits."""
-        return cls.after(trainer.global_step, trainer.num_training_batches, trainer.accumulate_grad_batches)
 
 
 class DurableCheckpointIO(TorchCheckpointIO):

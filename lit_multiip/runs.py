@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from lit_multiip.method import CheckpointError
-
 logger = logging.getLogger(__name__)
 
 LAST = "last.ckpt"
@@ -120,3 +118,7 @@ def newest_run(root: Path = Path("runs")) -> tuple[Path, Path] | None:
         if (checkpoint := best_checkpoint(run)) is not None:
             return run, checkpoint
     return None
+
+
+class CheckpointError(ValueError):
+    """A checkpoint of another method or backbone; the message names both."""

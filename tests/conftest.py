@@ -42,7 +42,7 @@ def random_critic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A critic that knows nothing."""
     import torch
 
-    from lit_multiip.mini.critic import Critic
+    from lit_multiip.evaluation.critic import Critic
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 
-from lit_multiip.adapter import MultiIPAdapter
 from lit_multiip.cli import main
-from lit_multiip.dreambooth import DreamBooth
-from lit_multiip.method import Method
+from lit_multiip.methods.adapter import MultiIPAdapter
+from lit_multiip.methods.dreambooth import DreamBooth
+from lit_multiip.methods.method import Method
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import ColorJitter
 
-from lit_multiip.data.datamodule import MultiPhotoData, PredictArgs
 from lit_multiip.data.people import Folder, MiniFaces
 from lit_multiip.data.photos import DataError
+from lit_multiip.datamodule import MultiPhotoData, PredictArgs
 
 
 @pytest.fixture(scope="module")

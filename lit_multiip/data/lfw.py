@@ -19,7 +19,8 @@ from typing import IO
 
 from tqdm import tqdm
 
-from lit_multiip.data.people import TEMPLATE, Folder, PeopleSource, Person, check_template
+from lit_multiip.data.captions import TEMPLATE, check_template
+from lit_multiip.data.people import Folder, PeopleSource, Person
 from lit_multiip.data.photos import DataError
 
 logger = logging.getLogger(__name__)

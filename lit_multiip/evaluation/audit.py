@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_multiip.data import mini_faces
-from lit_multiip.data.people import Person
 from lit_multiip.data.photos import DrawnPhoto, Photo
-from lit_multiip.evaluation.tasks import Task
+from lit_multiip.data.record import RECORD, _digests, _name_digest, training_record
+from lit_multiip.data.tasks import Task
 
 logger = logging.getLogger(__name__)
 
-RECORD = "trained_on"  # key in a checkpoint
 NO_TEST = {  # sides other than the test's that can be scored
     "validation": "- training: NO TEST, validation people: for choosing options, which then suit them",
     "train": "- training: NO TEST, training people: for seeing what was learned by heart",
@@ -47,25 +45,6 @@ class LeakError(ValueError):
 
 
 # ---- what a fit was trained on ----------------------------------------------------------------------------------
-
-
-def training_record(people: Sequence[Person], earlier: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Record whom a checkpoint has seen, in training or in its choice by validation.
-
-    Names and photos are kept as SHA-256 alone: a checkpoint that is passed on tells nobody's name.
-
-    Args:
-        people: The training and validation people.
-        earlier: The record of a checkpoint that this training went on from.
-
-    Returns:
-        `people` (P, 32) and `photos` (Q, 32), uint8, sorted; digests of names (Unicode NFC) and of photos' contents.
-    """
-    found = {
-        "people": (_name_digest(person.name) for person in people),
-        "photos": (bytes.fromhex(photo.original().content_key()) for person in people for photo in person.photos),
-    }
-    return {key: _distinct(digests, None if earlier is None else earlier[key]) for key, digests in found.items()}
 
 
 def find_record(trainer: Any, describe: Mapping[str, Any]) -> tuple[str, dict[str, Tensor] | None]:
@@ -193,7 +172,7 @@ class Look(NamedTuple):
 
 def look(image: Image.Image) -> Look:
     """Reduce an RGB photo for `pixel_similarity`: its central square at 32 x 32 px, standardised."""
-    from lit_multiip.features import square
+    from lit_multiip.pixels import square
 
     small = square(image, SIGNATURE_SIDE)
     digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
@@ -320,20 +299,3 @@ def _views(photo: Look) -> list[tuple[FloatArray, FloatArray]]:
 def _standardised(pixels: npt.NDArray[Any]) -> FloatArray:
     centred = pixels - pixels.mean(dtype=np.float64)
     return centred / max(float(centred.std()), 1e-9)
-
-
-def _name_digest(name: str) -> bytes:
-    return hashlib.sha256(unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")).digest()
-
-
-def _digests(record: Mapping[str, Tensor] | None, key: str) -> set[bytes]:
-    return set() if record is None else {row.tobytes() for row in record[key].numpy()}
-
-
-def _distinct(digests: Iterable[bytes], earlier: Tensor | None) -> Tensor:
-    """Sorted rows (P, 32) uint8; packed all the way, for there may be millions."""
-    packed = bytearray() if earlier is None else bytearray(earlier.numpy().tobytes())
-    for digest in digests:
-        packed += digest
-    rows = np.unique(np.frombuffer(packed, "S32"))
-    return torch.from_numpy(np.frombuffer(rows.tobytes(), np.uint8).reshape(-1, 32).copy())

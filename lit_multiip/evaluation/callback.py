@@ -23,15 +23,16 @@ from tqdm import tqdm
 
 from lit_multiip.data.people import Person
 from lit_multiip.data.photos import Photo
-from lit_multiip.evaluation import audit, report
+from lit_multiip.data.tasks import Task, image_files, protocol
+from lit_multiip.evaluation import audit
+from lit_multiip.evaluation import results as report
 from lit_multiip.evaluation.critic import CriticExtractor, shipped_critic
 from lit_multiip.evaluation.extractors import Extraction, Extractor
 from lit_multiip.evaluation.intervals import Score, person_bootstrap
 from lit_multiip.evaluation.pictures import labelled_grid, to_picture
 from lit_multiip.evaluation.scores import ImageSet, diversity, identity_scores, nearest_reference, summarise
-from lit_multiip.evaluation.tasks import Task, image_files, protocol
 from lit_multiip.files import move_into, only_writer
-from lit_multiip.method import References
+from lit_multiip.methods.method import References
 
 logger = logging.getLogger(__name__)
 
@@ -411,8 +412,8 @@ def _refuse_if_it_conditions(
     image_encoder: str | None = None,
     face_encoder: Mapping[str, Any] | None = None,
 ) -> None:
-    from lit_multiip.backbone import find_image_encoder, resolve_backbone
-    from lit_multiip.photo_encoder import FaceEncoder, uses_clip
+    from lit_multiip.backbone.encoders import FaceEncoder, uses_clip
+    from lit_multiip.backbone.pipeline import find_image_encoder, resolve_backbone
 
     if extractor.source is None:
         return
@@ -480,7 +481,7 @@ def _other_photos(tasks: Sequence[Task]) -> list[Photo]:
 
 def _read_photos(photos: Sequence[Photo], side: int) -> Tensor:
     """Photos as squares, (M, 3, side, side) uint8."""
-    from lit_multiip.features import square, to_tensor  # it loads the encoders' libraries
+    from lit_multiip.pixels import square, to_tensor  # it loads the encoders' libraries
 
     bar = tqdm(photos, "reading real photos", unit="photo", delay=3)
     return torch.cat([to_tensor([square(photo.image(), side)]) for photo in bar])

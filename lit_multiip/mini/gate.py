@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lit_multiip.data import mini_faces
-from lit_multiip.mini.critic import Critic
+from lit_multiip.evaluation.critic import Critic
 
 Embed = Callable[[Tensor], Tensor]
 GATE_PEOPLE = mini_faces.ROLES["validation"][10_000:]  # far from the people that a fit validates on

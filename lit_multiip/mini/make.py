@@ -31,12 +31,12 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from lit_multiip.backbone import ip_adapter_state
+from lit_multiip.backbone.ip_adapter import ip_adapter_state
 from lit_multiip.cli import make_cli
-from lit_multiip.features import to_signal
 from lit_multiip.mini import stages
 from lit_multiip.mini.portraits import Portraits
 from lit_multiip.mini.tokenizer import MAX_LENGTH, make_tokenizer
+from lit_multiip.pixels import to_signal
 
 CRITIC_PEOPLE, CRITIC_PHOTOS = 500, 40
 BACKBONE_PEOPLE, BACKBONE_PHOTOS = 8000, 5

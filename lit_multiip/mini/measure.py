@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lit_multiip.backbone import load_component, resolve_backbone
+from lit_multiip.backbone.pipeline import load_component, resolve_backbone
 from lit_multiip.data import mini_faces
-from lit_multiip.features import to_pixels, to_signal
-from lit_multiip.mini.critic import HEADS, Critic
+from lit_multiip.evaluation.critic import HEADS, Critic
 from lit_multiip.mini.gate import GATE_PEOPLE, clip_embed, critic_embed, rank_one
 from lit_multiip.mini.portraits import HIDDEN, labels_of
+from lit_multiip.pixels import to_pixels, to_signal
 
 
 def _portraits(seed: int, people: int, photos: int) -> tuple[Tensor, Tensor, list[str]]:

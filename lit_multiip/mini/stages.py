@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from lit_multiip.data import mini_faces
-from lit_multiip.features import to_signal
-from lit_multiip.mini.critic import HEADS, Critic
+from lit_multiip.evaluation.critic import HEADS, Critic
 from lit_multiip.mini.portraits import HIDDEN, Portraits
+from lit_multiip.pixels import to_signal
 
 Batch = dict[str, Tensor]
 MOST_PHRASES = 10  # so that the longest caption fits into the tokenizer's 64 tokens

@@ -20,7 +20,7 @@ from diffusers import StableDiffusionPipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lit_multiip.backbone import resolve_backbone
+from lit_multiip.backbone.pipeline import resolve_backbone
 from lit_multiip.callbacks import SavePredictions
 
 

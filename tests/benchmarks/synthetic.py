@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lit_multiip.backbone.features import Features, prompt_key
 from lit_multiip.data.people import PeopleSource, Person
 from lit_multiip.data.photos import DrawnPhoto, Photo
-from lit_multiip.features import Features, prompt_key
 
 PROMPTS = [f"a photo of a person, scene {number}" for number in range(16)]
 
@@ -65,7 +65,7 @@ def fill(features: Features, photos: Sequence[Photo], seed: int = 0) -> None:
 
 
 def _text_shape(features: Features) -> tuple[int, int]:
-    from lit_multiip.backbone import load_feature_shapes
+    from lit_multiip.backbone.pipeline import load_feature_shapes
 
     tokens, width = load_feature_shapes(features.backbone, features.image_side)["text"]
     return tokens, width

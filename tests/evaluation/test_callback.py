@@ -14,14 +14,15 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from lit_multiip.data.people import MiniFaces, Split, split_people
-from lit_multiip.evaluation import report
+from lit_multiip.data.people import MiniFaces
+from lit_multiip.data.split import Split, split_people
+from lit_multiip.data.tasks import make_tasks, protocol
+from lit_multiip.evaluation import results as report
 from lit_multiip.evaluation.audit import LeakError
 from lit_multiip.evaluation.callback import ScoreTest
 from lit_multiip.evaluation.extractors import Extraction, Extractor
 from lit_multiip.evaluation.intervals import Score
 from lit_multiip.evaluation.scores import summarise
-from lit_multiip.evaluation.tasks import make_tasks, protocol
 
 SIDE = 64
 ANCHORS = ["no_references", "zero_embedding", "other_person", "vae_round_trip", "real_other_photo", "real_held_out"]

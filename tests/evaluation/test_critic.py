@@ -3,8 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from lit_multiip.data import mini_faces
-from lit_multiip.evaluation.critic import CriticExtractor, named_attributes, shipped_critic
-from lit_multiip.mini.critic import Critic
+from lit_multiip.evaluation.critic import Critic, CriticExtractor, named_attributes, shipped_critic
 
 
 @pytest.fixture(scope="module")

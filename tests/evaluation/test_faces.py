@@ -11,9 +11,10 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
+from lit_multiip.backbone.faces import TEMPLATE, FaceDetector, aligned, weights_file
 from lit_multiip.evaluation import faces
 from lit_multiip.evaluation.callback import ScoreTest
-from lit_multiip.evaluation.faces import TEMPLATE, FaceDetector, FaceRecognition, SFace, aligned, weights_file
+from lit_multiip.evaluation.faces import FaceRecognition, SFace
 
 cv2 = pytest.importorskip("cv2")
 pytest.importorskip("onnxruntime")
@@ -66,7 +67,7 @@ def test_the_crop_is_a_share_of_the_image_so_that_its_size_does_not_matter(pooli
     extractor = FaceRecognition(pooling, crop=LFW_CROP)
     large = images_of(1, 250)
     pixels = large[0].permute(1, 2, 0).numpy()
-    assert np.array_equal(extractor._face(pixels), pixels[64:176, 69:181])  # 112 px, centred at (125, 120)
+    assert np.array_equal(extractor.network._face(pixels), pixels[64:176, 69:181])  # 112 px, centred at (125, 120)
     small = F.interpolate(large.float(), (500, 500), mode="bicubic").round().clamp(0, 255).to(torch.uint8)
     assert float(extractor.embed(large) @ extractor.embed(small).T) > 0.9999
 
@@ -151,7 +152,7 @@ def test_a_package_that_is_missing_is_told_with_its_extra(module, network, pooli
     def absent(name):
         raise ImportError(name) if name == module else AssertionError(name)
 
-    monkeypatch.setattr(faces.importlib, "import_module", absent)
+    monkeypatch.setattr(networks.importlib, "import_module", absent)
     with pytest.raises(ValueError, match=r"not installed: pip install 'lit_multiip\[faces\]'"):
         network(pooling)
 
@@ -179,7 +180,7 @@ def test_a_config_names_networks_and_detector(pooling, monkeypatch):
     classes = [{"class_path": f"lit_multiip.evaluation.faces.{name}", "init_args": args} for name, args in settings]
     config = parser.parse_object({"score": {"extractors": classes}})
     first, second = parser.instantiate_classes(config).score.extractors
-    assert (first.name, first.crop, second.name) == ("mine", LFW_CROP, "sface")
+    assert (first.name, first.network.crop, second.name) == ("mine", LFW_CROP, "sface")
     assert isinstance(second.detector, FaceDetector)
 
 

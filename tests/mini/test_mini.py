@@ -7,14 +7,15 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
-from lit_multiip.backbone import find_ip_adapter, resolve_backbone
+from lit_multiip.backbone.ip_adapter import find_ip_adapter
+from lit_multiip.backbone.pipeline import resolve_backbone
 from lit_multiip.data import mini_faces
-from lit_multiip.features import to_pixels, to_signal
-from lit_multiip.mini.critic import HEADS, WIDTH, Critic
+from lit_multiip.evaluation.critic import HEADS, WIDTH, Critic
 from lit_multiip.mini.gate import clip_embed, critic_embed, rank_one
 from lit_multiip.mini.measure import _portraits, accuracy, round_trip
 from lit_multiip.mini.stages import UNetStage, caption
 from lit_multiip.mini.tokenizer import IDENTIFIERS, MAX_LENGTH, _words, make_tokenizer
+from lit_multiip.pixels import to_pixels, to_signal
 
 MINI = Path(resolve_backbone("mini"))
 

@@ -1,0 +1,1 @@
+"""Frozen backbones: from photos and prompts to tensors, and back."""

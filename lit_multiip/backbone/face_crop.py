@@ -1,0 +1,123 @@
+"""Photos cut to a square at the face, where a centred square would cut it off or leave it small."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from lit_multiip.backbone.faces import YUNET, FaceDetector, weights_file
+from lit_multiip.data.people import Person
+from lit_multiip.data.photos import MIN_SIDE, DataError, Photo
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CroppedPhoto(Photo):
+    """A square of another photo; ``box`` is its left, top and side in px."""
+
+    photo: Photo
+    box: tuple[int, int, int]
+
+    def image(self) -> Image.Image:
+        """Decode the photo and cut the square out."""
+        left, top, side = self.box
+        return self.photo.image().crop((left, top, left + side, top + side))
+
+    def content_key(self) -> str:
+        """Return the SHA-256 of the photo's key and the box."""
+        return hashlib.sha256(f"{self.photo.content_key()} {self.box}".encode()).hexdigest()
+
+    def original(self) -> Photo:
+        """Return the whole photo."""
+        return self.photo
+
+
+@dataclass
+class FaceCrop:
+    """Cuts every photo to a square with its largest face as near the middle as the photo's borders allow.
+
+    A photo without a face that is found keeps its central square; how many these are is said, and how many photos show
+    several faces. What was found is kept in the feature store.
+
+    Args:
+        detector: of YuNet, a file or ``org/repository/file.onnx`` on the hub.
+        size: side of the square by the longer side of the face's box; None takes the largest square of the photo.
+    """
+
+    detector: str = YUNET
+    size: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.size is not None and not self.size >= 1:
+            raise DataError(f"data.crop.size={self.size} would cut into the face: give at least 1, or null")
+
+    def __call__(self, people: Sequence[Person], cache_dir: str | Path) -> list[Person]:
+        """Give people with their photos cut.
+
+        Args:
+            people: whose photos can all be decoded.
+            cache_dir: of the feature store.
+        """
+        photos = [photo for person in people for photo in person.photos]
+        rows = self.find(photos, cache_dir)
+        for what, bad, done in (
+            ("no face that is found", [p for p in photos if rows[p][4] == 0], "their central squares are taken"),
+            ("several faces", [p for p in photos if rows[p][4] > 1], "the largest is taken"),
+        ):
+            if bad:
+                names = ", ".join(f"'{photo.name}' of '{photo.person}'" for photo in bad[:3])
+                logger.warning("%d of %d photos have %s, such as %s: %s", len(bad), len(photos), what, names, done)
+
+        def cut(photo: Photo) -> Photo:
+            return CroppedPhoto(photo.person, photo.name, photo.prompt, photo, self.box(rows[photo]))
+
+        return [replace(person, photos=tuple(cut(photo) for photo in person.photos)) for person in people]
+
+    def box(self, row: np.ndarray) -> tuple[int, int, int]:
+        """Left, top and side of the square, in px.
+
+        Args:
+            row: x, y, width and height of the largest face, number of faces, width and height of the photo, (7,).
+        """
+        x, y, face_width, face_height, count, width, height = (float(value) for value in row)
+        side = min(width, height)
+        if count == 0:
+            x, y, face_width, face_height = 0, 0, width, height
+        elif self.size is not None:
+            side = min(side, max(round(self.size * max(face_width, face_height)), MIN_SIDE))
+        left = min(max(x + face_width / 2 - side / 2, 0), width - side)
+        top = min(max(y + face_height / 2 - side / 2, 0), height - side)
+        return int(left), int(top), int(side)
+
+    def find(self, photos: Sequence[Photo], cache_dir: str | Path) -> dict[Photo, np.ndarray]:
+        """Rows of ``box``, of every photo; those that the store lacks are looked for and kept in it."""
+        from lit_multiip.backbone.store import SHARD_ROWS, Shards
+
+        digest = hashlib.sha256(weights_file(self.detector).read_bytes()).hexdigest()[:16]
+        store = Shards(Path(cache_dir) / f"faces-{digest}")
+        store.refresh()
+        by_key = {photo.content_key(): photo for photo in photos}
+        if missing := store.missing(by_key):
+            detector = FaceDetector(self.detector)
+            with tqdm(total=len(missing), desc="finding faces", unit="photo", delay=3) as bar:
+                for start in range(0, len(missing), SHARD_ROWS):
+                    rows = []
+                    for key in missing[start : start + SHARD_ROWS]:
+                        pixels = np.asarray(by_key[key].image())
+                        found = detector.faces(pixels)  # (F, 15), the largest first
+                        largest = found[0, :4] if len(found) else np.zeros(4)
+                        rows.append([*largest, len(found), pixels.shape[1], pixels.shape[0]])
+                        bar.update()
+                    store.add(missing[start : start + SHARD_ROWS], np.array(rows, dtype=np.float32))
+            store.refresh()
+        table: torch.Tensor = store.get([photo.content_key() for photo in photos])
+        return dict(zip(photos, table.numpy(), strict=True))

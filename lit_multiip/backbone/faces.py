@@ -1,0 +1,280 @@
+"""Face detectors and recognisers: frozen networks that find a face and say whose it is.
+
+They run on the CPU whatever the device of the images, so that the same image gives the same numbers in every run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from lit_multiip.files import hash_file
+
+YUNET = "opencv/face_detection_yunet/face_detection_yunet_2023mar.onnx"
+Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
+Landmarks = npt.NDArray[np.float32]  # (5, 2), x and y in px: eyes, nose, corners of the mouth
+
+# Where recognisers that were trained on aligned faces (ArcFace, SFace, ...) expect the landmarks in a square of 112 px:
+# https://github.com/deepinsight/insightface, arcface_dst
+TEMPLATE: Landmarks = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]],
+    dtype=np.float32,
+)
+TEMPLATE_SIDE = 112  # px
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class FaceDetector:
+    """YuNet by OpenCV: finds the largest face of an image and five landmarks of it.
+
+    Args:
+        path: Its ONNX file, or `org/repository/file.onnx` on the Hugging Face hub.
+        min_score: Faces that are less certain are not found.
+        side: px of the longer side at which images are looked at. YuNet was trained on faces of about 10 to 300 px.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: OpenCV is not installed or cannot read the file, or an option is out of range.
+    """
+
+    def __init__(self, path: str = YUNET, min_score: float = 0.7, side: int = 320) -> None:
+        if not 0 < min_score < 1 or side < 32:
+            raise ValueError(f"min_score is {min_score} and side {side}: give a score in 0..1 and at least 32 px")
+        self.path, self.side = path, side
+        cv2 = import_faces("cv2")
+        create = cv2.FaceDetectorYN.create
+        self._cv2, self._network = cv2, load_opencv(create, weights_file(path), "", (side, side), min_score)
+        self._lock = threading.Lock()  # its input size is state
+
+    def faces(self, pixels: Pixels) -> npt.NDArray[np.float32]:
+        """OpenCV's rows of all faces, (F, 15), that with the largest box first.
+
+        A row holds, in px of the image, x, y, width, height and the five `Landmarks`, and its score.
+        """
+        height, width = pixels.shape[:2]
+        scale = self.side / max(height, width)
+        seen = pixels if scale == 1 else _resized(pixels, (round(width * scale), round(height * scale)))
+        with self._lock:
+            self._network.setInputSize((seen.shape[1], seen.shape[0]))
+            _, rows = self._network.detect(to_bgr(seen))  # (F, 15), or None
+        found = np.array([] if rows is None else rows, dtype=np.float32).reshape(-1, 15)
+        found[:, :14:2] *= width / seen.shape[1]
+        found[:, 1:14:2] *= height / seen.shape[0]
+        return found[np.argsort(-found[:, 2] * found[:, 3], kind="stable")]
+
+    def largest(self, pixels: Pixels) -> npt.NDArray[np.float32] | None:
+        """Row of the face with the largest box, (15,), or None where no face is found."""
+        found = self.faces(pixels)
+        return found[0] if len(found) else None
+
+    def landmarks(self, pixels: Pixels) -> Landmarks | None:
+        """Five landmarks of the largest face, or None where no face is found."""
+        row = self.largest(pixels)
+        return None if row is None else row[4:14].reshape(5, 2)
+
+
+class FaceNetwork:
+    """Any face-recognition network in an ONNX file, (B, 3, S, S) -> (B, E), by onnxruntime.
+
+    It sees a fixed square of the image, or, with a detector, the largest face turned and scaled so that its landmarks
+    lie where recognisers are trained to have them. A face that is not found has an embedding of NaN.
+
+    Args:
+        path: The ONNX file, or `org/repository/file.onnx` on the Hugging Face hub.
+        side: px of the network's square input; None reads it from the file, where it is fixed there.
+        mean: Of each colour channel in 0..1, in the order of `colours`, subtracted before the division by `std`.
+        std: Of each colour channel. ArcFace, for one, takes 0.5 for all of both.
+        colours: Order of the channels that the network expects, `rgb` or `bgr`.
+        crop: The square of the image that is seen without a detector: its centre, as shares of width and height, and
+            its side, as share of the shorter side. (0.5, 0.48, 0.448) is the 112 px square centred at (125, 120) of
+            LFW's 250 px.
+        detector: Finds and aligns the face, and `crop` is not used.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: onnxruntime is not installed, the file is no such network, or an option is out of range.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        side: int | None = None,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+        colours: str = "rgb",
+        crop: tuple[float, float, float] = (0.5, 0.5, 1.0),
+        detector: FaceDetector | None = None,
+    ) -> None:
+        if colours not in ("rgb", "bgr"):
+            raise ValueError(f"colours is {colours!r}: channels are in the order 'rgb' or 'bgr'")
+        if min(std) <= 0:
+            raise ValueError(f"std is {tuple(std)}: values are divided by it, so it must be above zero")
+        x, y, share = crop
+        if not (0 < share <= 1 and 0 <= x <= 1 and 0 <= y <= 1):
+            raise ValueError(f"crop is {tuple(crop)}: its centre and its side are shares in 0..1, the side above zero")
+        runtime = import_faces("onnxruntime")
+        file = weights_file(path)
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # it warns of initialisers that could be removed
+        try:
+            self._session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # each of its faults has a class of its own, below Exception alone
+            raise ValueError(f"'{file}' is no ONNX network that onnxruntime reads ({_line(error)})") from error
+        given, *more = self._session.get_inputs()
+        shape = list(given.shape)  # names in place of sizes that are not fixed
+        fixed = shape[2] if len(shape) == 4 and isinstance(shape[2], int) and shape[2] == shape[3] else None
+        if more or len(shape) != 4 or (shape[1] not in (3, None) and not isinstance(shape[1], str)):
+            inputs = f"{shape} and {len(more)} more inputs" if more else f"{shape}"
+            raise ValueError(f"'{file}' takes {inputs}: give a network of images alone, (B, 3, S, S)")
+        if side is None and fixed is None:
+            raise ValueError(f"'{file}' takes {shape}, whose side is not fixed: set side, such as 112")
+        if side is not None and (side < 1 or fixed not in (None, side)):
+            raise ValueError(f"side is {side} and '{file}' takes {shape}: leave side out")
+        self.side = side or fixed or 0
+        self.batch = shape[0] if isinstance(shape[0], int) and shape[0] > 0 else None
+        blank = np.zeros((1, 3, self.side, self.side), dtype=np.float32)
+        self._width = self._embeddings(blank).shape[1]
+        if self._width < 2:
+            raise ValueError(f"'{file}' gives one number an image: give a network whose first output is (B, E)")
+        self.colours, self.crop, self.detector = colours, (x, y, share), detector
+        self.mean, self.std = np.asarray(mean, dtype=np.float32), np.asarray(std, dtype=np.float32)
+        self.path, self.file, self.sha256 = path, file, hash_file(file)
+
+    @property
+    def width(self) -> int:
+        """Width of the embeddings, E."""
+        return self._width
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """Embeddings of unit norm, uint8 (B, 3, H, W) -> (B, E) float32; a row of NaN where no face was found."""
+        faces = [self._face(pixels) for pixels in arrays_of(images)]
+        seen = [face for face in faces if face is not None]
+        found = np.empty((0, self._width), dtype=np.float32)
+        if seen:
+            order = 1 if self.colours == "rgb" else -1
+            values = np.stack(seen).astype(np.float32)[..., ::order] / 255  # (F, S, S, 3)
+            inputs = np.asarray((values - self.mean) / self.std, dtype=np.float32)
+            found = self._embeddings(inputs.transpose(0, 3, 1, 2))  # (F, E)
+        rows = rows_with_gaps(found, [face is not None for face in faces])
+        return F.normalize(rows, dim=-1).to(images.device)
+
+    def _face(self, pixels: Pixels) -> Pixels | None:
+        """What the network sees of an image, (S, S, 3); None where there is no face."""
+        if self.detector is not None:
+            landmarks = self.detector.landmarks(pixels)
+            return None if landmarks is None else aligned(pixels, landmarks, self.side)
+        height, width = pixels.shape[:2]
+        x, y, share = self.crop
+        edge = share * min(height, width)
+        left = min(max(x * width - edge / 2, 0.0), width - edge)
+        top = min(max(y * height - edge / 2, 0.0), height - edge)
+        return _resized(pixels, (self.side, self.side), (left, top, left + edge, top + edge))
+
+    def _embeddings(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """(F, 3, S, S) => (F, E), as many at a time as the network takes."""
+        name, parts, size = self._session.get_inputs()[0].name, [], self.batch or len(batch)
+        for start in range(0, len(batch), size):
+            part = batch[start : start + size]
+            short = size - len(part)
+            padded = np.concatenate([part, np.zeros((short, *part.shape[1:]), np.float32)]) if short else part
+            output = self._session.run(None, {name: np.ascontiguousarray(padded, dtype=np.float32)})[0]
+            parts.append(np.asarray(output, dtype=np.float32).reshape(size, -1)[: len(part)])
+        return np.concatenate(parts)
+
+
+def aligned(pixels: Pixels, landmarks: Landmarks, side: int = TEMPLATE_SIDE) -> Pixels:
+    """Turn, scale and shift an image so that landmarks come to lie on `TEMPLATE`, and cut the square out, (S, S, 3).
+
+    The similarity is that of least squares, x' = s R x + t (Umeyama 1991).
+    """
+    cv2 = import_faces("cv2")
+    target = TEMPLATE.astype(np.float64) * side / TEMPLATE_SIDE
+    source = landmarks.astype(np.float64)
+    centre, target_centre = source.mean(axis=0), target.mean(axis=0)
+    a, b = source - centre, target - target_centre  # (5, 2)
+    u, singular, vt = np.linalg.svd(b.T @ a)
+    sign = np.array([1.0, np.sign(np.linalg.det(u @ vt)) or 1.0])  # a rotation, and no mirroring
+    matrix = (u * sign) @ vt * (singular @ sign) / max((a**2).sum(), 1e-12)  # s R, (2, 2)
+    shift = target_centre - matrix @ centre
+    warped = cv2.warpAffine(np.ascontiguousarray(pixels), np.column_stack([matrix, shift]), (side, side))
+    return np.asarray(warped, dtype=np.uint8)
+
+
+def weights_file(given: str) -> Path:
+    """Path of a file of weights that is given as such, or as `org/repository/file` on the Hugging Face hub.
+
+    Raises:
+        FileNotFoundError: it is not there, and the hub does not give it.
+    """
+    path = Path(given).expanduser()
+    if path.is_file():
+        return path
+    if path.is_absolute() or path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+/[\w./-]+", given) or given[0] == ".":
+        raise FileNotFoundError(f"no file '{given}': give a file of weights, or org/repository/file.onnx on the hub")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    repository, file = "/".join(given.split("/")[:2]), "/".join(given.split("/")[2:])
+    try:
+        return Path(hf_hub_download(repository, file))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise FileNotFoundError(
+            f"'{given}' is no file here, and the hub does not give {file} of {repository} ({_line(error)}): fetch "
+            f"https://huggingface.co/{repository}/resolve/main/{file} where there is a network, and give its path"
+        ) from error
+
+
+def import_faces(module: str) -> Any:
+    """Import onnxruntime or OpenCV, or say how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = {"cv2": "OpenCV"}.get(module, module)
+        raise ValueError(f"faces need {package}, which is not installed: pip install 'lit_multiip[faces]'") from error
+
+
+def load_opencv(create: Any, file: Path, *options: Any) -> Any:
+    """Build one of OpenCV's networks from a file."""
+    try:
+        return create(str(file), *options)
+    except import_faces("cv2").error as error:
+        raise ValueError(f"'{file}' is no ONNX network that OpenCV reads ({_line(error)})") from error
+
+
+def arrays_of(images: Tensor) -> Iterator[Pixels]:
+    """Yield each image of (B, 3, H, W) as an array, (H, W, 3)."""
+    yield from images.permute(0, 2, 3, 1).contiguous().cpu().numpy()  # (B, 3, H, W) => (H, W, 3)
+
+
+def to_bgr(pixels: Pixels) -> Pixels:
+    """Turn RGB into the order of channels that OpenCV takes."""
+    return np.ascontiguousarray(pixels[..., ::-1])
+
+
+def _resized(pixels: Pixels, size: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> Pixels:
+    """Scale an image, or a box of it (left, top, right, bottom in px), to a size (width, height)."""
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC, box=box))
+
+
+def rows_with_gaps(found: npt.NDArray[np.float32], present: Sequence[bool]) -> Tensor:
+    """Rows of `found` (F, E) where `present` (B,), and NaN elsewhere, (B, E)."""
+    rows = np.full((len(present), found.shape[1]), np.nan, dtype=np.float32)
+    rows[np.asarray(present, dtype=bool)] = found
+    return torch.from_numpy(rows)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,329 @@
+"""Outputs of the frozen encoders, computed once per photo or prompt and kept on disk.
+
+On disk, ``<cache>/<kind>-<fingerprint>/`` holds shards: ``<name>.npy`` is one array, a row per key, and ``<name>.json``
+its list of keys. The fingerprint covers the encoder's weights and the preprocessing, a key the content of a photo or
+the text of a prompt, so that a stale row cannot be found by mistake. A shard appears by one rename of a finished file,
+is never changed, and is read memory-mapped without pickle: several processes may build and read at once. An index of 24
+bytes a row is memory-mapped, too, from a file without a name that goes with its process.
+
+| kind   | key                    | row                                                       |
+|--------|------------------------|-----------------------------------------------------------|
+| embeds | sha256 of the photo    | CLIP image embedding, (D,) float32                        |
+| latent | sha256 of the photo    | VAE posterior mean and logvar, (2C, h, w) float16         |
+| text   | sha256 of the prompt   | text states that the UNet attends to, (L, E) float16      |
+| pooled | sha256 of the prompt   | SDXL alone: pooled text embedding, (P,) float16           |
+| frame  | sha256 of the photo    | SDXL alone: height, width, top and left of its square     |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import compress, islice
+from operator import methodcaller
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lit_multiip.backbone.encoders import (
+    Encoder,
+    FaceEncoder,
+    PhotoEncoder,
+    encode_prompts,
+    fingerprint_photo_encoder,
+    load_latent_encoder,
+    photo_embed_dim,
+)
+from lit_multiip.backbone.pipeline import (
+    fingerprint,
+    load_feature_shapes,
+    load_native_side,
+    load_text_pipeline,
+    takes_text_time,
+    text_components,
+)
+from lit_multiip.backbone.store import SHARD_ROWS, SHARD_SECONDS, Shards, digests_of
+from lit_multiip.data.photos import DataError, Photo
+
+FLOAT32 = ("embeds", "frame")  # kinds whose rows are not float16
+logger = logging.getLogger(__name__)
+
+
+def prompt_key(prompt: str) -> str:
+    """Key of a prompt's row: sha256 of its text."""
+    return hashlib.sha256(prompt.encode()).hexdigest()
+
+
+class _Items:
+    """Photos or prompts that are wanted, and the digests of their keys; they themselves are not held."""
+
+    def __init__(self, items: Iterable[Any], key: Callable[[Any], str]) -> None:
+        self.items, self.key = items, key
+        self.digests = digests_of(map(key, items))
+
+    def parts(self, positions: npt.NDArray[np.int64], size: int) -> Iterator[list[Any]]:
+        """Yield the items at ``positions`` in lists of ``size``."""
+        chosen = np.zeros(len(self.digests), bool)
+        chosen[positions] = True
+        found = compress(self.items, chosen)
+        while part := list(islice(found, size)):
+            yield part
+
+
+def _ahead(read: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield each part and what ``read`` makes of it, while the next ones are being read in other threads."""
+    with ThreadPoolExecutor(2) as pool:
+        waiting: deque[tuple[Any, Future[Any]]] = deque()
+        for part in parts:
+            waiting.append((part, pool.submit(read, part)))
+            if len(waiting) > 2:
+                done, job = waiting.popleft()
+                yield done, job.result()
+        for done, job in waiting:
+            yield done, job.result()
+
+
+class Features:
+    """What the backbone's frozen encoders make of photos and prompts, from disk.
+
+    Args:
+        backbone: anything ``resolve_backbone`` takes.
+        cache: folder of the store; shared by all methods, runs and processes.
+        image_side: side of the square target image in px; None reads it from the UNet and VAE.
+        device: where the encoders run.
+        batch_size: photos a forward pass of an encoder.
+        image_encoder: anything ``load_image_encoder`` takes; None is the backbone's own.
+        face_encoder: a face-recognition network in its place, or beside it.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        cache: str | Path,
+        image_side: int | None = None,
+        device: torch.device | str = "cpu",
+        batch_size: int = 32,
+        image_encoder: str | None = None,
+        face_encoder: FaceEncoder | None = None,
+    ) -> None:
+        self.backbone, self.device, self.batch_size = backbone, device, batch_size
+        self.image_encoder, self.face_encoder = image_encoder, face_encoder
+        self.image_side = image_side or load_native_side(backbone)
+        text = "".join(fingerprint(backbone, name) for name in text_components(backbone))
+        names = {
+            "embeds": fingerprint_photo_encoder(backbone, image_encoder, face_encoder),
+            "latent": f"{fingerprint(backbone, 'vae')}-{self.image_side}px",
+            "text": text,
+        }
+        self.text_time = takes_text_time(backbone)
+        if self.text_time:
+            names |= {"pooled": text, "frame": f"{self.image_side}px"}
+        self.store = {kind: Shards(Path(cache) / f"{kind}-{name}") for kind, name in names.items()}
+        for shards in self.store.values():
+            shards.refresh()
+
+    def build(
+        self, photos: Iterable[Photo], targets: Iterable[Photo], prompts: Iterable[str], rank: int = 0, world: int = 1
+    ) -> None:
+        """Encode whatever is not stored yet; of ``world`` ranks, this one does every world-th.
+
+        Args:
+            photos: whose image embeddings will be asked for; gone through twice, as are targets, so no iterator.
+            targets: whose latents will be asked for.
+            prompts: whose text states will be asked for; that of the empty prompt is always built.
+            rank: this process's number.
+            world: number of processes that build together.
+        """
+        items: dict[str, _Items] = {
+            "embeds": _Items(photos, methodcaller("content_key")),
+            "latent": _Items(targets, methodcaller("content_key")),
+            "text": _Items(list(dict.fromkeys(["", *prompts])), prompt_key),
+        }
+        encoders: dict[str, Callable[[], Encoder]] = {
+            "embeds": self._embedder,
+            "latent": self._latent_encoder,
+            "text": lambda: self._text_encoder("prompt_embeds"),
+        }
+        if self.text_time:
+            items |= {"pooled": items["text"], "frame": items["latent"]}
+            encoders |= {
+                "pooled": lambda: self._text_encoder("pooled_prompt_embeds"),
+                "frame": lambda: Encoder(self.frames, lambda rows: rows),
+            }
+        self._require_space(
+            {kind: len(self.store[kind].lacking(wanted.digests)) for kind, wanted in items.items()}, rank
+        )
+        for kind, load in encoders.items():
+            self._fill(kind, items[kind], load, rank, world)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of a latent."""
+        channels, height, width = load_feature_shapes(self.backbone, self.image_side)["latent"]
+        return channels // 2, height, width
+
+    def row_bytes(self) -> dict[str, int]:
+        """What a row of each kind takes on disk, by the encoders' configurations."""
+        embeds = (photo_embed_dim(self.backbone, self.image_encoder, self.face_encoder),)
+        shapes = load_feature_shapes(self.backbone, self.image_side) | {"embeds": embeds}
+        return {kind: math.prod(shape) * (4 if kind in FLOAT32 else 2) for kind, shape in shapes.items()}
+
+    def _require_space(self, missing: dict[str, int], rank: int) -> None:
+        """Say what will be computed and what it will take; refuse it where the disk is too small."""
+        if not any(missing.values()):
+            return
+        per_row = self.row_bytes()
+        needed = sum(count * per_row[kind] for kind, count in missing.items())
+        folder = next(path for path in self.store["embeds"].folder.absolute().parents if path.exists())
+        free = shutil.disk_usage(folder).free
+        counts = ", ".join(f"{count} {kind}" for kind, count in missing.items() if count)
+        what = f"features to compute: {counts}; {needed / 2**20:,.1f} MiB on disk, {free / 2**20:,.0f} MiB free"
+        if needed > free:
+            raise DataError(f"{what}: free some, or set data.cache_dir to a folder on a larger disk")
+        if rank == 0:
+            logger.info("%s", what)
+
+    def refresh(self) -> None:
+        """Take in what other processes have built."""
+        for shards in self.store.values():
+            shards.refresh()
+
+    def embeds(self, photos: Sequence[Photo]) -> Tensor:
+        """Image embeddings, (n, D) float32."""
+        return self.store["embeds"].get([photo.content_key() for photo in photos])
+
+    def moments(self, photo: Photo) -> Tensor:
+        """Posterior mean and logvar of the VAE's unscaled latent, (2C, h, w) float32."""
+        return self.store["latent"].get([photo.content_key()])[0].float()
+
+    def text(self, prompt: str) -> dict[str, Tensor]:
+        """A prompt's ``prompt_embeds``, text states (L, E), and of SDXL ``pooled_prompt_embeds`` (P,); float32."""
+        kinds = {"prompt_embeds": "text"} | ({"pooled_prompt_embeds": "pooled"} if self.text_time else {})
+        return {name: self.store[kind].get([prompt_key(prompt)])[0].float() for name, kind in kinds.items()}
+
+    def negative_text(self) -> dict[str, Tensor]:
+        """``text`` of the empty prompt, under the pipeline's names of what guidance leads away from."""
+        return {f"negative_{name}": value for name, value in self.text("").items()}
+
+    def time_ids(self, photo: Photo) -> dict[str, Tensor]:
+        """Of SDXL, ``time_ids`` (6,) float32: the photo's height and width, its square's top and left, and side twice.
+
+        As published: height and width are the file's, top and left those in the photo once its shorter side is the
+        square's.
+        """
+        if not self.text_time:
+            return {}
+        return self.time_ids_of(self.store["frame"].get([photo.content_key()])[0].float())
+
+    def time_ids_of(self, frame: Tensor) -> dict[str, Tensor]:
+        """``time_ids`` of one row of ``frames``, (4,)."""
+        return {"time_ids": torch.cat([frame, torch.full((2,), float(self.image_side))])}
+
+    def frames(self, photos: Sequence[Photo]) -> Tensor:
+        """Height and width of photos, and top and left of their squares once scaled, (B, 4) float32."""
+        rows = []
+        for photo in photos:
+            width, height = photo.image().size
+            top, left = (
+                (edge * self.image_side // min(width, height) - self.image_side) // 2 for edge in (height, width)
+            )
+            rows.append([height, width, top, left])
+        return torch.tensor(rows, dtype=torch.float32)
+
+    def _fill(
+        self,
+        kind: str,
+        items: _Items,
+        load: Callable[[], Encoder],
+        rank: int,
+        world: int,
+    ) -> None:
+        shards = self.store[kind]
+        positions = shards.lacking(items.digests, rank, world)
+        if not len(positions):
+            return
+        encoder = load()
+        left = len(positions)
+        stored: list[str] = []
+        rows: list[npt.NDArray[Any]] = []
+        started = time.monotonic()
+        with tqdm(total=left, desc=f"encoding {kind}", unit="item", disable=rank > 0) as bar:
+            for part, batch in _ahead(encoder.read, items.parts(positions, self.batch_size)):
+                with torch.inference_mode():
+                    encoded = encoder.encode(batch).cpu()
+                if not encoded.isfinite().all():
+                    bad = next(item for item, row in zip(part, encoded, strict=True) if not row.isfinite().all())
+                    raise DataError(f"the {kind} encoder makes NaN or infinity of {bad!r}: leave it out")
+                stored += map(items.key, part)
+                rows.append(encoded.numpy())
+                bar.update(len(part))
+                left -= len(part)
+                if len(stored) >= SHARD_ROWS or not left or time.monotonic() - started > SHARD_SECONDS:
+                    shards.add(stored, np.concatenate(rows))
+                    stored, rows, started = [], [], time.monotonic()
+        shards.refresh()
+
+    def _embedder(self) -> Encoder:
+        encoder = PhotoEncoder(self.backbone, self.image_encoder, self.face_encoder, self.device)
+        return Encoder(encoder.read, encoder.encode)
+
+    def _latent_encoder(self) -> Encoder:
+        read, encode = load_latent_encoder(self.backbone, self.image_side, self.device)
+        return Encoder(lambda photos: read([photo.image() for photo in photos]), encode)
+
+    def _text_encoder(self, part: str) -> Encoder:
+        pipe = load_text_pipeline(self.backbone).to(self.device)
+        return Encoder(list, lambda prompts: encode_prompts(pipe, prompts)[part].half())  # (B, L, E) or (B, P)
+
+
+class Pixels:
+    """Stands in for ``Features`` where photos are encoded at every step: gives what the encoders take of them.
+
+    Args:
+        features: of the prompts.
+        read_embeds: pictures => what the image encoder takes.
+        read_latent: pictures => what the VAE takes.
+        augment: changes each picture as it is read.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        read_embeds: Callable[[Sequence[Image.Image]], Tensor],
+        read_latent: Callable[[Sequence[Image.Image]], Tensor],
+        augment: Callable[[Image.Image], Image.Image] | None = None,
+    ) -> None:
+        self.features, self.read_embeds, self.read_latent, self.augment = features, read_embeds, read_latent, augment
+        self.latent_shape = features.latent_shape
+
+    def _image(self, photo: Photo) -> Image.Image:
+        image = photo.image()
+        return image if self.augment is None else self.augment(image)
+
+    def embeds(self, photos: Sequence[Photo]) -> Tensor:
+        """What the image encoder takes, (n, 3, S, S) float32."""
+        return self.read_embeds([self._image(photo) for photo in photos])
+
+    def moments(self, photo: Photo) -> Tensor:
+        """What the VAE takes, (3, H, W) uint8."""
+        return self.read_latent([self._image(photo)])[0]
+
+    def text(self, prompt: str) -> dict[str, Tensor]:
+        """What ``Features`` has of a prompt: pictures alone are augmented."""
+        return self.features.text(prompt)
+
+    def time_ids(self, photo: Photo) -> dict[str, Tensor]:
+        """Of SDXL, ``time_ids`` (6,) float32, of the picture before augmentation."""
+        return self.features.time_ids_of(self.features.frames([photo])[0]) if self.features.text_time else {}

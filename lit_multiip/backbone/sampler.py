@@ -1,0 +1,149 @@
+"""Images from embeddings, by the backbone's own diffusers pipeline and a diffusers scheduler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from lit_multiip.backbone.ip_adapter import set_ip_scale
+from lit_multiip.backbone.pipeline import load_component, load_pipeline
+from lit_multiip.pixels import to_pixels, to_signal
+
+SLICED = 512**2  # a batch of more pixels is decoded an image at a time: small ones take 50 % longer so, on a CPU
+
+
+@dataclass
+class Sampling:
+    """How images are drawn.
+
+    Args:
+        steps: denoising steps.
+        guidance_scale: w of eq. (11)/(18); 1 and below draw without guidance.
+        ip_scale: lambda of eq. (3)/(19), the weight of the photos.
+        scheduler: a diffusers scheduler class; it takes the backbone's noise schedule.
+    """
+
+    steps: int = 15
+    guidance_scale: float = 3.0
+    ip_scale: float = 1.0
+    scheduler: str = "DPMSolverMultistepScheduler"
+
+    def __post_init__(self) -> None:
+        for name in ("guidance_scale", "ip_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"sampling.{name}={getattr(self, name)} is not finite: give a number such as 1.0")
+        if self.steps < 1:
+            raise ValueError(f"sampling.steps={self.steps}: give at least 1")
+        if not hasattr(diffusers, self.scheduler):
+            raise ValueError(
+                f"sampling.scheduler='{self.scheduler}' is not a diffusers class: give one, such as DDIMScheduler"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings for a results file."""
+        return asdict(self)
+
+
+class Sampler:
+    """A diffusers pipeline around a UNet, fed with embeddings only; the VAE is loaded when first needed.
+
+    Args:
+        backbone: anything ``resolve_backbone`` takes.
+        unet: with or without an IP-Adapter installed.
+        sampling: scheduler and steps.
+    """
+
+    def __init__(self, backbone: str, unet: nn.Module, sampling: Sampling) -> None:
+        self.sampling, self.unet = sampling, unet
+        scheduler = load_component(backbone, "scheduler")
+        cls = getattr(diffusers, sampling.scheduler)
+        vae = load_component(backbone, "vae")
+        self.pipe = load_pipeline(backbone, unet=unet, vae=vae, scheduler=cls.from_config(scheduler.config))
+        # The pipeline repeats the embeddings as often as the batch has images, as if all showed one person; attention
+        # would then mix them across the batch. Ours are one set an image, and taken as they are.
+        self.pipe.prepare_ip_adapter_image_embeds = lambda image, embeds, *_: embeds
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def __call__(
+        self,
+        prompt_embeds: Tensor,
+        negative_prompt_embeds: Tensor,
+        image_embeds: Tensor | None,
+        seeds: list[int],
+        side: int,
+        ip_scale: float | None = None,
+        **pooled: Any,
+    ) -> Tensor:
+        """Draw a batch; the seed of an image decides its noise, its place in the batch does not.
+
+        Args:
+            prompt_embeds: text states, (B, L, E).
+            negative_prompt_embeds: text states of "", (B, L, E); not used where the pipeline takes zeros for these, as
+                SDXL's.
+            image_embeds: aggregated image embeddings, (B, M, D); the negative ones are zeros. None for a UNet without
+                IP-Adapter.
+            seeds: one an image.
+            side: of the image in px.
+            ip_scale: overrides ``sampling.ip_scale``.
+            pooled: of SDXL, ``pooled_prompt_embeds`` and ``negative_pooled_prompt_embeds``, (B, P). Its time ids are
+                the pipeline's own, of a whole picture of this side.
+
+        Returns:
+            RGB, (B, 3, side, side) uint8.
+        """
+        guided = self.sampling.guidance_scale > 1
+        texts = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds, **pooled}
+        if not guided or getattr(self.pipe.config, "force_zeros_for_empty_prompt", False):
+            texts = {name: value for name, value in texts.items() if not name.startswith("negative")}
+        self.pipe.vae.to(prompt_embeds.device)
+        slices = len(seeds) * side**2 > SLICED
+        (self.pipe.vae.enable_slicing if slices else self.pipe.vae.disable_slicing)()
+        with self._image_attention(self.sampling.ip_scale if ip_scale is None else ip_scale, image_embeds):
+            images = self.pipe(
+                height=side,
+                width=side,
+                num_inference_steps=self.sampling.steps,
+                guidance_scale=self.sampling.guidance_scale,
+                **texts,
+                ip_adapter_image_embeds=_with_negatives(image_embeds, guided),
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type="pt",
+            ).images
+        return (images.float() * 255).round().clamp(0, 255).to(torch.uint8).contiguous()
+
+    @contextmanager
+    def _image_attention(self, scale: float, image_embeds: Tensor | None) -> Iterator[None]:
+        """Weigh the photos by ``scale``, where there are any; the UNet is left at 1, as it is trained."""
+        if image_embeds is None or scale == 1:
+            yield
+            return
+        set_ip_scale(self.unet, scale)  # type: ignore[arg-type]
+        try:
+            yield
+        finally:
+            set_ip_scale(self.unet, 1.0)  # type: ignore[arg-type]
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Encode RGB (B, 3, H, W) uint8 to the VAE's posterior mean and logvar, (B, 2C, h, w)."""
+        vae = self.pipe.vae.to(pixels.device)
+        posterior = vae.encode(to_signal(pixels)).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1).contiguous()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode unscaled latents (B, C, h, w) to RGB, (B, 3, H, W) uint8."""
+        vae = self.pipe.vae.to(latents.device)
+        return to_pixels(vae.decode(latents).sample)
+
+
+def _with_negatives(image_embeds: Tensor | None, guided: bool) -> list[Tensor] | None:
+    """As the pipeline takes them: under guidance the negative ones, zeros, come first."""
+    if image_embeds is None:
+        return None
+    return [torch.cat([torch.zeros_like(image_embeds), image_embeds]) if guided else image_embeds]

@@ -1,0 +1,1 @@
+"""Many tests on one protocol: plans, steps, tables, figures and the report."""

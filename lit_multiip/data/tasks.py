@@ -1,0 +1,149 @@
+"""The test protocol: which photos are references, which are held out, and from what noise each image starts.
+
+All methods are scored on the same tasks. Every draw is a function of (seed, person's name) alone, so that adding or
+removing people changes nothing for the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from lit_multiip.data.captions import natural
+from lit_multiip.data.people import Person
+from lit_multiip.data.photos import DataError, Photo
+
+
+@dataclass(frozen=True)
+class Task:
+    """One image to make: this person, known from the references, as the held-out photo's prompt says."""
+
+    person: str
+    references: tuple[Photo, ...]  # R, in the order of their draw: the first is what single-photo methods see
+    held_out: Photo
+    prompt: str
+    seed: int  # of the initial noise, in [0, 2^32); the same for every method
+
+
+def make_tasks(
+    people: Sequence[Person],
+    references: int = 9,
+    held_out: int = 4,
+    seeds: Sequence[int] | int = 1,
+    seed: int = 0,
+) -> list[Task]:
+    """Draw one reference set a person, and held-out photos disjoint from it by content.
+
+    Photos of equal content are one photo, so that no copy of a held-out photo is a reference. Of a person's n distinct
+    photos max(1, min(held_out, n - references)) are held out and up to `references` of the rest are references, topped
+    up by draws with replacement where they are fewer.
+
+    Args:
+        people: Whom to test.
+        references: R, the number of references of a task.
+        held_out: The most held-out photos of a person.
+        seeds: Images per held-out photo: how many, or the numbers k that, with `seed`, the person and the photo,
+            determine each image's noise. A count n stands for 0 .. n - 1.
+        seed: Of all draws.
+
+    Returns:
+        The tasks by person, held-out photo (both in natural order) and k.
+
+    Raises:
+        DataError: A person has a single distinct photo, or a number is out of range.
+    """
+    ks = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    for name, count in (("references", references), ("held_out", held_out), ("seeds", len(ks))):
+        if count < 1:
+            raise DataError(f"{name} is {count}: a test takes at least 1")
+    if len(set(ks)) < len(ks):
+        raise DataError(f"seeds are {ks}: name each once, or the same image is scored twice")
+    tasks = []
+    for person in tqdm(sorted(people, key=lambda person: natural(person.name)), "drawing test tasks", delay=3):
+        chosen, targets = _draw(person, references, held_out, seed)
+        tasks += [
+            Task(person.name, chosen, photo, photo.prompt, _noise_seed(seed, photo, k)) for photo in targets for k in ks
+        ]
+    return tasks
+
+
+def _draw(person: Person, references: int, held_out: int, seed: int) -> tuple[tuple[Photo, ...], list[Photo]]:
+    """The person's references, R of them, and held-out photos."""
+    distinct = list({photo.content_key(): photo for photo in reversed(tuple(person.photos))}.values())[::-1]
+    n = len(distinct)
+    if n < 2:
+        raise DataError(
+            f"person {person.name!r} has {len(person.photos)} photos and {n} distinct: a test holds one out and needs "
+            "another as its reference: add photos, or leave the person out (data.min_photos)"
+        )
+    rng = np.random.default_rng(_hash(seed, person.name))
+    shuffled = [distinct[i] for i in rng.permutation(n)]
+    n_held_out = max(1, min(held_out, n - references))
+    chosen = shuffled[: min(references, n - n_held_out)]
+    targets = shuffled[len(chosen) :][:n_held_out]
+    extra = rng.integers(len(chosen), size=references - len(chosen))
+    return (*chosen, *(chosen[i] for i in extra)), sorted(targets, key=lambda photo: natural(photo.name))
+
+
+def _noise_seed(seed: int, photo: Photo, k: int) -> int:
+    return _hash(seed, photo.person, photo.name, k) % 2**32
+
+
+def _hash(*parts: str | int) -> int:
+    """The same on every machine and in every process, unlike Python's own."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest(), "big")
+
+
+def protocol(tasks: Sequence[Task]) -> dict[str, Any]:
+    """What was tested: counts, and a fingerprint by which scores of different protocols are told apart.
+
+    Returns:
+        JSON-able: `people`, `tasks`, `held_out` (photos, of all people), `references` (photos of a task), `seeds`
+        (images of a held-out photo) and `sha256`, over each task's person, contents of its photos, prompt and seed.
+        Two lists of the same tasks in another order are one protocol.
+
+    Raises:
+        ValueError: There are no tasks.
+    """
+    if not tasks:
+        raise ValueError("there are no tasks: give at least one person to test")
+    keys: dict[Photo, str] = {}
+    for task in tasks:
+        for photo in (*task.references, task.held_out):
+            if photo not in keys:
+                keys[photo] = photo.content_key()
+    rows = sorted([t.person, [keys[p] for p in t.references], keys[t.held_out], t.prompt, t.seed] for t in tasks)
+    images = Counter((task.person, task.held_out) for task in tasks)
+    return {
+        "people": len({task.person for task in tasks}),
+        "tasks": len(tasks),
+        "held_out": len(images),
+        "references": max(len(task.references) for task in tasks),
+        "seeds": max(images.values()),
+        "sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+    }
+
+
+def image_files(tasks: Sequence[Task]) -> list[str]:
+    """A file name for each task's image, `<person>/<held-out photo's stem>_s<k>.png`, k counting its seeds.
+
+    Photos of one person that differ in their suffix alone (`1.jpg`, `1.png`) keep it.
+    """
+    photos = {(task.person, task.held_out.name) for task in tasks}
+    stems = Counter((person, PurePath(name).stem) for person, name in photos)
+    count: Counter[tuple[str, str]] = Counter()
+    files = []
+    for task in tasks:
+        name, stem = task.held_out.name, PurePath(task.held_out.name).stem
+        unique = stem if stems[task.person, stem] == 1 else name
+        files.append(f"{task.person}/{unique}_s{count[task.person, name]}.png")
+        count[task.person, name] += 1
+    return files

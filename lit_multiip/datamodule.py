@@ -1,0 +1,437 @@
+"""The LightningDataModule: people, split, held-out groups, evaluation tasks, all on features computed once."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from lit_multiip.backbone.encoders import Encoder, FaceEncoder, load_clip, load_latent_encoder
+from lit_multiip.backbone.face_crop import FaceCrop
+from lit_multiip.backbone.features import Features, Pixels
+from lit_multiip.data.groups import Balance, Target, draw_references, stable_hash
+from lit_multiip.data.people import MiniFaces, PeopleSource, Person, check_photos, read_person
+from lit_multiip.data.photos import DataError, Photo
+from lit_multiip.data.split import Split, select_people, split_people
+from lit_multiip.datasets import (
+    EpochSampler,
+    HeldOutGroups,
+    OnePerson,
+    OnlineGroups,
+    Position,
+    Request,
+    ShareSampler,
+    TaskDataset,
+    reference_set,
+)
+
+if TYPE_CHECKING:
+    from lit_multiip.data.tasks import Task
+
+logger = logging.getLogger(__name__)
+
+MOST_WORKERS = 256  # of a loader; more are a slip
+
+
+@dataclass
+class PredictArgs:
+    """What ``predict`` draws: every prompt with every seed, of one person.
+
+    Args:
+        photos: folder with photos of the person, any number; None takes data.person, else the first test person, and
+            the references that a test gives them.
+        prompts: what to draw; None takes a prompt a scene of the reference photos.
+        seeds: one image each per prompt.
+    """
+
+    photos: str | None = None
+    prompts: list[str] | None = None
+    seeds: list[int] = field(default_factory=lambda: [0, 1])
+
+
+class MultiPhotoData(L.LightningDataModule):
+    """Groups of a person's photos for training, and tasks for validation, test and predict.
+
+    Where the trainer's module learns a person at a time (``per_person``), fit is given ``person`` alone: the reference
+    set that a test gives them, nothing held out, and no validation.
+
+    Args:
+        backbone: folder, hub id or ``mini``; its frozen encoders make the features. Linked to the model's.
+        source: where the people come from.
+        image_side: side of the target images in px; None takes the backbone's own.
+        references: N - 1, photos that condition.
+        min_photos: people with fewer are left out.
+        max_people: keep a seeded subset of this many people.
+        training_people: train on a seeded subset of this many of the training side; None takes all. Other than
+            ``max_people`` it leaves validation and test people as they are.
+        balance: ``person`` (every person gives N targets an epoch) or ``photo`` (every photo is a target once).
+        target: ``held_out``, or ``reference`` to train as the published single-photo IP-Adapter (references = 1).
+        drop: probabilities of dropping image, text and both in training.
+        test_fraction: of the people, where neither the source nor a list decides.
+        validation_fraction: of the training side.
+        train_names: file with the names of training people, one a line (LFW's people files, too).
+        validation_names: likewise.
+        test_names: likewise.
+        held_out: evaluation tasks: held-out photos a test person, at most.
+        seeds: images per held-out photo.
+        validation_held_out: held-out photos a validation person.
+        tested: whose tasks ``test`` scores; options are chosen on ``validation``, and ``train`` shows what was learned
+            by heart.
+        tested_people: the most people of them, a seeded subset; None takes all.
+        on_unreadable: ``refuse`` or ``skip`` photos that cannot be decoded.
+        batch_size: training samples a step and device.
+        eval_batch_size: tasks at once.
+        num_workers: of the loaders.
+        cache_dir: feature store.
+        encode_batch_size: photos at once in an encoder.
+        online: encode training photos at every step, rather than once: for augmentation. A step then costs three times
+            as much or more, and the encoders stay in memory.
+        augment: changes each training photo as it is read, such as ``torchvision.transforms.v2.RandomHorizontalFlip``;
+            needs ``online``.
+        seed: of the split, the groups and the tasks.
+        training_seed: of the training groups alone, for several trainings on one protocol; None takes ``seed``.
+        predict: what ``predict`` draws.
+        person: whom fit learns, where the method learns one person; whom predict draws.
+        image_encoder: folder, or hub id and subfolder; None takes the backbone's own. Linked to the model's.
+        face_encoder: a face-recognition network in its place, or beside it. Linked to the model's.
+        crop: cut every photo to a square at its face, for encoders and scores alike; None takes its central square.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "mini",
+        source: PeopleSource | None = None,
+        image_side: int | None = None,
+        references: int = 9,
+        min_photos: int = 10,
+        max_people: int | None = None,
+        training_people: int | None = None,
+        balance: Balance = "person",
+        target: Target = "held_out",
+        drop: tuple[float, float, float] = (0.05, 0.05, 0.05),
+        test_fraction: float = 1 / 3,
+        validation_fraction: float = 0.1,
+        train_names: str | None = None,
+        validation_names: str | None = None,
+        test_names: str | None = None,
+        held_out: int = 4,
+        seeds: int = 1,
+        validation_held_out: int = 2,
+        tested: Literal["test", "validation", "train"] = "test",
+        tested_people: int | None = None,
+        on_unreadable: Literal["refuse", "skip"] = "refuse",
+        batch_size: int = 16,
+        eval_batch_size: int = 25,
+        num_workers: int = 0,
+        cache_dir: str = "runs/features",
+        encode_batch_size: int = 32,
+        seed: int = 0,
+        training_seed: int | None = None,
+        predict: PredictArgs | None = None,
+        person: str | None = None,
+        image_encoder: str | None = None,
+        face_encoder: FaceEncoder | None = None,
+        crop: FaceCrop | None = None,
+        online: bool = False,
+        augment: Callable[[Any], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if augment is not None and not online:
+            raise DataError("data.augment changes photos at every step, and their features are kept: set data.online")
+        if online and face_encoder is not None:
+            raise DataError("data.online encodes photos by CLIP alone: leave it out with a face_encoder")
+        if min(batch_size, eval_batch_size, encode_batch_size, references, held_out, seeds, validation_held_out) < 1:
+            raise DataError("batch sizes, references, held_out and seeds must be at least 1")
+        if not 0 <= num_workers <= MOST_WORKERS:
+            raise DataError(f"data.num_workers is {num_workers}: give 0 to {MOST_WORKERS}")
+        for name, given in (("seed", seed), ("training_seed", training_seed or 0)):
+            if given < 0:
+                raise DataError(f"data.{name} is {given}: it must not be negative")
+        if min(drop) < 0 or sum(drop) > 1:
+            raise DataError(f"data.drop={drop} are no probabilities: give three of at least 0 that add to at most 1")
+        self.backbone, self.source = backbone, source or MiniFaces()
+        self.image_encoder, self.face_encoder, self.crop = image_encoder, face_encoder, crop
+        self.image_side, self.references = image_side, references
+        self.min_photos, self.max_people, self.training_people = min_photos, max_people, training_people
+        self.balance, self.target, self.drop = balance, target, drop
+        self.test_fraction, self.validation_fraction = test_fraction, validation_fraction
+        self.names = {"train_names": train_names, "validation_names": validation_names, "test_names": test_names}
+        self.held_out, self.seeds, self.validation_held_out = held_out, seeds, validation_held_out
+        self.tested: Literal["test", "validation", "train"] = tested
+        self.tested_people = tested_people
+        self.on_unreadable: Literal["refuse", "skip"] = on_unreadable
+        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
+        self.cache_dir, self.encode_batch_size, self.seed = cache_dir, encode_batch_size, seed
+        self.training_seed = seed if training_seed is None else training_seed
+        self.predict_args, self.person = predict or PredictArgs(), person
+        self.online, self.augment = online, augment
+        self.encoders: dict[str, Encoder] = {}  # what training reads by, where photos are encoded at every step
+        self.per_person = False  # setup asks the trainer's module
+        self.split: Split | None = None
+        self.features: Features | None = None
+        self.tasks: list[Task] = []
+        self.validation_tasks: list[Task] = []
+        self.requests: list[Request] = []
+        self.tuning: Task | None = None
+        self.position: dict[str, Any] | None = None  # of the checkpoint that fit goes on from
+
+    def prepare_data(self) -> None:
+        """Fetch or extract the source once, on one process, and find the faces where photos are cut at them."""
+        people = self.source.people()
+        if self.crop is not None:
+            chosen = select_people(people, self.min_photos, self.max_people, self.seed)
+            readable = check_photos(chosen, self.on_unreadable)
+            self.crop.find([photo for person in readable for photo in person.photos], self.cache_dir)
+
+    def setup(self, stage: str) -> None:
+        """Choose and split the people, then encode what this stage will need."""
+        from lit_multiip.data.tasks import make_tasks
+
+        if self.trainer is not None:
+            self.per_person = getattr(self.trainer.lightning_module, "per_person", False)
+        if stage == "fit" and not self.per_person and self.person is not None:
+            raise DataError(f"data.person='{self.person}' is for methods that learn one person: leave it out of fit")
+        if stage == "predict" and self.predict_args.photos is not None:
+            self._setup_predict(*self.read_references(self.predict_args.photos))
+            return
+        if self.split is None:
+            self.split = self._split()
+        if stage == "predict":
+            person = self._find(self.person) if self.person else self.split.test[0]
+            self._setup_predict(person, self._tested(person).references)
+            return
+        photos: list[Photo] = []
+        targets: list[Photo] = []
+        training: list[Person] = []
+        if stage == "fit" and self.per_person:
+            self.tuning = self._tested(self._find(self.person))
+            targets += self.tuning.references
+        elif stage == "fit":
+            training = self.split.train
+        if stage in ("fit", "validate") and not self.per_person:
+            self.validation_tasks = make_tasks(
+                self.split.validation, self.references, self.validation_held_out, 1, self.seed
+            )
+        if stage == "test":
+            people = select_people(getattr(self.split, self.tested), 2, self.tested_people, self.seed)
+            self.tasks = make_tasks(people, self.references, self.held_out, self.seeds, self.seed)
+        for task in [*self.validation_tasks, *self.tasks]:
+            photos += task.references
+            targets.append(task.held_out)
+        prompts = (photo.prompt for photo in _PhotosOf(training, targets))
+        if self.online:
+            training = []
+        self._build(_PhotosOf(training, photos), _PhotosOf(training, targets), prompts)
+
+    def read_references(self, folder: str) -> tuple[Person, tuple[Photo, ...]]:
+        """Read a folder with photos of one person, any number, and draw ``references`` of them."""
+        [person] = self._cut(check_photos([read_person(folder)], self.on_unreadable, progress=False))
+        return person, self._draw_references(_distinct(person))
+
+    def _find(self, name: str | None) -> Person:
+        """Return the person of that name, of whichever part of the split."""
+        assert self.split is not None
+        people = [*self.split.test, *self.split.validation, *self.split.train]
+        for person in people:
+            if person.name == name:
+                return person
+        known = [person.name for person in people]
+        some = ", ".join(difflib.get_close_matches(name or "", known) or known[:3])
+        wrong = "this method learns one person" if name is None else f"there is no person '{name}'"
+        raise DataError(f"{wrong}: set data.person to one of the {len(known)}, such as {some}")
+
+    def _tested(self, person: Person) -> Task:
+        """Return one of a person's tasks in a test, for the references that all have: no held-out photo is in them."""
+        from lit_multiip.data.tasks import make_tasks
+
+        return make_tasks([person], self.references, self.held_out, 1, self.seed)[0]
+
+    def _cut(self, people: list[Person]) -> list[Person]:
+        return people if self.crop is None else self.crop(people, self.cache_dir)
+
+    def _split(self) -> Split:
+        people = select_people(self.source.people(), self.min_photos, self.max_people, self.seed)
+        people = check_photos(people, self.on_unreadable)
+        for i, person in enumerate(people):
+            people[i] = _distinct(person)  # in place: the photos of a hundred thousand are not held twice
+        people = self._cut(select_people(people, self.min_photos, None, self.seed))
+        split = split_people(people, self.seed, self.test_fraction, self.validation_fraction, **self.names)
+        if self.training_people is not None:
+            split = replace(split, train=select_people(split.train, 2, self.training_people, self.seed))
+        counts = f"{len(split.train)} train, {len(split.validation)} validation, {len(split.test)} test"
+        logger.info("people: %s", counts)
+        return split
+
+    def _draw_references(self, person: Person) -> tuple[Photo, ...]:
+        photos, rng = tuple(person.photos), np.random.default_rng([self.seed, stable_hash(person.name)])
+        if len(photos) != self.references:
+            what = "the surplus is dropped" if len(photos) > self.references else "missing ones are drawn again"
+            logger.warning("%s has %d photos, %d are used: %s", person.name, len(photos), self.references, what)
+        return tuple(photos[i] for i in draw_references(range(len(photos)), self.references, rng))
+
+    def _setup_predict(self, person: Person, references: tuple[Photo, ...]) -> None:
+        prompts = self.predict_args.prompts or list(dict.fromkeys(photo.prompt for photo in person.photos))[:4]
+        seeds = self.predict_args.seeds
+        if not seeds or not all(prompts):
+            raise DataError("data.predict needs at least one seed, and prompts that are not empty")
+        self.requests = [Request(person.name, references, prompt, seed) for prompt in prompts for seed in seeds]
+        self._build(list(references), [], prompts)
+
+    def _build(self, photos: Iterable[Photo], targets: Iterable[Photo], prompts: Iterable[str]) -> None:
+        """Encode photos that condition, photos whose latents are asked for, and prompts."""
+        if self.per_person:  # which tunes on the photos' latents, and asks for no embeddings
+            photos, targets = [], [*photos, *targets]
+        strategy: Any = self.trainer.strategy if self.trainer is not None else None
+        device = strategy.root_device if strategy else "cpu"
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        self.features = Features(
+            self.backbone,
+            self.cache_dir,
+            self.image_side,
+            device,
+            self.encode_batch_size,
+            self.image_encoder,
+            self.face_encoder,
+        )
+        self.features.build(photos, targets, prompts, rank, world)
+        if strategy:
+            strategy.barrier("features")
+        self.features.refresh()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches of ``HeldOutGroups`` items; its own sampler serves all ranks (``use_distributed_sampler: false``)."""
+        assert self.split is not None and self.features is not None
+        if self.tuning is not None:
+            item = reference_set(self.tuning.person, self.tuning.references, self.features)
+            return DataLoader(OnePerson(item), batch_size=1)
+        references = 1 if self.target == "reference" else self.references
+        drawn: Any = (self.training_seed, references, self.balance, self.target, self.drop)
+        if self.online:
+            pixels = Pixels(self.features, *self._load_encoders(), self.augment)
+            groups: HeldOutGroups = OnlineGroups(self.split.train, pixels, *drawn)  # type: ignore[arg-type]
+        else:
+            groups = HeldOutGroups(self.split.train, self.features, *drawn)
+        rank, world = self._rank_and_world()
+        sampler = EpochSampler(len(groups), self.training_seed, rank, world, self._start(len(groups) // world))
+        if len(sampler) < self.batch_size:
+            raise DataError(
+                f"data.batch_size={self.batch_size} is more than the {len(sampler)} samples of an epoch: lower it"
+            )
+        return DataLoader(
+            groups,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            drop_last=True,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training is, for a checkpoint; and what that depends on."""
+        loader = None if self.trainer is None else self.trainer.train_dataloader
+        if self.trainer is None or loader is None:  # nothing is being trained
+            return {}
+        position = Position.of(self.trainer)
+        samples = None if position.batches is None else len(loader.sampler)
+        return {"epoch": position.epoch, "batch": position.batch, **self._divisions(samples)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember where a checkpoint was."""
+        self.position = state_dict
+
+    def _divisions(self, samples: int | None) -> dict[str, Any]:
+        """What an epoch is divided by; ``samples`` of a rank."""
+        assert self.trainer is not None
+        return {
+            "samples": samples,
+            "batch_size": self.batch_size,
+            "ranks": self.trainer.world_size,
+            "accumulated": self.trainer.accumulate_grad_batches,
+            "training_seed": self.training_seed,
+        }
+
+    def _start(self, samples: int) -> tuple[int, int]:
+        """The epoch in which training goes on, and how many of its samples this rank has had."""
+        if self.position is None:
+            return 0, 0
+        then, now = self.position, self._divisions(samples)
+        changed = [f"{name} {then.get(name)} => {value}" for name, value in now.items() if then.get(name) != value]
+        if changed:
+            logger.warning(
+                "the checkpoint was trained with other data or batches (%s): training goes on from its weights, not "
+                "with the very samples that an uninterrupted run would see",
+                ", ".join(changed),
+            )
+        return self.position["epoch"], min(self.position["batch"] * self.batch_size, samples)
+
+    def _load_encoders(self) -> tuple[Any, Any]:
+        assert self.features is not None
+        device, side = self.features.device, self.features.image_side
+        self.encoders = {
+            "references": load_clip(self.backbone, self.image_encoder, device),
+            "moments": load_latent_encoder(self.backbone, side, device),
+        }
+        return self.encoders["references"].read, self.encoders["moments"].read
+
+    @torch.no_grad()
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Encode a training batch's photos, where that is done at every step; the batch is then as it always is."""
+        if not self.encoders or (self.trainer is not None and not self.trainer.training):
+            return batch
+        pixels = batch["references"]  # (B, R, 3, S, S)
+        embeds = self.encoders["references"].encode(pixels.flatten(0, 1))  # (B R, D)
+        moments = self.encoders["moments"].encode(batch["moments"]).float()  # (B, 2C, h, w)
+        return {**batch, "references": embeds.unflatten(0, pixels.shape[:2]), "moments": moments}
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Batches of the validation people's tasks."""
+        return self._task_loader(self.validation_tasks)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Batches of the test people's tasks."""
+        return self._task_loader(self.tasks)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Batches of what is to be drawn."""
+        return self._task_loader(self.requests)
+
+    def _task_loader(self, tasks: Sequence[Task | Request]) -> DataLoader[Any]:
+        assert self.features is not None
+        dataset = TaskDataset(tasks, self.features, self.per_person)
+        sampler = ShareSampler(len(dataset), *self._rank_and_world())
+        return DataLoader(dataset, batch_size=self.eval_batch_size, sampler=sampler)  # by name: Lightning rebuilds it
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+
+class _PhotosOf:
+    """The photos of people, unpacked person by person each time they are gone through, and then further ones."""
+
+    def __init__(self, people: Sequence[Person], further: Sequence[Photo]) -> None:
+        self.people, self.further = people, further
+
+    def __iter__(self) -> Iterator[Photo]:
+        for person in self.people:
+            yield from person.photos
+        yield from self.further
+
+
+def _distinct(person: Person) -> Person:
+    """Keep one photo of those with equal content, so that a copy of a target is never among its references.
+
+    The contents of files that are read for it are packed with the photos, and not read again.
+    """
+    photos = {photo.content_key(): photo for photo in reversed(tuple(person.photos))}
+    kept = tuple(reversed(photos.values()))
+    if len(kept) < len(person.photos):
+        logger.warning("%s: %d photos are copies of others and left out", person.name, len(person.photos) - len(kept))
+    return replace(person, photos=kept)

@@ -1,0 +1,276 @@
+"""Held-out groups and evaluation tasks on features, and the samplers that serve them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, Sampler
+
+from lit_multiip.backbone.features import Features, Pixels
+from lit_multiip.data.groups import Balance, Group, Target, draw_references, held_out_group, stable_hash
+from lit_multiip.data.people import Person
+from lit_multiip.data.photos import Photo
+from lit_multiip.data.tasks import Task
+
+
+class HeldOutGroups(Dataset[dict[str, Any]]):
+    """Training samples, indexed by ``(epoch, index)``; every draw is a function of (seed, epoch, index) alone.
+
+    Args:
+        people: with at least two photos each.
+        features: of all their photos and prompts.
+        seed: of all draws.
+        references: N - 1, the number of photos that condition.
+        balance: ``person``: each person gives N targets an epoch; ``photo``: each photo is the target once.
+        target: ``held_out``, or ``reference``, where the one reference is the target (the published IP-Adapter).
+        drop: probabilities to drop the image condition, the text, and both (published: 5 % each).
+    """
+
+    def __init__(
+        self,
+        people: Sequence[Person],
+        features: Features,
+        seed: int = 0,
+        references: int = 9,
+        balance: Balance = "person",
+        target: Target = "held_out",
+        drop: tuple[float, float, float] = (0.05, 0.05, 0.05),
+    ) -> None:
+        self.people, self.features, self.seed = people, features, seed
+        self.references, self.target, self.drop = references, target, drop
+        counts = [references + 1 if balance == "person" else len(person.photos) for person in people]
+        self.balance, self.ends = balance, np.cumsum(counts)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def draw(self, epoch: int, index: int) -> tuple[Photo, list[Photo]]:
+        """Return the target photo and its references."""
+        person_index = int(np.searchsorted(self.ends, index, side="right"))
+        number = index - (int(self.ends[person_index - 1]) if person_index else 0)
+        person = self.people[person_index]
+        photos = tuple(person.photos)
+        rng = np.random.default_rng([self.seed, epoch, stable_hash(person.name)])
+        if self.balance == "photo":
+            others = [i for i in range(len(photos)) if i != number]
+            rng = np.random.default_rng([self.seed, epoch, stable_hash(person.name), number])
+            group = Group(number, draw_references(others, self.references, rng))
+        else:
+            group = held_out_group(len(photos), self.references + 1, number, rng)
+        chosen = [group.target] if self.target == "reference" else group.references
+        return photos[group.target], [photos[i] for i in chosen]
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        """Return one sample.
+
+        Returns:
+            photo: the target, as ``person/name``.
+            references: image embeddings, (R, D).
+            moments: posterior mean and logvar of the target, (2C, h, w).
+            prompt_embeds: text states of the target's prompt, or of "" where text is dropped, (L, E); of SDXL also its
+                pooled_prompt_embeds (P,), and the target's time_ids (6,).
+            drop_image: whether the image condition is dropped, () bool.
+            time: t / T in [0, 1), () float64.
+            latent_noise, eps: standard normal, (C, h, w); the posterior's and the diffusion's.
+        """
+        epoch, index = key
+        target, references = self.draw(epoch, index)
+        rng = np.random.default_rng([self.seed, epoch, index, 1])
+        u, (image, text, both) = rng.random(), self.drop
+        drop_image = u < image or image + text <= u < image + text + both
+        drop_text = image <= u < image + text + both
+        moments = self.features.moments(target)
+        shape = self._latent_shape(moments)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        return {
+            "photo": f"{target.person}/{target.name}",
+            "references": self.features.embeds(references),
+            "moments": moments,
+            **self.features.text("" if drop_text else target.prompt),
+            **self.features.time_ids(target),
+            "drop_image": torch.tensor(drop_image),
+            "time": torch.tensor(rng.random(), dtype=torch.float64),
+            "latent_noise": torch.randn(shape, generator=generator),
+            "eps": torch.randn(shape, generator=generator),
+        }
+
+    def _latent_shape(self, moments: Tensor) -> tuple[int, ...]:
+        return (moments.shape[0] // 2, *moments.shape[1:])
+
+
+class OnlineGroups(HeldOutGroups):
+    """The same samples with pixels where ``HeldOutGroups`` has features of photos: ``references`` and ``moments``.
+
+    What augmentation draws from torch's generator is a function of (seed, epoch, index), too.
+    """
+
+    features: Pixels  # type: ignore[assignment]
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        """Return one sample; ``references`` are (R, 3, S, S) float32 and ``moments`` (3, H, W) uint8."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stable_hash("augment", self.seed, *key) % 2**63)
+            return super().__getitem__(key)
+
+    def _latent_shape(self, moments: Tensor) -> tuple[int, ...]:
+        return self.features.latent_shape
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Yields ``(epoch, index)`` in an order drawn from (seed, epoch); rank r of W takes every W-th.
+
+    So that all ranks have equally many and none twice, up to W - 1 samples of an epoch are left out.
+
+    Args:
+        size: samples of an epoch.
+        seed: of the orders.
+        rank: this process's number.
+        world: W.
+        start: an epoch, and how many samples of it this rank has had, where training goes on from there.
+    """
+
+    def __init__(self, size: int, seed: int, rank: int = 0, world: int = 1, start: tuple[int, int] = (0, 0)) -> None:
+        self.size, self.seed, self.rank, self.world, self.start = size, seed, rank, world, start
+        self.epoch = start[0]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; Lightning calls this."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size // self.world
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+        own = order[self.rank :: self.world][: len(self)]
+        for index in own[self.start[1] if self.epoch == self.start[0] else 0 :]:
+            yield self.epoch, int(index)
+
+
+class ShareSampler(Sampler[int]):
+    """Yields 0 .. size - 1 in order, rank r of W a run of ceil(size / W) of them.
+
+    Runs, because tasks are sorted by person and a method may work person by person. Where they are too few it counts on
+    from size, so that all ranks have equally many; a ``TaskDataset`` repeats its last task for that, and says so.
+    """
+
+    def __init__(self, size: int, rank: int = 0, world: int = 1) -> None:
+        self.rank, self.count = rank, -(-size // world)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        start = self.rank * self.count
+        return iter(range(start, start + self.count))
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to draw: the references, the prompt and the seed."""
+
+    person: str
+    references: tuple[Photo, ...]
+    prompt: str
+    seed: int
+
+
+def reference_set(person: str, references: Sequence[Photo], features: Features) -> dict[str, Any]:
+    """What a method needs that tunes on one person.
+
+    Returns:
+        person: the name.
+        reference_set: names the person and the photos' contents, so that a copy of another set is not taken for it.
+        reference_moments: posterior means and logvars, (R, 2C, h, w).
+        reference_time_ids: of SDXL, (R, 6).
+    """
+    time_ids = [features.time_ids(photo) for photo in references]
+    return {
+        **{f"reference_{name}": torch.stack([row[name] for row in time_ids]) for name in time_ids[0]},
+        "person": person,
+        "reference_set": f"{stable_hash(person, *(photo.content_key() for photo in references)):016x}",
+        "reference_moments": torch.stack([features.moments(photo) for photo in references]),
+    }
+
+
+class TaskDataset(Dataset[dict[str, Any]]):
+    """Evaluation tasks (or requests, which have no held-out photo) with their features.
+
+    An item holds ``task`` (), ``repeated`` () bool, ``prompt``, ``prompt_embeds`` and ``negative_prompt_embeds``
+    (L, E), ``seed`` (), and ``moments`` (2C, h, w) and ``photo`` (person/name) of the held-out photo, where there is
+    one; of SDXL also ``pooled_prompt_embeds`` and ``negative_pooled_prompt_embeds`` (P,), and the held-out photo's
+    ``time_ids`` (6,). Of the references it holds their embeddings, ``references`` (R, D), and those of the next person,
+    ``other_references``; or, ``per_person``, a ``reference_set``.
+    """
+
+    def __init__(self, tasks: Sequence[Task | Request], features: Features, per_person: bool = False) -> None:
+        self.tasks, self.features, self.per_person = tasks, features, per_person
+        references = {task.person: task.references for task in tasks}
+        people = list(references)
+        self.others = {name: references[people[(i + 1) % len(people)]] for i, name in enumerate(people)}
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        repeated, index = index >= len(self.tasks), min(index, len(self.tasks) - 1)
+        task = self.tasks[index]
+        item = {
+            "task": torch.tensor(index),
+            "repeated": torch.tensor(repeated),  # only so that all ranks have equally many
+            "prompt": task.prompt,
+            **self.features.text(task.prompt),
+            **self.features.negative_text(),
+            "seed": torch.tensor(task.seed),
+        }
+        if self.per_person:
+            item |= reference_set(task.person, task.references, self.features)
+        else:
+            item["references"] = self.features.embeds(task.references)
+            item["other_references"] = self.features.embeds(self.others[task.person])
+        if not isinstance(task, Request):
+            item["photo"] = f"{task.person}/{task.held_out.name}"
+            item["moments"] = self.features.moments(task.held_out)
+            item |= self.features.time_ids(task.held_out)
+        return item
+
+
+class OnePerson(IterableDataset[dict[str, Any]]):
+    """One reference set without end: who trains on it draws from it, and decides when to stop."""
+
+    def __init__(self, item: dict[str, Any]) -> None:
+        self.item = item
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while True:
+            yield self.item
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training is: ``batch`` batches of an epoch of ``batches`` are done, by ``steps`` optimiser steps in it."""
+
+    epoch: int
+    batch: int
+    batches: int | None  # of a rank; None: without end
+    steps: int
+
+    @classmethod
+    def after(cls, step: int, batches: float, accumulate: int) -> Position:
+        """Where training is after ``step`` optimiser steps; the last one of an epoch may be of fewer batches."""
+        if math.isinf(batches):
+            return cls(0, step * accumulate, None, step)
+        epoch, steps = divmod(step, math.ceil(batches / accumulate))
+        return cls(epoch, steps * accumulate, int(batches), steps)
+
+    @classmethod
+    def of(cls, trainer: L.Trainer) -> Position:
+        """Where a trainer is that fits."""
+        return cls.after(trainer.global_step, trainer.num_training_batches, trainer.accumulate_grad_batches)

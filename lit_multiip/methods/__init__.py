@@ -1,0 +1,1 @@
+"""What is trained: aggregators, the adapter, DreamBooth."""

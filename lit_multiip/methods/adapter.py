@@ -1,0 +1,307 @@
+"""MultiIPAdapter: a frozen diffusion UNet that learns to restore a photo of a person from other photos of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from lit_multiip.backbone.encoders import (
+    FaceEncoder,
+    PhotoEncoder,
+    fingerprint_photo_encoder,
+    name_photo_encoder,
+    photo_embed_dim,
+    uses_clip,
+)
+from lit_multiip.backbone.ip_adapter import (
+    find_adapter_file,
+    find_ip_adapter,
+    install_ip_adapter,
+    ip_adapter_from_text,
+    ip_adapter_parameters,
+    read_adapter_record,
+    read_ip_adapter,
+)
+from lit_multiip.backbone.lora import LORA_FILE, add_lora, lora_disabled, read_lora, require_peft
+from lit_multiip.backbone.pipeline import BackboneError, load_component
+from lit_multiip.backbone.sampler import Sampling
+from lit_multiip.methods.aggregators import Aggregator, SelfAttention
+from lit_multiip.methods.method import POOLED, Batch, Dtype, Method, References, text_time
+
+VALIDATION_TIMES = (0.125, 0.375, 0.625, 0.875)  # t / T, the centres of four bins
+
+
+class MultiIPAdapter(Method):
+    """Trains the aggregator, Linear, LayerNorm, K' and V'; everything else is frozen (eq. 1/17, section 3.5).
+
+    Args:
+        backbone: folder, hub id or ``mini``.
+        aggregator: G; gets the embedding width.
+        optimizer: over the trained parameters.
+        lr_schedule: a schedule of ``diffusers.optimization.get_scheduler``, stepped every optimiser step.
+        lr_warmup_steps: of the schedule.
+        ip_adapter: ``auto`` (``published_adapter``, else the backbone's ip_adapter/, else ``text``), ``text`` (from the
+            text K and V), a file, or hub id and file. One exported with an aggregator's weights brings these too.
+        trained: ``adapter``, or ``aggregator`` alone.
+        sampling: how images are drawn.
+        image_side: of the images in px; None takes the backbone's own.
+        frozen_dtype: of the UNet's frozen weights; trained ones are float32.
+        gradient_checkpointing: trade 35 % more arithmetic for a fifth of the activations.
+        lora_rank: of LoRA on all of the UNet's attention, trained with the adapter (needs peft); None adds none.
+        image_encoder: folder, or hub id and subfolder, of the CLIP vision model; None takes the backbone's own.
+        published_adapter: file, or hub id and file, where the backbone's adapter lies apart from it.
+        face_encoder: a face-recognition network in CLIP's place, where ``auto`` is ``text``, or beside CLIP, where an
+            adapter made for CLIP alone starts with zeros for the face.
+        channels_last: of the UNet's convolutions; for GPUs (CPU: 15 % slower).
+        compile_unet: by torch.compile; the first step, and each new size of a batch, then takes a minute or more.
+    """
+
+    conditions: ClassVar[tuple[References, ...]] = ("right", "none", "zero", "other")
+    must_agree: ClassVar[dict[str, str]] = {
+        **Method.must_agree,
+        "image_encoder_content": "set image_encoder and face_encoder to what it was trained with",
+        "trained": "set model.trained likewise",
+        "lora_rank": "set model.lora_rank likewise",
+    }
+
+    def __init__(
+        self,
+        backbone: str = "mini",
+        aggregator: Callable[[int], Aggregator] = SelfAttention,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=1e-2),
+        lr_schedule: str = "constant_with_warmup",
+        lr_warmup_steps: int = 20,
+        ip_adapter: str = "auto",
+        trained: Literal["adapter", "aggregator"] = "adapter",
+        lora_rank: int | None = None,
+        sampling: Sampling | None = None,
+        image_side: int | None = None,
+        frozen_dtype: Dtype = "float32",
+        gradient_checkpointing: bool = False,
+        image_encoder: str | None = None,
+        published_adapter: str | None = None,
+        face_encoder: FaceEncoder | None = None,
+        channels_last: bool = False,
+        compile_unet: bool = False,
+    ) -> None:
+        super().__init__(
+            backbone,
+            optimizer,
+            lr_schedule,
+            lr_warmup_steps,
+            sampling,
+            image_side,
+            frozen_dtype,
+            gradient_checkpointing,
+            channels_last,
+            compile_unet,
+        )
+        require_peft(lora_rank)
+        self.make_aggregator, self.ip_adapter, self.trained = aggregator, ip_adapter, trained
+        self.lora_rank = lora_rank
+        self.image_encoder, self.published_adapter = image_encoder, published_adapter
+        self.face_encoder = face_encoder
+        self.aggregator: Any = None
+        self._photos: list[str] = []  # targets since the last optimiser step
+
+    # ---- building -----------------------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Load the UNet and install the adapter."""
+        self.unet = load_component(self.backbone, "unet", self.frozen_dtype)
+        encoder, face = (self.backbone, self.image_encoder), self.face_encoder
+        width = photo_embed_dim(*encoder, face)
+        path: str | None = self.ip_adapter
+        if path == "auto":
+            path = self.published_adapter or find_ip_adapter(self.backbone) if uses_clip(face) else None
+        if path is None or path == "text":
+            state: Any = ip_adapter_from_text(self.unet, width)
+        else:
+            state = read_ip_adapter(path)
+            if face is not None and face.beside_clip:
+                _widen(state["image_proj"], photo_embed_dim(*encoder), width)
+        install_ip_adapter(self.unet, state, width)
+        self.aggregator = self.make_aggregator(width)
+        if path is not None and "aggregator" in state:
+            self._load_aggregator(state["aggregator"], path)
+        if self.lora_rank is not None:
+            add_lora(self.unet, self.lora_rank)
+        if path is not None and path != "text":
+            self._load_lora(path)
+        for parameter in ip_adapter_parameters(self.unet).values():
+            parameter.requires_grad_(self.trained == "adapter")
+
+    def _load_aggregator(self, weights: dict[str, Tensor], path: str) -> None:
+        """Take the aggregator's weights from an exported adapter, whose K' and V' know its output alone."""
+        own = self.settings()
+        found = read_adapter_record(path).get("aggregator", own)
+        own_keys = set(self.aggregator.state_dict())
+        if found != own or own_keys != set(weights):
+            what = found if found != own else f"another aggregator (weights {', '.join(sorted(weights))})"
+            raise BackboneError(f"adapter '{path}' was trained with {what}, not {own}: set model.aggregator likewise")
+        self.aggregator.load_state_dict(weights)
+
+    def _load_lora(self, path: str) -> None:
+        """Take the LoRA that an exported adapter was trained with; it lies beside the adapter's file."""
+        found = read_adapter_record(path).get("lora_rank")
+        if found is None:
+            return
+        if found != self.lora_rank:
+            raise BackboneError(
+                f"adapter '{path}' was trained with LoRA of rank {found}, and model.lora_rank is {self.lora_rank}: "
+                "set it likewise"
+            )
+        read_lora({"unet": self.unet}, find_adapter_file(str(Path(path).with_name(LORA_FILE))))
+
+    def configure_optimizers(self) -> Any:
+        """AdamW (or what the config says) over what is trained, and its schedule by the step."""
+        if not self.trained_parameters():
+            raise ValueError(
+                f"{self.method()} with trained='{self.trained}' has nothing to train: set model.trained to 'adapter'"
+            )
+        optimizer, schedule = self.optimizer_and_schedule(int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # ---- training -----------------------------------------------------------------------------------------------
+
+    def condition(self, references: Tensor) -> Tensor:
+        """Aggregate one set of embeddings a sample, (B, R, D) -> (B, M, D)."""
+        return self.aggregator(references)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Restore the held-out photos of a batch of ``HeldOutGroups`` items."""
+        x = self.latents(batch["moments"], batch["latent_noise"])  # (B, C, h, w)
+        embeds = self.condition(batch["references"])  # (B, M, D)
+        embeds = embeds * ~batch["drop_image"][:, None, None]  # zeros AFTER aggregation
+        t = (batch["time"] * self.noise.config.num_train_timesteps).long()  # (B,)
+        error = self.denoising_loss(x, batch["eps"], t, batch["prompt_embeds"], embeds, **text_time(batch))  # (B,)
+        loss = error.mean()
+        self.watch(error, "loss", self.global_step, batch)
+        self._photos += batch.get("photo", [])
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Stop before a broken gradient reaches the weights; a scaler of float16 gradients sees to that itself."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            self.watch_gradients(self.global_step, self._photos)
+        self._photos = []
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss at fixed noise a timestep bin, and the reference gap: what shuffling or dropping the photos costs."""
+        mean, _ = batch["moments"].chunk(2, dim=1)
+        x = mean * self.scaling_factor
+        weight = (~batch["repeated"]).float()  # (B,); whatever the number of ranks, every task counts once
+        count = int(weight.sum())
+        # Lightning averages these numbers over ranks as integers, so they are multiples of the number of ranks
+        size = count * (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
+        right = self.condition(batch["references"])
+        variants = {"right": right, "shuffled": self.condition(batch["other_references"]), "dropped": 0 * right}
+        sums = dict.fromkeys(variants, torch.zeros((), device=x.device))
+        for number, time in enumerate(VALIDATION_TIMES):
+            generators = [torch.Generator().manual_seed(int(seed) + number) for seed in batch["seed"]]
+            eps = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)
+            t = torch.full((len(x),), int(time * self.noise.config.num_train_timesteps), device=x.device)
+            for name, embeds in variants.items():
+                error = self.denoising_loss(x, eps, t, batch["prompt_embeds"], embeds, **text_time(batch))
+                self.require_finite(error, "validation loss", self.global_step, batch)  # before a checkpoint is written
+                loss = (error * weight).sum() / max(count, 1)
+                sums[name] = sums[name] + loss / len(VALIDATION_TIMES)
+                if name == "right":
+                    self.log(f"val/loss_t{int(t[0])}", loss, batch_size=size, sync_dist=True)
+        self.log("val/loss", sums["right"], batch_size=size, sync_dist=True, prog_bar=True)
+        for name in ("shuffled", "dropped"):
+            self.log(f"val/gap_{name}", sums[name] - sums["right"], batch_size=size, sync_dist=True, prog_bar=True)
+
+    # ---- drawing ------------------------------------------------------------------------------------------------
+
+    def generate(self, batch: Batch, references: References = "right", ip_scale: float | None = None) -> Tensor:
+        """Draw the images of a batch of tasks: RGB, (B, 3, H, W) uint8.
+
+        Args:
+            batch: of ``TaskDataset`` items.
+            references: the task's own, none (scale 0 and no LoRA), another person's, or zeros for the aggregated
+                embedding.
+            ip_scale: overrides ``sampling.ip_scale``.
+        """
+        embeds = self.condition(batch["other_references" if references == "other" else "references"])
+        if references == "zero":
+            embeds = torch.zeros_like(embeds)
+        alone = references == "none" and self.lora_rank is not None
+        with lora_disabled(self.unet) if alone else nullcontext():
+            return self.sampler(
+                batch["prompt_embeds"],
+                batch["negative_prompt_embeds"],
+                embeds,
+                [int(seed) for seed in batch["seed"]],
+                self.image_side,
+                0.0 if references == "none" else ip_scale,
+                **{name: batch[name] for name in POOLED if name in batch},
+            )
+
+    def on_test_start(self) -> None:
+        """Measure what a person costs: the image encoder's pass over the references, and G.
+
+        One person's, after a pass to warm up, times the people; the test itself reads what was encoded once.
+        """
+        tasks = getattr(getattr(self.trainer, "datamodule", None), "tasks", None)
+        if not tasks or not self.trainer.is_global_zero:
+            return
+        encoder = self.photo_encoder()
+        for _ in range(2):
+            start = perf_counter()
+            self.condition(encoder(tasks[0].references).to(self.device)[None]).cpu()
+            seconds = perf_counter() - start
+        self.spent["personalise"] = seconds * len({task.person for task in tasks})
+
+    def photo_encoder(self) -> PhotoEncoder:
+        """Load what makes the embeddings of photos; it is no part of the module."""
+        return PhotoEncoder(self.backbone, self.image_encoder, self.face_encoder, self.device)
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def method(self) -> str:
+        """Name of the method: the aggregator's, and what is added to the plain one."""
+        added = ["LoRA"] * (self.lora_rank is not None)
+        if self.face_encoder is not None:
+            added.append("face and CLIP" if self.face_encoder.beside_clip else "face")
+        return " + ".join([type(self.aggregator).__name__, *added])
+
+    def settings(self) -> str:
+        """Name and arguments of the aggregator."""
+        return f"{type(self.aggregator).__name__}({self.aggregator.extra_repr()})"
+
+    def provenance(self) -> dict[str, Any]:
+        """What a checkpoint must agree on with the model that loads it."""
+        return super().provenance() | {
+            "image_encoder": name_photo_encoder(self.backbone, self.image_encoder, self.face_encoder),
+            "image_encoder_content": fingerprint_photo_encoder(self.backbone, self.image_encoder, self.face_encoder),
+            "trained": self.trained,
+            "lora_rank": self.lora_rank,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Method, backbone, sampling and numbers of parameters, for a results file."""
+        file = self.ip_adapter if self.ip_adapter in ("auto", "text") else "file"
+        return super().describe() | {
+            "aggregator": self.settings(),
+            "ip_adapter": file,
+            "image_encoder": self.image_encoder,
+            "face_encoder": None if self.face_encoder is None else asdict(self.face_encoder),
+        }
+
+
+def _widen(projection: dict[str, Tensor], clip: int, width: int) -> None:
+    """Give a Linear (4 E, clip) that was made for CLIP's embedding alone zeros for what stands beside it."""
+    weight = projection.get("proj.weight")
+    if weight is not None and weight.ndim == 2 and weight.shape[1] == clip:
+        projection["proj.weight"] = F.pad(weight, (0, width - clip))

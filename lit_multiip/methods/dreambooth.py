@@ -1,0 +1,497 @@
+"""DreamBooth, the paper's baseline: for each person the UNet itself is tuned, on that person's photos.
+
+Eq. (12) is E[w_t ||x_hat(alpha_t x + sigma_t eps, c) - x||^2], x_hat being what the UNet's prediction says of x. Since
+x_hat - x = (sigma_t / alpha_t) (eps - eps_hat), the weight w_t = alpha_t^2 / sigma_t^2, the signal-to-noise ratio,
+makes it the plain epsilon MSE, the loss that all methods here share. Eq. (13) adds prior preservation, lambda times the
+same of images x_pr that the frozen backbone drew itself, with t' and eps' of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lit_multiip.backbone.encoders import encode_prompts
+from lit_multiip.backbone.lora import add_lora, require_peft
+from lit_multiip.backbone.pipeline import fingerprint, load_component, load_text_pipeline, text_components
+from lit_multiip.backbone.sampler import Sampling
+from lit_multiip.data.groups import stable_hash
+from lit_multiip.methods.method import POOLED, Batch, Dtype, Method, References
+from lit_multiip.runs import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+DRAWN_AT_ONCE = 16  # class images
+
+
+class Draws(NamedTuple):
+    """What one term of eq. (13) draws in one step, a row a sample."""
+
+    which: Tensor  # (B,) int64, of the photos
+    t: Tensor  # (B,) int64
+    latent_noise: Tensor  # (B, C, h, w), of the VAE's posterior
+    eps: Tensor  # (B, C, h, w)
+
+
+class Who(NamedTuple):
+    """A person to tune on."""
+
+    person: str
+    reference_set: str
+    moments: Tensor  # of the VAE's posteriors of the references, (R, 2C, h, w)
+    time_ids: Tensor | None = None  # of SDXL, the references' sizes and crops, (R, 6)
+
+
+class DreamBooth(Method):
+    """Tunes the UNet on one person's reference set under "a photo of sks person", with prior preservation (eq. 13).
+
+    ``fit`` learns one person, ``data.person``; ``test`` and ``predict`` learn each person that they draw, always from
+    the backbone's own weights, which are put back bit for bit. All draws are functions of (seed, person, step) alone.
+
+    In prompts the identifier stands before the first class noun, in place of its article: "a photo of a person in a red
+    shirt" becomes "a photo of sks person in a red shirt". To a prompt that lacks the noun ", sks person" is appended.
+
+    Args:
+        backbone: folder, hub id or ``mini``.
+        optimizer: over the tuned parameters; each person has a new one.
+        steps: of tuning, a person; ``trainer.max_steps`` has no part in it.
+        lr_schedule: a schedule of ``diffusers.optimization.get_scheduler``, stepped every optimiser step.
+        lr_warmup_steps: of the schedule.
+        batch_size: reference photos a step, and as many class images.
+        prior_weight: lambda of eq. (13); 0 needs no class images.
+        class_images: how many the backbone draws, once, from seeds 0, 1, ...
+        class_folder: where they are kept, by what decides them.
+        identifier: a rare token, which comes to mean the person.
+        class_noun: what the person is one of.
+        tuned: the UNet, or the text encoder too.
+        lora_rank: tune low-rank additions to the attention layers in place of the weights (needs peft).
+        seed: of all draws.
+        sampling: how images are drawn; ``ip_scale`` must stay 1, as there is no image attention.
+        image_side: of the images in px; None takes the backbone's own.
+        frozen_dtype: of frozen weights; tuned ones are float32.
+        gradient_checkpointing: trade 35 % more arithmetic for a fifth of the activations.
+        channels_last: of the UNet's convolutions; for GPUs (CPU: 15 % slower).
+        compile_unet: by torch.compile; the first step, and each new size of a batch, then takes a minute or more.
+    """
+
+    per_person: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        backbone: str = "mini",
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=1e-2),
+        steps: int = 800,
+        lr_schedule: str = "constant_with_warmup",
+        lr_warmup_steps: int = 20,
+        batch_size: int = 1,
+        prior_weight: float = 1.0,
+        class_images: int = 200,
+        class_folder: str = "runs/features",
+        identifier: str = "sks",
+        class_noun: str = "person",
+        tuned: Literal["unet", "unet+text"] = "unet",
+        lora_rank: int | None = None,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        image_side: int | None = None,
+        frozen_dtype: Dtype = "float32",
+        gradient_checkpointing: bool = False,
+        channels_last: bool = False,
+        compile_unet: bool = False,
+    ) -> None:
+        super().__init__(
+            backbone,
+            optimizer,
+            lr_schedule,
+            lr_warmup_steps,
+            sampling,
+            image_side,
+            frozen_dtype,
+            gradient_checkpointing,
+            channels_last,
+            compile_unet,
+        )
+        if min(steps, batch_size, class_images) < 1 or not prior_weight >= 0:
+            raise ValueError(
+                f"steps={steps}, batch_size={batch_size} and class_images={class_images} must be at least 1, and "
+                f"prior_weight={prior_weight} at least 0"
+            )
+        require_peft(lora_rank)
+        if not identifier.strip() or not class_noun.strip():
+            raise ValueError("identifier and class_noun must not be empty: give words such as 'sks' and 'person'")
+        if self.sampling.ip_scale != 1:
+            raise ValueError(
+                f"ip_scale={self.sampling.ip_scale} weighs photos in an image attention, which DreamBooth has not: "
+                "leave it at 1"
+            )
+        self.automatic_optimization = False  # fit takes the very steps that test takes
+        self.steps, self.batch_size, self.seed = steps, batch_size, seed
+        self.prior_weight, self.class_images, self.class_folder = prior_weight, class_images, class_folder
+        self.identifier, self.class_noun = identifier.strip(), class_noun.strip()
+        self.tuned, self.lora_rank = tuned, lora_rank
+        self.learnt: tuple[str, str] | None = None  # whom the weights know: person and reference set
+        self.texts: Any = None  # the pipeline's tokenizers and text encoders
+        self._class_moments: Tensor | None = None
+        self._prompt_embeds: dict[str, Tensor] | None = None
+
+    # ---- building ---------------------------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Load UNet and text encoders, and keep a copy of what will be tuned."""
+        whole = self.lora_rank is None
+        self.unet = load_component(self.backbone, "unet", torch.float32 if whole else self.frozen_dtype)
+        whole = whole and self.tuned == "unet+text"
+        self.texts = load_text_pipeline(self.backbone, torch.float32 if whole else self.frozen_dtype)
+        for name in self.text_encoders():
+            setattr(self, name, getattr(self.texts, name))
+        for name in self.tuned_modules():
+            module = getattr(self, name).requires_grad_(self.lora_rank is None)
+            if self.lora_rank is not None:
+                add_lora(module, self.lora_rank, self.seed)
+        self._pristine = self._copied()
+        tokenizer = self.texts.tokenizer
+        tokens = tokenizer(self.identifier).input_ids[1:-1]
+        if len(tokens) > 1:
+            words = tokenizer.convert_ids_to_tokens(tokens)
+            logger.warning("the identifier '%s' is %d tokens, %s: rarer is better", self.identifier, len(tokens), words)
+
+    def text_encoders(self) -> list[str]:
+        """Names of the text encoders: one, or SDXL's two."""
+        return [name for name in text_components(self.backbone) if name.startswith("text_encoder")]
+
+    def tuned_modules(self) -> list[str]:
+        """Names of what is tuned."""
+        return ["unet", *(self.text_encoders() if self.tuned == "unet+text" else [])]
+
+    def setup(self, stage: str) -> None:
+        """Refuse what would not tune as it should.
+
+        Raises:
+            ValueError: the precision needs a scaled loss, or the Trainer would stop early.
+        """
+        super().setup(stage)
+        if self.trainer.precision == "16-mixed":
+            raise ValueError("DreamBooth does not scale its loss, as 16-mixed needs: use trainer.precision bf16-mixed")
+        if stage != "fit":
+            return
+        if 0 <= self.trainer.max_steps < self.steps:
+            raise ValueError(
+                f"trainer.max_steps={self.trainer.max_steps} would end before model.steps={self.steps}, and test would "
+                "tune for longer: set model.init_args.steps instead"
+            )
+        self.trainer.check_val_every_n_epoch = 1  # nothing is validated: checkpoints are saved when training ends
+
+    # ---- weights ----------------------------------------------------------------------------------------------------
+
+    def _copied(self) -> dict[str, Tensor]:
+        return {name: p.detach().to("cpu", copy=True) for name, p in self.trained_parameters().items()}
+
+    @torch.no_grad()
+    def _load(self, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.trained_parameters().items():
+            parameter.copy_(weights[name])
+        torch.clear_autocast_cache()  # within a step's autocast it holds casts of the weights that were
+
+    def forget(self) -> None:
+        """Put the backbone's own weights back, bit for bit."""
+        self._load(self._pristine)
+        self.learnt = None
+
+    @contextmanager
+    def pristine(self) -> Iterator[None]:
+        """Have the backbone's own weights for a while."""
+        tuned = self._copied()
+        self._load(self._pristine)
+        try:
+            yield
+        finally:
+            self._load(tuned)
+
+    # ---- prompts ----------------------------------------------------------------------------------------------------
+
+    def class_prompt(self) -> str:
+        """C_pr of eq. (13)."""
+        return f"a photo of a {self.class_noun}"
+
+    def personal_prompt(self, prompt: str) -> str:
+        """Write the identifier before the prompt's first class noun, in place of an article directly before it.
+
+        A prompt without the noun is followed by both.
+        """
+        noun = re.compile(rf"(?:\b(?:an?|the)\s+)?\b({re.escape(self.class_noun)})\b", re.IGNORECASE)
+        personal, found = noun.subn(lambda match: f"{self.identifier} {match[1]}", prompt, count=1)
+        return personal if found else f"{prompt}, {self.identifier} {self.class_noun}"
+
+    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Text states ``prompt_embeds``, (B, L, E), and of SDXL ``pooled_prompt_embeds``, (B, P)."""
+        return encode_prompts(self.texts, prompts)
+
+    def _tuning_prompts(self) -> dict[str, Tensor]:
+        """``encode`` of the person's and the class's prompt, (2, ...); once, where the text encoders are frozen."""
+        prompts = [self.personal_prompt(self.class_prompt()), self.class_prompt()]
+        if self.tuned == "unet+text":
+            return self.encode(prompts)
+        if self._prompt_embeds is None:
+            with torch.no_grad():
+                self._prompt_embeds = self.encode(prompts)
+        return self._prompt_embeds
+
+    # ---- class images -----------------------------------------------------------------------------------------------
+
+    def class_file(self) -> Path:
+        """Where the class images lie, named by everything that decides them."""
+        parts = ("unet", "vae", *text_components(self.backbone), "scheduler")
+        facts = {
+            "backbone": [fingerprint(self.backbone, name) for name in parts],
+            "prompt": self.class_prompt(),
+            "count": self.class_images,
+            "side": self.image_side,
+            "sampling": self.sampling.describe(),
+        }
+        name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        return Path(self.class_folder).expanduser() / f"class-{name}" / "images.safetensors"
+
+    def prepare_class_images(self, draw: bool = True) -> None:
+        """Read the class images, and draw them before that, where ``draw`` and they are not there.
+
+        The file holds ``images`` (K, 3, H, W) uint8 and ``moments`` (K, 2C, h, w) float16, and appears at once.
+        """
+        if self.prior_weight == 0:
+            return
+        file = self.class_file()
+        if draw and not file.exists():
+            start = time.perf_counter()
+            self._draw_class_images(file)
+            self.spent["class_images"] = time.perf_counter() - start
+        try:
+            self._class_moments = load_file(file)["moments"].float()
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"class images '{file}' cannot be read ({error}): delete the file") from error
+
+    @torch.no_grad()
+    def _draw_class_images(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)  # before work
+        drawn, encoded = [], []
+        with self.pristine():
+            for first in tqdm(range(0, self.class_images, DRAWN_AT_ONCE), "drawing class images", delay=3):
+                seeds = list(range(first, min(first + DRAWN_AT_ONCE, self.class_images)))
+                images = self.draw([self.class_prompt()] * len(seeds), seeds)
+                drawn.append(images.cpu())
+                encoded.append(self.sampler.encode(images).float().cpu())
+        part = file.with_name(f"{os.getpid()}.part")
+        save_file({"images": torch.cat(drawn), "moments": torch.cat(encoded).half()}, part)
+        os.replace(part, file)
+
+    def _start(self) -> None:
+        """Before a person is tuned on: class images, on rank 0 first."""
+        self._prompt_embeds = None
+        if self.trainer.is_global_zero:
+            with self.trainer.precision_plugin.forward_context():  # hooks lack the autocast that steps have
+                self.prepare_class_images()
+        self.trainer.strategy.barrier("class images")
+        if not self.trainer.is_global_zero:
+            self.prepare_class_images(draw=False)
+
+    # ---- tuning -----------------------------------------------------------------------------------------------------
+
+    def draws(self, person: str, step: int, term: Literal["references", "class"], photos: int) -> Draws:
+        """Draw for one term of the loss; a function of (seed, person, step, term) alone, on the CPU."""
+        generator = torch.Generator().manual_seed(stable_hash(self.seed, person, step, term) % 2**63)
+        which = torch.randint(photos, (self.batch_size,), generator=generator)
+        t = torch.randint(self.noise.config.num_train_timesteps, (self.batch_size,), generator=generator)
+        side = self.image_side // self.vae_scale
+        shape = (self.batch_size, self.unet.config.in_channels, side, side)
+        latent_noise, eps = (torch.randn(shape, generator=generator) for _ in range(2))
+        return Draws(which, t, latent_noise, eps)
+
+    def losses(self, who: Who, step: int) -> tuple[Tensor, Tensor]:
+        """Epsilon MSE on the person's photos (eq. 12 with w_t = SNR) and on class images (eq. 13, before lambda)."""
+        terms: list[tuple[Literal["references", "class"], Tensor]] = [("references", who.moments)]
+        if self.prior_weight > 0:
+            assert self._class_moments is not None
+            terms.append(("class", self._class_moments))
+        draws = [self.draws(who.person, step, term, len(photos)) for term, photos in terms]
+        moments = [photos.cpu()[one.which] for one, (_, photos) in zip(draws, terms, strict=True)]
+        _, t, latent_noise, eps = (torch.cat(parts).to(self.device) for parts in zip(*draws, strict=True))
+        texts = {
+            name: states[: len(terms)].repeat_interleave(self.batch_size, dim=0)
+            for name, states in self._tuning_prompts().items()
+        }
+        if who.time_ids is not None:  # a class image is a whole picture
+            side = float(self.image_side)
+            of_class = torch.tensor([side, side, 0, 0, side, side]).expand((len(terms) - 1) * self.batch_size, 6)
+            texts["time_ids"] = torch.cat([who.time_ids.cpu()[draws[0].which], of_class]).to(self.device)
+        x = self.latents(torch.cat(moments).to(self.device), latent_noise)
+        error = self.denoising_loss(x, eps, t, **texts)
+        own, prior = error[: self.batch_size].mean(), error[self.batch_size :]
+        return own, prior.mean() if len(prior) else torch.zeros_like(own)
+
+    def _tuning_step(self, who: Who, step: int, optimizer: Any, schedule: Any) -> tuple[Tensor, Tensor]:
+        """Take one step, within whatever autocast the caller has."""
+        own, prior = self.losses(who, step)
+        loss = own + self.prior_weight * prior
+        self.watch(loss, "loss", step, {"person": [who.person]})
+        with torch.autocast(self.device.type, enabled=False):  # which is for the forward pass alone
+            optimizer.zero_grad()
+            loss.backward()
+            self.watch_gradients(step, [who.person])
+            optimizer.step()
+            schedule.step()
+        torch.clear_autocast_cache()  # it holds casts of the weights before this step
+        return own.detach(), prior.detach()
+
+    def personalise(self, who: Who) -> None:
+        """Tune on a person from the backbone's own weights; nothing is done where they are the last one tuned on."""
+        if self.learnt == who[:2]:
+            return
+        start = time.perf_counter()
+        self.forget()
+        with torch.inference_mode(False), torch.enable_grad():
+            time_ids = None if who.time_ids is None else who.time_ids.cpu().clone()
+            who = who._replace(moments=who.moments.cpu().clone(), time_ids=time_ids)
+            optimizer, schedule = self.optimizer_and_schedule(self.steps)
+            for step in tqdm(range(self.steps), f"tuning on {who.person}", delay=10, leave=False):
+                self._tuning_step(who, step, optimizer, schedule)
+            optimizer.zero_grad()
+        self.look()
+        self.learnt = who[:2]
+        self.spent["personalise"] += time.perf_counter() - start
+
+    # ---- fit --------------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """AdamW (or what the config says) over what is tuned, and its schedule by the step."""
+        optimizer, schedule = self.optimizer_and_schedule(self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Prepare the class images; start from the backbone's own weights, unless a checkpoint is gone on with."""
+        if self.trainer.ckpt_path is None:
+            self.forget()
+        self._start()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Tune on the one person of the batch."""
+        [(who, _)] = _people(batch)
+        if self.learnt not in (None, who[:2]):
+            raise CheckpointError(
+                f"the checkpoint is of {self.learnt[0]}, and {who.person} is to be learnt: leave the checkpoint out, "
+                "or set data.person and the data as they were"
+            )
+        self.learnt = who[:2]
+        own, prior = self._tuning_step(who, self.global_step, self.optimizers(), self.lr_schedulers())
+        self.log_dict({"train/loss": own + self.prior_weight * prior, "train/references": own, "train/class": prior})
+        return own
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Stop after ``steps``."""
+        if self.global_step >= self.steps:
+            self.trainer.should_stop = True
+
+    # ---- drawing ----------------------------------------------------------------------------------------------------
+
+    def on_test_start(self) -> None:
+        """Prepare to tune on everyone, also on the person of a checkpoint: a test treats all alike."""
+        if self.learnt is not None:
+            logger.info("the checkpoint's %s is tuned on anew, as is everyone whom a test draws", self.learnt[0])
+        self.forget()
+        self._start()
+
+    def on_predict_start(self) -> None:
+        """Draw with a checkpoint as it is, if it is of this person and of these photos."""
+        if self.learnt is not None:
+            logger.info("the checkpoint is of %s", self.learnt[0])
+        self._start()
+
+    def on_test_end(self) -> None:
+        """Put the weights back."""
+        self.forget()
+
+    def on_predict_end(self) -> None:
+        """Put the weights back."""
+        self.forget()
+
+    def generate(self, batch: Batch, references: References = "right") -> Tensor:
+        """Draw the images of a batch of tasks, tuning on each person first: RGB, (B, 3, H, W) uint8.
+
+        Args:
+            batch: of ``TaskDataset`` items, sorted by person.
+            references: the task's own, with the identifier in the prompt, or none: the backbone itself.
+        """
+        if references not in self.conditions:
+            raise ValueError(f"DreamBooth cannot be conditioned on references='{references}': {self.conditions}")
+        seeds = [int(seed) for seed in batch["seed"]]
+        if references == "none":
+            embeds, negative = batch["prompt_embeds"], batch["negative_prompt_embeds"]
+            pooled = {name: batch[name] for name in POOLED if name in batch}
+            with self.pristine():
+                return self.sampler(embeds, negative, None, seeds, self.image_side, **pooled)
+        images = []
+        for who, rows in _people(batch):
+            self.personalise(who)
+            prompts = [self.personal_prompt(batch["prompt"][row]) for row in rows]
+            images.append(self.draw(prompts, [seeds[row] for row in rows]))
+        return torch.cat(images)
+
+    def draw(self, prompts: list[str], seeds: list[int]) -> Tensor:
+        """Draw an image a prompt and seed, with the weights as they are."""
+        negative = {name: rows.expand(len(seeds), *rows.shape[1:]) for name, rows in self.encode([""]).items()}
+        texts: dict[str, Any] = {
+            **self.encode(prompts),
+            **{f"negative_{name}": rows for name, rows in negative.items()},
+        }
+        embeds, negative_embeds = texts.pop("prompt_embeds"), texts.pop("negative_prompt_embeds")
+        return self.sampler(embeds, negative_embeds, None, seeds, self.image_side, **texts)
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def method(self) -> str:
+        """DreamBooth, and what distinguishes it from the plain one."""
+        options = ["text"] * (self.tuned == "unet+text") + ["LoRA"] * (self.lora_rank is not None)
+        return " + ".join(["DreamBooth", *options])
+
+    def settings(self) -> str:
+        """What is tuned."""
+        return f"DreamBooth(tuned={self.tuned}, lora_rank={self.lora_rank})"
+
+    def provenance(self) -> dict[str, Any]:
+        """What a checkpoint must agree on with the model that loads it, and whom it knows."""
+        person, reference_set = self.learnt or (None, None)
+        return super().provenance() | {"person": person, "reference_set": reference_set}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another method or backbone; see whom it knows."""
+        super().on_load_checkpoint(checkpoint)
+        found = checkpoint["lit_multiip"]
+        self.learnt = (found["person"], found["reference_set"]) if found["person"] is not None else None
+
+    def describe(self) -> dict[str, Any]:
+        """Method, backbone, tuning, sampling and numbers of parameters, for a results file."""
+        tuning = ("steps", "batch_size", "prior_weight", "class_images", "identifier", "class_noun", "seed")
+        facts = super().describe() | {name: getattr(self, name) for name in tuning}
+        return {name: value for name, value in facts.items() if name not in ("person", "reference_set")}
+
+
+def _people(batch: Batch) -> Iterator[tuple[Who, list[int]]]:
+    """Each person of a batch and their rows, in order; rows of one person follow one another."""
+    keys = list(zip(batch["person"], batch["reference_set"], strict=True))
+    for (person, reference_set), rows in groupby(range(len(keys)), keys.__getitem__):
+        own = list(rows)
+        time_ids = batch["reference_time_ids"][own[0]] if "reference_time_ids" in batch else None
+        yield Who(person, reference_set, batch["reference_moments"][own[0]], time_ids), own

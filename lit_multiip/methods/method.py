@@ -1,0 +1,371 @@
+"""Method: what every way to personalise shares: the frozen backbone, the denoising loss, drawing, and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import diffusers
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from lit_multiip.backbone.pipeline import BackboneError, fingerprint, load_component, load_vae_facts
+from lit_multiip.backbone.sampler import Sampler, Sampling
+from lit_multiip.runs import CheckpointError
+
+Batch = dict[str, Any]
+References = Literal["right", "none", "other", "zero"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+LOOK_EVERY = 20  # values, two a step: how long NaN may go unseen on a GPU
+
+
+POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")  # of SDXL
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss became NaN or infinite; the last checkpoint holds the last good state."""
+
+
+def text_time(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a batch, what SDXL's UNet takes besides the text: ``pooled_prompt_embeds`` (B, P) and ``time_ids`` (B, 6)."""
+    return {name: batch[name] for name in ("pooled_prompt_embeds", "time_ids") if name in batch}
+
+
+class Method(L.LightningModule):
+    """Personalises the UNet of a backbone.
+
+    A subclass makes ``unet`` in ``build``, trains, and draws in ``generate``. What requires grad after ``build`` is
+    trained, and is all that a checkpoint holds. Arguments that subclasses share have one default, this one's: where a
+    config changes the class, the command line keeps the values of equally named arguments.
+
+    Args:
+        backbone: folder, hub id or ``mini``.
+        optimizer: over the trained parameters.
+        lr_schedule: a schedule of ``diffusers.optimization.get_scheduler``, stepped every optimiser step.
+        lr_warmup_steps: of the schedule.
+        sampling: how images are drawn.
+        image_side: of the images in px; None takes the backbone's own.
+        frozen_dtype: of frozen weights; trained ones are float32.
+        gradient_checkpointing: trade 35 % more arithmetic for a fifth of the activations.
+        channels_last: of the UNet's convolutions; for GPUs (CPU: 15 % slower).
+        compile_unet: by torch.compile; the first step, and each new size of a batch, then takes a minute or more.
+    """
+
+    # Whether fit learns one person (data.person) and test each in turn, rather than all from held-out groups.
+    per_person: ClassVar[bool] = False
+    # What ``generate`` can be conditioned on: the task's own references, none, another person's, a zero embedding.
+    conditions: ClassVar[tuple[References, ...]] = ("right", "none")
+    # What a checkpoint's provenance must agree on with the model that loads it, and what to do otherwise.
+    must_agree: ClassVar[dict[str, str]] = {
+        "method": "use the config that the run was trained with",
+        "unet": "set backbone to the one it was trained on",
+    }
+
+    noise: Any  # the training schedule, a DDPMScheduler
+    vae_scale: int  # px a latent
+    scaling_factor: float
+
+    def __init__(
+        self,
+        backbone: str = "mini",
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=1e-2),
+        lr_schedule: str = "constant_with_warmup",
+        lr_warmup_steps: int = 20,
+        sampling: Sampling | None = None,
+        image_side: int | None = None,
+        frozen_dtype: Dtype = "float32",
+        gradient_checkpointing: bool = False,
+        channels_last: bool = False,
+        compile_unet: bool = False,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False  # a checkpoint holds only what was trained; on_load_checkpoint compares the keys
+        self.backbone, self.sampling, self._image_side = backbone, sampling or Sampling(), image_side
+        self.make_optimizer, self.lr_schedule, self.lr_warmup_steps = optimizer, lr_schedule, lr_warmup_steps
+        self.frozen_dtype, self.gradient_checkpointing = getattr(torch, frozen_dtype), gradient_checkpointing
+        self.channels_last, self.compile_unet = channels_last, compile_unet
+        self._watched: list[tuple[Tensor, str, int, Batch]] = []  # what nobody has looked at yet
+        # Wall seconds of this process's test that are not drawing: "personalise", of all people, and others by name.
+        self.spent: dict[str, float] = {"personalise": 0.0}
+        self.unet: Any = None
+        self._sampler: Sampler | None = None
+
+    # ---- what a subclass gives --------------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Load ``self.unet`` and all else; what is trained requires grad and is float32."""
+        raise NotImplementedError
+
+    def generate(self, batch: Batch, references: References = "right") -> Tensor:
+        """Draw the images of a batch of tasks: RGB, (B, 3, H, W) uint8.
+
+        Args:
+            batch: of ``TaskDataset`` items.
+            references: one of ``conditions``.
+        """
+        raise NotImplementedError
+
+    def method(self) -> str:
+        """Name of the method, as in tables."""
+        raise NotImplementedError
+
+    def settings(self) -> str:
+        """Name of the method and of what decides its weights' shapes."""
+        raise NotImplementedError
+
+    # ---- building ---------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Build, once; after the DataModule's encoders are gone."""
+        if self.unet is not None:
+            return
+        self.build()
+        assert self.unet is not None
+        if self.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        if self.channels_last:
+            self.unet.to(memory_format=torch.channels_last)
+        if self.compile_unet:
+            self.unet.compile()  # in place: the names of the weights stay
+        self.noise = diffusers.DDPMScheduler.from_config(load_component(self.backbone, "scheduler").config)
+        kind = self.noise.config.prediction_type
+        if kind not in ("epsilon", "v_prediction"):
+            raise BackboneError(
+                f"backbone '{self.backbone}' predicts '{kind}': give one that predicts epsilon or v_prediction"
+            )
+        self.vae_scale, self.scaling_factor = load_vae_facts(self.backbone)
+
+    @property
+    def image_side(self) -> int:
+        """Side of the images in px."""
+        return self._image_side or int(self.unet.config.sample_size) * self.vae_scale
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Everything that the optimiser moves, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def optimizer_and_schedule(self, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+        """AdamW (or what the config says) over what is trained, and its schedule over ``steps``."""
+        from diffusers.optimization import get_scheduler
+
+        optimizer = self.make_optimizer(list(self.trained_parameters().values()))
+        schedule = get_scheduler(
+            self.lr_schedule, optimizer, num_warmup_steps=self.lr_warmup_steps, num_training_steps=steps
+        )
+        return optimizer, schedule
+
+    def setup(self, stage: str) -> None:
+        """Refuse strategies that shard weights: checkpoints hold what was trained under its own names, whole.
+
+        Raises:
+            ValueError: the strategy is one of them.
+        """
+        strategy = type(self.trainer.strategy)
+        sharding = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+        if issubclass(strategy, sharding):
+            raise ValueError(
+                f"trainer.strategy is {strategy.__name__}, which shards weights: use ddp; what needs less memory are "
+                "model.gradient_checkpointing, model.frozen_dtype bfloat16 and model.lora_rank"
+            )
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Sample scaled latents (B, C, h, w) from the VAE's posterior (B, 2C, h, w), by standard normal noise."""
+        mean, logvar = moments.chunk(2, dim=1)
+        return (mean + (0.5 * logvar).exp() * noise) * self.scaling_factor
+
+    def denoising_loss(
+        self,
+        x: Tensor,
+        eps: Tensor,
+        t: Tensor,
+        prompt_embeds: Tensor,
+        image_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Squared error of the UNet's prediction at step t, a value a sample (eq. 1/17).
+
+        Args:
+            x: scaled latents of the target, (B, C, h, w).
+            eps: the noise, (B, C, h, w).
+            t: timesteps, (B,) int64.
+            prompt_embeds: text states, (B, L, E).
+            image_embeds: aggregated embeddings, (B, M, D), where an IP-Adapter is installed.
+            pooled_prompt_embeds: of SDXL, (B, P).
+            time_ids: of SDXL, sizes and crop of the target, (B, 6).
+
+        Returns:
+            (B,) float32.
+        """
+        noised = self.noise.add_noise(x, eps, t)  # eq. (8)
+        added: dict[str, Any] = {} if image_embeds is None else {"image_embeds": [image_embeds]}
+        if pooled_prompt_embeds is not None and time_ids is not None:
+            added |= {"text_embeds": pooled_prompt_embeds.to(self.unet.dtype), "time_ids": time_ids}
+        predicted = self.unet(
+            noised.to(self.unet.dtype),
+            t,
+            encoder_hidden_states=prompt_embeds.to(self.unet.dtype),
+            added_cond_kwargs=added or None,
+        ).sample
+        velocity = self.noise.config.prediction_type == "v_prediction"
+        target = self.noise.get_velocity(x, eps, t) if velocity else eps
+        return F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
+
+    def require_finite(self, loss: Tensor, name: str, step: int, batch: Batch) -> None:
+        """Stop before a broken state is kept.
+
+        Args:
+            loss: a value a sample, (B,), or one of all, ().
+            name: what it is.
+            step: when.
+            batch: what it is of; ``photo`` names the samples, ``person`` whom they show.
+
+        Raises:
+            NonFiniteLoss: it is NaN or infinite; the message names the photos.
+        """
+        finite = loss.isfinite()
+        if finite.all():
+            return
+        names: list[str] = batch.get("photo") or batch.get("person") or [f"sample {i}" for i in range(finite.numel())]
+        bad = [i for i, fine in enumerate(finite.expand(len(names)).tolist()) if not fine]
+        stored = [key for key in ("references", "moments", "prompt_embeds") if key in batch]
+        broken = {key: [i for i in bad if not batch[key][i].isfinite().all()] for key in stored}
+        value, of = float(loss[~finite].flatten()[0]), _some([names[i] for i in bad])
+        for key, where in broken.items():
+            if where:
+                raise NonFiniteLoss(
+                    f"the {name} is {value} at step {step}: the stored {key} of {_some([names[i] for i in where])} are "
+                    "not finite: delete data.cache_dir, or leave the photo out; the checkpoints hold the last good "
+                    "state"
+                )
+        raise NonFiniteLoss(
+            f"the {name} is {value} at step {step}, of {of}: lower the learning rate, or look at these photos; the "
+            "checkpoints hold the last good state"
+        )
+
+    def watch_gradients(self, step: int, names: Sequence[str]) -> None:
+        """Stop before the optimiser takes a gradient of NaN or infinity into the weights; on a GPU some steps later.
+
+        Raises:
+            NonFiniteLoss: there is one; the message names the weight (on a GPU, its norm) and the samples of the step.
+        """
+        gradients = {key: p.grad for key, p in self.trained_parameters().items() if p.grad is not None}
+        if not gradients:
+            return
+        norm = get_total_norm(list(gradients.values()))
+        if self.device.type != "cpu":
+            self.watch(norm, "norm of the gradients", step, {"photo": list(names)})
+        elif not norm.isfinite():  # a sum of squares may overflow where no gradient does, so it only says where to look
+            for key, gradient in gradients.items():
+                if not gradient.isfinite().all():
+                    raise NonFiniteLoss(
+                        f"the gradient of '{key}' is not finite at step {step}, in a batch of {_some(names)}: lower "
+                        "the learning rate, or look at these photos; the checkpoints hold the last good state"
+                    )
+
+    def watch(self, value: Tensor, name: str, step: int, batch: Batch) -> None:
+        """``require_finite``, but on a GPU some steps later: or the CPU would wait for the device at every step.
+
+        Raises:
+            NonFiniteLoss: this value, or one of the last, is NaN or infinite.
+        """
+        self._watched.append((value.detach(), name, step, batch))
+        if self.device.type == "cpu" or len(self._watched) >= LOOK_EVERY:
+            self.look()
+
+    def look(self) -> None:
+        """Look at what was watched since the last time; before validation, a checkpoint and the end, at the latest.
+
+        Raises:
+            NonFiniteLoss: one of the values is NaN or infinite.
+        """
+        watched, self._watched = self._watched, []
+        finite = torch.stack([value.isfinite().all() for value, *_ in watched]).tolist() if watched else []
+        for fine, (value, name, step, batch) in zip(finite, watched, strict=True):
+            if not fine:
+                self.require_finite(value, name, step, batch)
+
+    def on_validation_start(self) -> None:
+        """Look at the training losses."""
+        self.look()
+
+    def on_train_end(self) -> None:
+        """Look at the training losses."""
+        self.look()
+
+    # ---- drawing ----------------------------------------------------------------------------------------------------
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode unscaled latents (B, C, h, w) to RGB, (B, 3, H, W) uint8."""
+        return self.sampler.decode(latents)
+
+    @property
+    def sampler(self) -> Sampler:
+        """The pipeline around this UNet; its VAE is no part of the module, nor of its checkpoints."""
+        if self._sampler is None:
+            self._sampler = Sampler(self.backbone, self.unet, self.sampling)
+        return self._sampler
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Draw the tasks of a batch."""
+        return self.generate(batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Draw the requests of a batch."""
+        return self.generate(batch)
+
+    def on_fit_end(self) -> None:
+        """Let go of the VAE."""
+        self._sampler = None
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def provenance(self) -> dict[str, Any]:
+        """What a checkpoint says of itself; it must agree on ``must_agree`` with the model that loads it."""
+        return {"method": self.settings(), "backbone": self.backbone, "unet": fingerprint(self.backbone, "unet")}
+
+    def describe(self) -> dict[str, Any]:
+        """Method, backbone, sampling and numbers of parameters, for a results file."""
+        return self.provenance() | {
+            "method": self.method(),
+            "settings": self.settings(),
+            "per_person": self.per_person,
+            "trained_parameters": sum(p.numel() for p in self.trained_parameters().values()),
+            "sampling": self.sampling.describe(),
+            "image_side": self.image_side,
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what was trained, and what it was trained on."""
+        self.look()
+        trained = self.trained_parameters()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["lit_multiip"] = self.provenance()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another method or backbone."""
+        found, own = checkpoint.get("lit_multiip"), self.provenance()
+        if found is None:
+            raise CheckpointError("this checkpoint was not written by lit_multiip: give one from a run's checkpoints/")
+        for key, remedy in self.must_agree.items():
+            if key in found and found[key] != own[key]:
+                what = {"unet": "backbone", "image_encoder_content": "image_encoder"}.get(key, key)
+                theirs, ours = found.get(what), own[what]
+                if theirs == ours:  # by name, and not by content
+                    theirs, ours = f"{theirs} with content {found[key]}", own[key]
+                raise CheckpointError(f"the checkpoint is of another {what}: {theirs} (this model: {ours}); {remedy}")
+        missing = set(self.trained_parameters()) ^ set(checkpoint["state_dict"])
+        if missing:
+            raise CheckpointError(f"the checkpoint and the model differ in weights such as '{min(missing)}'")
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    names = list(dict.fromkeys(names))
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,1 @@
+"""Commands beside the road: inspect, export, caption."""

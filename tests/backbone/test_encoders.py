@@ -1,0 +1,245 @@
+"""Face-recognition networks in CLIP's place, or beside it; and that none scores its own work."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from onnx_file import write_pooling
+
+from lit_multiip.backbone.encoders import FaceEncoder, PhotoEncoder, photo_embed_dim
+from lit_multiip.backbone.faces import TEMPLATE
+from lit_multiip.backbone.features import Features
+from lit_multiip.backbone.ip_adapter import read_ip_adapter
+from lit_multiip.backbone.pipeline import BackboneError, load_embed_dim
+from lit_multiip.data.people import MiniFaces
+from lit_multiip.evaluation import faces as face_networks
+from lit_multiip.evaluation.callback import _refuse_if_it_conditions
+from lit_multiip.evaluation.faces import FaceRecognition
+from lit_multiip.methods.adapter import MultiIPAdapter
+from lit_multiip.methods.aggregators import AvgPool
+from lit_multiip.pixels import to_tensor
+from lit_multiip.runs import CheckpointError
+
+pytest.importorskip("onnxruntime")
+PHOTOS = list(MiniFaces(train=1, validation=1, test=1, photos=4).people()[0].photos)
+E = 3 * 4 * 4  # width of the network's embeddings
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_pooling(tmp_path_factory.mktemp("onnx") / "faces.onnx", side=64))
+
+
+def built(backbone: Path, face: FaceEncoder | None, **options: Any) -> MultiIPAdapter:
+    model = MultiIPAdapter(str(backbone), face_encoder=face, **options)
+    model.configure_model()
+    return model
+
+
+def test_it_stands_in_clips_place_or_beside_it(tiny_backbone: Path, network: str) -> None:
+    alone, joined = (FaceEncoder(network, beside, detector=None) for beside in (False, True))
+    clip = PhotoEncoder(str(tiny_backbone))(PHOTOS)
+    face, both = (PhotoEncoder(str(tiny_backbone), face_encoder=each)(PHOTOS) for each in (alone, joined))
+    assert (clip.shape, face.shape, both.shape) == ((4, 24), (4, E), (4, 24 + E))
+    assert torch.equal(both, torch.cat([clip, face], dim=1))
+    assert [photo_embed_dim(str(tiny_backbone), None, each) for each in (None, alone, joined)] == [24, E, 24 + E]
+    expected = FaceRecognition(network, mean=(0.5,) * 3, std=(0.5,) * 3).embed(to_tensor([PHOTOS[2].image()]))
+    assert torch.allclose(face[2], expected[0] * E**0.5, atol=1e-5)
+    assert torch.allclose(face.square().mean(dim=1), torch.ones(4), atol=1e-5)
+
+
+def test_a_photo_without_a_face_conditions_as_a_dropped_one_and_is_told(
+    tiny_backbone: Path, network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    embed = FaceRecognition.embed
+
+    def blind(self: FaceRecognition, images: Any) -> Any:
+        found = embed(self, images)
+        return found * float("nan") if torch.equal(images, to_tensor([PHOTOS[1].image()])) else found
+
+    monkeypatch.setattr(FaceRecognition, "embed", blind)
+    features = Features(str(tiny_backbone), tmp_path, face_encoder=FaceEncoder(network, True, detector=None))
+    with caplog.at_level("WARNING", "lit_multiip"):
+        features.build(PHOTOS, [], [])
+    embeds = features.embeds(PHOTOS)
+    assert not embeds[1, 24:].any() and embeds[1, :24].all() and embeds[[0, 2, 3], 24:].abs().max() > 0.1
+    told = [record.getMessage() for record in caplog.records if "no face is found" in record.getMessage()]
+    assert len(told) == 1 and PHOTOS[1].name in told[0]
+
+
+def test_of_several_faces_the_largest_conditions_and_that_is_told(
+    tiny_backbone: Path, network: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Detector:
+        """Two faces in the second photo, one in the others."""
+
+        def __init__(self, path: str) -> None: ...
+
+        def faces(self, pixels: Any) -> Any:
+            return np.zeros((2 if np.array_equal(pixels, np.asarray(PHOTOS[1].image())) else 1, 15))
+
+        def landmarks(self, pixels: Any) -> Any:
+            return TEMPLATE
+
+    monkeypatch.setattr(face_networks, "FaceDetector", Detector)
+    encoder = PhotoEncoder(str(tiny_backbone), face_encoder=FaceEncoder(network))
+    with caplog.at_level("WARNING", "lit_multiip"):
+        embeds = encoder(PHOTOS)
+    assert embeds.shape == (4, E) and embeds.isfinite().all()
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"{PHOTOS[1].name} of {PHOTOS[1].person}: of 2 faces the largest conditions"]
+
+
+def test_features_of_another_network_or_crop_are_never_found(tiny_backbone: Path, network: str, tmp_path: Path) -> None:
+    faces = [
+        None,
+        FaceEncoder(network, detector=None),
+        FaceEncoder(network, True, detector=None),
+        FaceEncoder(network, detector=None, crop=(0.5, 0.5, 0.5)),
+    ]
+    stores = [Features(str(tiny_backbone), tmp_path, face_encoder=face).store["embeds"].folder for face in faces]
+    assert len(set(stores)) == 4
+    copied = shutil.copy(network, tmp_path / "renamed.onnx")
+    again = Features(str(tiny_backbone), tmp_path, face_encoder=FaceEncoder(str(copied), detector=None))
+    assert again.store["embeds"].folder == stores[1]
+
+
+def test_beside_clip_a_published_adapter_starts_as_it_is_and_then_learns_of_faces(
+    tiny_backbone: Path, network: str
+) -> None:
+    plain = built(tiny_backbone, None, aggregator=AvgPool)
+    model = built(tiny_backbone, FaceEncoder(network, True, detector=None), aggregator=AvgPool)
+    linear = model.unet.encoder_hid_proj.image_projection_layers[0].image_embeds
+    assert not linear.weight[:, 24:].any()
+    clip = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0))
+    both = torch.cat([clip, torch.randn(2, 9, E)], dim=-1)
+    x, eps = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    at = (x, eps, torch.tensor([3, 700]), torch.randn(2, 16, 32))
+    ours, theirs = (m.denoising_loss(*at, m.condition(refs)) for m, refs in ((model, both), (plain, clip)))
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    ours.mean().backward()
+    assert linear.weight.grad[:, 24:].abs().max() > 0
+
+
+def test_in_clips_place_training_starts_at_the_text_and_a_published_adapter_is_refused(
+    tiny_backbone: Path, network: str
+) -> None:
+    face = FaceEncoder(network, detector=None)
+    model = built(tiny_backbone, face)
+    assert model.aggregator.dim == E and model.method() == "SelfAttention + face"
+    file = str(tiny_backbone / "ip_adapter" / "ip_adapter.safetensors")
+    assert read_ip_adapter(file)["image_proj"]["proj.weight"].shape[1] == load_embed_dim(str(tiny_backbone)) == 24
+    with pytest.raises(BackboneError, match=rf"'image_proj.proj.weight' has the shape \(128, 24\).*\(128, {E}\)"):
+        built(tiny_backbone, face, ip_adapter=file)
+
+
+def test_a_checkpoint_knows_the_encoder_it_was_trained_with(tiny_backbone: Path, network: str, tmp_path: Path) -> None:
+    """Of CLIP or a face network, by content: a renamed copy is the same one."""
+    own = shutil.copytree(tiny_backbone / "image_encoder", tmp_path / "own")
+    checkpoint: dict[str, Any] = {"state_dict": (model := built(tiny_backbone, None)).state_dict()}
+    model.on_save_checkpoint(checkpoint)
+    assert len(checkpoint["lit_multiip"]["image_encoder_content"]) == 32
+
+    other = shutil.copytree(tiny_backbone, tmp_path / "other")
+    config = other / "image_encoder" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(CheckpointError, match=r"another image_encoder: that of .*backbone.*set image_encoder and"):
+        built(other, None).on_load_checkpoint(checkpoint)
+    built(tiny_backbone, None).on_load_checkpoint(checkpoint)
+    with pytest.raises(CheckpointError, match=r"another image_encoder: that of .* \(this model: .*own\)"):
+        # of equal width, so that shapes say nothing
+        built(tiny_backbone, None, image_encoder=str(_changed(own))).on_load_checkpoint(checkpoint)
+
+    faces: dict[str, Any] = {
+        "state_dict": (model := built(tiny_backbone, FaceEncoder(network, detector=None))).state_dict()
+    }
+    model.on_save_checkpoint(faces)
+    renamed = FaceEncoder(str(shutil.copy(network, tmp_path / "renamed.onnx")), detector=None)
+    built(tiny_backbone, renamed).on_load_checkpoint(faces)
+    mirrored = FaceEncoder(network, detector=None, colours="bgr")
+    with pytest.raises(CheckpointError, match="another image_encoder"):
+        built(tiny_backbone, mirrored).on_load_checkpoint(faces)
+
+
+def _changed(folder: Path) -> Path:
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("quick_gelu", "gelu"))
+    return folder
+
+
+def test_a_checkpoint_from_before_encoders_were_recorded_still_loads(tiny_backbone: Path) -> None:
+    checkpoint: dict[str, Any] = {"state_dict": (model := built(tiny_backbone, None)).state_dict()}
+    model.on_save_checkpoint(checkpoint)
+    for key in ("image_encoder", "image_encoder_content", "lora_rank"):
+        del checkpoint["lit_multiip"][key]
+    built(tiny_backbone, None).on_load_checkpoint(checkpoint)
+
+
+def test_what_conditions_may_not_score(tiny_backbone: Path, network: str, tmp_path: Path) -> None:
+    from dataclasses import asdict
+
+    copied = str(shutil.copy(network, tmp_path / "copy.onnx"))
+    other = str(write_pooling(tmp_path / "other.onnx", side=32))
+    face = asdict(FaceEncoder(network, detector=None))
+    for path in (network, copied):
+        with pytest.raises(ValueError, match=r"is the face network that conditions .*would score its own work"):
+            _refuse_if_it_conditions(FaceRecognition(path), str(tiny_backbone), None, face)
+    _refuse_if_it_conditions(FaceRecognition(other), str(tiny_backbone), None, face)
+    _refuse_if_it_conditions(FaceRecognition(network), str(tiny_backbone))
+    # CLIP in its place does not condition any more
+    clip = FaceRecognition(other)
+    clip.source = str(tiny_backbone / "image_encoder")
+    _refuse_if_it_conditions(clip, str(tiny_backbone), None, face)
+    with pytest.raises(ValueError, match="weights of the image encoder that conditions"):
+        _refuse_if_it_conditions(clip, str(tiny_backbone), None, face | {"beside_clip": True})
+
+
+def test_one_config_over_a_method_trains_and_scores_with_it(
+    tiny_backbone: Path, random_critic: Path, network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lit_multiip.cli import main
+
+    shipped = yaml.safe_load((Path(__file__).parents[2] / "configs" / "with" / "face.yaml").read_text())
+    shipped["face_encoder"] |= {"path": network, "detector": None}
+    config = tmp_path / "face.yaml"
+    config.write_text(yaml.safe_dump(shipped))
+    monkeypatch.chdir(tmp_path)
+    method = Path(__file__).parents[2] / "configs" / "self_attn.yaml"
+    source = {
+        "class_path": "lit_multiip.data.MiniFaces",
+        "init_args": {"train": 2, "validation": 2, "test": 2, "photos": 11},
+    }
+    small = {
+        "backbone": str(tiny_backbone),
+        "trainer": {"max_steps": 2, "val_check_interval": 2, "enable_progress_bar": False, "accelerator": "cpu"},
+        "model": {"init_args": {"sampling": {"steps": 2}}},
+        "data": {"source": source, "batch_size": 4, "held_out": 1, "validation_held_out": 1},
+        "grid": {"people": 0},
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
+    configs = [part for each in (method, config, "small.yaml") for part in ("--config", str(each))]
+    main(["fit", *configs])
+    [checkpoint] = Path("runs").glob("self_attn/version_0/checkpoints/last.ckpt")
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert state["aggregator.to_q.weight"].shape == (E, E)
+    scores = [
+        {
+            "class_path": "lit_multiip.evaluation.faces.FaceRecognition",
+            "init_args": {"path": path, "name": name},
+        }
+        for path, name in ((network, "own"), (str(write_pooling(tmp_path / "other.onnx", side=32)), "other"))
+    ]
+    for extractors, fine in ((scores, False), (scores[1:], True)):
+        (tmp_path / "score.yaml").write_text(yaml.safe_dump({"score": {"extractors": extractors, "anchors": False}}))
+        if fine:
+            main(["test", "--run", "runs/self_attn/version_0", "--config", "score.yaml"])
+            assert "identity_held_out/other" in Path("runs/self_attn/version_0/test/metrics.json").read_text()
+        else:
+            with pytest.raises(SystemExit):
+                main(["test", "--run", "runs/self_attn/version_0", "--config", "score.yaml"])

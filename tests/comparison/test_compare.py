@@ -1,0 +1,225 @@
+"""Plans, steps and stamps of compare; the steps themselves are in-process here."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from onnx_file import write_pooling
+from PIL import Image
+
+from lit_multiip.cli import main
+from lit_multiip.comparison import compare as module
+from lit_multiip.comparison.compare import Row, make_steps
+from lit_multiip.comparison.steps import Step, run_steps
+
+ROOT = Path(__file__).parents[2]
+PLAN = ROOT / "configs" / "plans" / "compare.yaml"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "method.yaml"
+    path.write_text("trainer: {max_steps: 5}\n")
+    return str(path)
+
+
+def steps_of(rows: dict[str, Row], folder: Path, **changed: Any) -> list[Step]:
+    options = {"configs": [], "options": {}, "test_options": {}, "seeds": [0], "reference": next(iter(rows))} | changed
+    return list(make_steps(rows, folder=folder, **options))
+
+
+def leave_results(step: Step) -> None:
+    """What the step's command would leave."""
+    step.run.mkdir(parents=True, exist_ok=True)
+    if step.command == "test":
+        (step.run / "test").mkdir(exist_ok=True)
+        (step.run / "test" / "metrics.json").write_text('{"protocol": {"sha256": "0"}}')
+
+
+def run_all(steps: list[Step], monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Run what is not done yet, and tell which that was."""
+    done = []
+    for step in steps:
+        if not step.is_done():
+            leave_results(step)
+            monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+            run_steps([step])
+            done.append((step.row, step.command))
+    return done
+
+
+def test_untrained_rows_are_tested_once_and_trained_ones_per_seed(config: str, tmp_path: Path) -> None:
+    rows = {"a": Row([config], "A", fit=True, seeds=True), "b": Row([config], "B"), "c": Row([config], "C", seeds=True)}
+    steps = steps_of(rows, tmp_path, seeds=[0, 1, 2])
+    assert [(s.row, s.seed, s.command) for s in steps] == [
+        *[("a", seed, command) for seed in range(3) for command in ("fit", "test")],
+        ("b", 0, "test"),
+        *[("c", seed, "test") for seed in range(3)],
+    ]
+    assert len({s.key for s in steps}) == len(steps)
+    anchors = [s for s in steps if "--score.anchors=true" in s.arguments]
+    assert [(s.row, s.seed) for s in anchors] == [("a", 0)]  # they cost three tests' time
+    assert "--data.training_seed=2" in steps[4].arguments and "--seed_everything=2" in steps[4].arguments
+    assert not any("seed" in argument for argument in steps[6].arguments)  # data and tasks stay the same
+
+
+def test_a_finished_step_is_skipped_until_what_it_depends_on_changes(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {"a": Row([config], "A"), "b": Row([config], "B")}
+    out = tmp_path / "out"
+    assert run_all(steps_of(rows, out), monkeypatch) == [("a", "test"), ("b", "test")]
+    assert run_all(steps_of(rows, out), monkeypatch) == []
+    rows["b"].options = {"data.held_out": 3}
+    assert run_all(steps_of(rows, out), monkeypatch) == [("b", "test")]
+    monkeypatch.setattr(module, "code_fingerprint", lambda: "other code")
+    assert run_all(steps_of(rows, out), monkeypatch) == [("a", "test"), ("b", "test")]
+    Path(config).write_text("trainer: {max_steps: 6}\n")
+    assert run_all(steps_of(rows, out), monkeypatch) == [("a", "test"), ("b", "test")]
+    (out / "a" / "version_0" / "test" / "metrics.json").unlink()
+    assert run_all(steps_of(rows, out), monkeypatch) == [("a", "test")]
+
+
+def test_another_photo_or_caption_makes_everything_anew(config: str, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    for person in "abc":
+        for number in range(3):
+            path = folder / person / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (number * 9, ord(person), 0)).save(path)
+    overlay = tmp_path / "data.yaml"
+    source = {"class_path": "lit_multiip.data.Folder", "init_args": {"path": str(folder)}}
+    overlay.write_text(yaml.safe_dump({"data": {"source": source}}))
+    keys = []
+    for change in ("none", "none", "photo", "caption"):
+        if change == "photo":
+            Image.new("RGB", (8, 8), (1, 2, 3)).save(folder / "b" / "1.png")
+        elif change == "caption":
+            (folder / "b" / "1.txt").write_text("a photo of a person in a hat")
+        module.photos_fingerprint.cache_clear()
+        keys.append(steps_of({"a": Row([config], "A")}, tmp_path / "out", configs=[str(overlay)])[0].key)
+    assert keys[0] == keys[1] and len(set(keys)) == 3
+
+
+def test_only_what_presents_may_change_without_a_new_run() -> None:
+    files = {path.relative_to(module.PACKAGE).as_posix() for path in module.PACKAGE.rglob("*.py")}
+    assert set(module.PRESENTATION) <= files
+    numbers = {
+        "cli.py",
+        "callbacks.py",
+        "adapter.py",
+        "features.py",
+        "data/groups.py",
+        "evaluation/scores.py",
+        "evaluation/callback.py",
+    }
+    assert numbers <= files - set(module.PRESENTATION)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reference": "z"}, r"no row 'z': the plan has a"),
+        ({"only": ["q"]}, r"no row 'q'"),
+        ({"seeds": [1, 1]}, r"seeds are \[1, 1\]"),
+        ({"rows": {"a/b": {"configs": [], "title": "A"}}, "reference": "a/b"}, r"'a/b' cannot be a folder"),
+        ({"rows": {"a": {"configs": ["none.yaml"], "title": "A"}}}, r"'none.yaml', which is not a file"),
+    ],
+)
+def test_a_plan_that_cannot_work_is_refused_before_anything_runs(
+    change: dict[str, Any], message: str, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = {"rows": {"a": {"configs": [config], "title": "A"}}, "reference": "a", "output": str(tmp_path / "out")}
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(plan | change))
+    with pytest.raises(SystemExit) as exit_:
+        main(["compare", "--config", str(path)])
+    assert exit_.value.code == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_shipped_plan_has_the_papers_five_and_the_controls(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    plan = yaml.safe_load(PLAN.read_text())
+    assert [key for key, row in plan["rows"].items() if row.get("group") == "paper"] == [
+        "dreambooth",
+        "ip_adapter",
+        "max_pool",
+        "avg_pool",
+        "self_attn",
+    ]
+    main(["compare", "--config", str(PLAN), "--dry_run", "true", "--output", "runs/compare/never"])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(" fit " in line for line in lines) == 6 and sum(" test " in line for line in lines) == 11
+    assert all(line.startswith("to do: python -m lit_multiip") for line in lines)
+
+
+def test_another_critic_makes_tests_anew_but_no_fit(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {"a": Row([config], "A", fit=True)}
+    fit, test = steps_of(rows, tmp_path)
+    (tmp_path / "critic").mkdir()
+    (tmp_path / "critic" / "model.safetensors").write_bytes(b"other weights")
+    monkeypatch.setattr(module, "shipped_critic", lambda name: tmp_path / name)
+    later_fit, later_test = steps_of(rows, tmp_path)
+    assert later_fit.key == fit.key and later_test.key != test.key
+
+
+def test_another_face_network_that_conditions_makes_its_rows_anew(tmp_path: Path) -> None:
+    """By content, and also where an option names it over the config's own."""
+    config = tmp_path / "face.yaml"
+    config.write_text("face_encoder: {path: nowhere.onnx, detector: null}\n")
+    a, b = (write_pooling(tmp_path / f"{side}.onnx", side=side) for side in (32, 64))
+    copied = Path(shutil.copy(a, tmp_path / "copy.onnx"))
+    first, other, again = (module._weights([str(config)], {"face_encoder.path": str(path)}) for path in (a, b, copied))
+    assert first == again != other and len(first) == len(module._weights([], {})) + 1
+
+
+@pytest.mark.slow
+def test_a_comparison_made_twice_from_scratch_is_the_same_to_the_last_digit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"train": 12, "validation": 2, "test": 4}
+    options = {"data.source": "lit_multiip.data.MiniFaces", "data.held_out": 2, "model.sampling.steps": 3}
+    fit = {"trainer.max_steps": 8, "trainer.val_check_interval": 4}
+    rows: dict[str, dict[str, Any]] = {
+        "dreambooth": {"title": "D", "configs": ["dreambooth.yaml"], "options": {"model.steps": 3}, "seeds": True},
+        "max_pool": {"title": "M", "configs": ["max_pool.yaml"]},
+        "self_attn": {"title": "S", "configs": ["self_attn.yaml"], "options": fit, "fit": True, "seeds": True},
+    }
+    for row in rows.values():
+        row["configs"] = [str(ROOT / "configs" / row["configs"][0])]
+    plan = {
+        "title": "Twice", "reference": "self_attn", "rows": rows, "seeds": [0, 1], "output": "out",
+        "options": options | {f"data.source.init_args.{side}": count for side, count in few.items()},
+    }  # fmt: skip
+    found: list[dict[str, Any]] = []
+    for name in ("first", "second"):
+        folder = tmp_path / name  # with a feature store of its own
+        folder.mkdir()
+        (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
+        monkeypatch.chdir(folder)
+        main(["compare", "--config", "plan.yaml"])
+        tests = sorted((folder / "out").glob("*/*/test"))
+        assert len(tests) == 5
+        found.append({})
+        for test in tests:
+            place = str(test.relative_to(folder))
+            found[-1][place] = json.loads((test / "metrics.json").read_text())["rows"]
+            for file in (*test.rglob("*.png"), test / "scores.csv"):
+                found[-1][str(file.relative_to(folder))] = file.read_bytes()
+        assert (folder / "out" / "report" / "index.html").exists()
+    assert found[0].keys() == found[1].keys()
+    assert [key for key, value in found[0].items() if found[1][key] != value] == []

@@ -1,0 +1,199 @@
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from comparing import write_comparison, write_plan, write_test
+from PIL import Image
+
+from lit_multiip.cli import main
+from lit_multiip.comparison.figures import figure6, marks, panels, tick_step
+from lit_multiip.comparison.report import latex, report
+from lit_multiip.comparison.tables import summary
+from lit_multiip.comparison.tests import load_comparison
+
+VOID = {"meta", "img", "line", "circle", "br"}
+
+
+class Page(HTMLParser):
+    """Tags that balance, and what they say."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = write_comparison(tmp_path_factory.mktemp("report") / "mini", extractors=("critic", "critic_b"))
+    shutil.rmtree(folder / "avg_pool_trained")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def html(folder):
+    return report(str(folder)).read_text("utf-8")
+
+
+def test_the_command_writes_everything_and_prints_the_table(folder, capsys):
+    main(["report", "--folder", str(folder)])
+    out = capsys.readouterr().out
+    assert "## Table 1, by critic_b" in out and "report/index.html" in out
+    names = {
+        "report.md",
+        "table.tex",
+        "index.html",
+        "figure6.png",
+        "differences_critic.png",
+        "differences_critic_b.png",
+    }
+    assert {path.name for path in (folder / "report").iterdir()} == names
+
+
+def test_a_broken_folder_ends_the_command_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["report", "--folder", str(tmp_path)])
+    assert exit_.value.code == 1
+    assert "has no plan.json" in capsys.readouterr().err
+
+
+def test_the_page_is_whole_and_needs_no_network(html):
+    page = Page(html)
+    rest = re.sub(r"data:image/png;base64,[\w+/=]+", "", html)
+    assert not re.search(r"https?:|//|@import|url\(|<script|<link", rest)
+    assert len(html) < 10_000_000
+    assert all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in page.all("img"))
+    assert len(page.all("img")) == 6 * (2 + 3)  # references, held-out photo and three rows that were run
+    assert all(cell.get("scope") in ("col", "row", "rowgroup") for cell in page.all("th"))
+    assert all(svg["aria-label"] for svg in page.all("svg"))
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_the_page_names_every_row_and_says_what_is_missing(html):
+    text = " ".join(Page(html).text)
+    for title in ("IP-Adapter", "Average Pooling", "Self-Attention", "Control avg_pool_trained"):
+        assert title in text
+    assert "Five methods & their controls" in text
+    assert "Control avg_pool_trained: not run yet." in text
+    assert "LFW, Inception: another scale and extractor, not comparable" in text
+    assert re.search(
+        r"To identity to the held-out photo \(higher is better\), by critic, each cause adds: more photos \+0\.10", text
+    )
+    assert "more photos: Average Pooling minus IP-Adapter. Nine against one." in text
+
+
+def test_every_format_has_the_same_numbers(folder, html):
+    score = load_comparison(folder).scores["self_attn"]["identity_held_out/critic"]
+    shown = [f"{value:.3f}".rstrip("0") for value in (score.value, score.low)]
+    for name in ("report.md", "table.tex", "index.html"):
+        text = (folder / "report" / name).read_text("utf-8")
+        assert all(number[:4] in text for number in shown), name
+
+
+def test_latex_escapes_what_it_takes_for_commands(folder, html):
+    assert latex("50% of a_b & c #1 {x} ~^\\ $ FID ↓") == (
+        r"50\% of a\_b \& c \#1 \{x\} \textasciitilde{}\textasciicircum{}\textbackslash{} \$ FID $\downarrow$"
+    )
+    tex = (folder / "report" / "table.tex").read_text("utf-8")
+    body = [line for line in tex.splitlines() if not line.startswith("%")]
+    assert not re.search(r"(?<!\\)[_%#]", "\n".join(body))
+    columns = {}
+    for line in body:
+        if line.startswith(r"\resizebox"):
+            columns = {len(line.split("{")[-1].rstrip("}"))}
+        if line.endswith(r"\\"):
+            assert {len(re.findall(r"(?<!\\)&", line)) + 1} == columns
+    assert r"Control avg\_pool\_trained & not run yet &" in tex
+
+
+def test_the_spread_between_trainings_is_shown(folder, html):
+    low, _ = sorted(load_comparison(folder).of_each["self_attn"]["identity_held_out/critic"])
+    assert f"{low:.2f}"[:4] in html and " to " in html
+    assert "## Spread between trainings, lowest to highest" in (folder / "report" / "report.md").read_text("utf-8")
+
+
+def test_the_summary_names_the_leader_and_whether_it_is_clear(folder):
+    text = summary(load_comparison(folder))
+    assert text.startswith(
+        "Self-Attention has the best identity to the held-out photo of the paper's methods by critic,"
+    )
+    assert re.search(
+        r"to the runner-up, Average Pooling, the difference is \+0\.\d+ \[0\.\d+, 0\.\d+\], clear of zero", text
+    )
+    assert (
+        "By critic_b the best of the paper's methods is Self-Attention in identity to the held-out photo, clear" in text
+    )
+    assert "1 of 4 rows are not run yet" in text
+
+
+def test_a_table_without_the_papers_methods_has_a_leader_of_all_rows(folder, tmp_path):
+    own = Path(shutil.copytree(folder, tmp_path / "own"))
+    plan = json.loads((own / "plan.json").read_text())
+    for row in plan["rows"]:
+        row["group"] = "control"
+    (own / "plan.json").write_text(json.dumps(plan))
+    text = summary(load_comparison(own))
+    assert text.startswith("Self-Attention has the best identity to the held-out photo of the rows by critic,")
+    assert "paper" not in text and "A control" not in text
+
+
+def test_figure_6_shows_the_very_images(folder):
+    comparison = load_comparison(folder)
+    picture = figure6(comparison)
+    test = folder / "self_attn" / "version_0" / "test"
+    image = np.asarray(Image.open(test / "images" / "p0" / "photo_0_s0.png"))
+    cell = np.asarray(picture)[-128 - 4 : -4, 192 : 192 + 128]  # the last row's first person
+    assert (cell[8::16, 8::16] == image).all()
+
+
+def test_a_panel_draws_zero_and_every_interval_inside(folder):
+    [panel, *_] = panels(load_comparison(folder), "critic")
+    assert [title for title, *_ in panel.lines] == ["IP-Adapter", "Average Pooling"]
+    assert {better for *_, better in panel.lines} == {"better"}
+    drawn, height = marks(panel)
+    assert all(0 <= mark.x <= 370 and 0 <= mark.y <= height for mark in drawn)
+    assert any(mark.text == "0" for mark in drawn)
+
+
+@pytest.mark.parametrize(("span", "step"), [(1.0, 0.2), (0.3, 0.1), (12.0, 5.0), (5.0, 1.0), (0.021, 0.005)])
+def test_axes_have_a_few_round_ticks(span, step):
+    assert tick_step(span) == pytest.approx(step)
+
+
+def test_a_comparison_without_photos_or_reference_has_a_report_still(tmp_path, capsys):
+    write_plan(tmp_path, {"self_attn": ["version_0"], "ip_adapter": ["version_0"]}, contrasts=[])
+    write_test(
+        tmp_path / "ip_adapter/version_0/test",
+        "First",
+        photos={},
+        audit={"passed": True, "copies": [], "pairs": [{"a": 1}]},
+    )
+    html = report(str(tmp_path)).read_text("utf-8")
+    assert not (tmp_path / "report" / "figure6.png").exists()
+    text = " ".join(Page(html).text)
+    assert "Figure 6" not in text
+    assert "Self-Attention not run yet" in text
+    assert "What the audits found IP-Adapter passed yes copies none pairs 1 listed" in re.sub(r"\s+", " ", text)

@@ -1,0 +1,334 @@
+"""What leaves the project: plain diffusers draws the same from it, and it comes back as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.embeddings import ImageProjection
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lit_multiip.backbone.encoders import PhotoEncoder, encode_prompts
+from lit_multiip.backbone.ip_adapter import read_ip_adapter, text_kv
+from lit_multiip.backbone.lora import LORA_FILE
+from lit_multiip.backbone.pipeline import BackboneError, load_component
+from lit_multiip.backbone.sampler import Sampling
+from lit_multiip.cli import main
+from lit_multiip.methods.adapter import MultiIPAdapter
+from lit_multiip.methods.aggregators import AvgPool, SelfAttention
+from lit_multiip.methods.dreambooth import DreamBooth
+from lit_multiip.tools import export as exporting
+from lit_multiip.tools.export import ADAPTER, EMBEDS, export
+
+
+def built(backbone: Path, **options: Any) -> MultiIPAdapter:
+    model = MultiIPAdapter(str(backbone), **options)
+    model.configure_model()
+    return model.eval()
+
+
+def write_run(folder: Path, model: Any, config: dict[str, Any], seed: int = 1, step: int = 7) -> Path:
+    """A run of a model whose trained weights all differ from where they start."""
+    (folder / "checkpoints").mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.trained_parameters().values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    checkpoint = {"state_dict": model.state_dict(), "global_step": step}
+    model.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
+    trainer = {"accelerator": "cpu", "enable_progress_bar": False, "max_steps": 7}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"trainer": trainer, **config}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose weights, of adapter and aggregator, all differ from where they start."""
+    config = {
+        "backbone": str(tiny_backbone),
+        "model": {"class_path": "lit_multiip.methods.adapter.MultiIPAdapter"},
+        "data": {"person": "Ann_Lee", "references": 9},
+    }
+    return write_run(tmp_path_factory.mktemp("runs") / "self_attn" / "version_0", built(tiny_backbone), config)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("people") / "Ann_Lee"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 40, 40, 3), dtype=np.uint8)
+    for number, photo in enumerate(pixels):
+        Image.fromarray(photo).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("out") / "exported"
+    export(["--run", str(run), "--output", str(folder), "--photos", str(photos)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(run: Path, tiny_backbone: Path) -> MultiIPAdapter:
+    """The run's model itself."""
+    model = built(tiny_backbone)
+    model.load_state_dict(torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"], strict=False)
+    return model
+
+
+def plain(backbone: Path, exported: Path) -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_pretrained(backbone, safety_checker=None, requires_safety_checker=False)
+    pipe.load_ip_adapter(str(exported), subfolder="", weight_name=ADAPTER, image_encoder_folder=None)
+    return pipe
+
+
+def drawn(pipe: Any, embeds: Tensor, **inputs: Any) -> Tensor:
+    """One image, (H, W, 3) in grey levels."""
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "pt", "generator": generator}
+    [image] = pipe("a person", ip_adapter_image_embeds=[embeds], **settings, **inputs).images
+    return (image.float() * 255).round().permute(1, 2, 0)
+
+
+def test_plain_diffusers_draws_the_same_image_from_a_persons_file(
+    exported: Path, trained: MultiIPAdapter, photos: Path, tiny_backbone: Path
+) -> None:
+    from lit_multiip.data.people import read_person
+
+    pipe = plain(tiny_backbone, exported)
+    embeds = load_file(exported / "embeds" / "Ann_Lee.safetensors")[EMBEDS]
+    assert embeds.shape == (2, 9, 24) and not embeds[0].any()
+    people = PhotoEncoder(str(tiny_backbone))(read_person(photos).photos)
+    with torch.no_grad():
+        assert torch.allclose(trained.condition(people[None])[0].sort(0)[0], embeds[1].sort(0)[0], atol=1e-5)
+        texts = [encode_prompts(pipe, [text])["prompt_embeds"] for text in ("a person", "")]
+        sampler = trained.sampler
+        sampler.sampling.steps, sampler.sampling.guidance_scale = 4, 3.0
+        ours = sampler(texts[0], texts[1], embeds[1:], [3], 32)[0].permute(1, 2, 0)
+    pipe.scheduler = type(sampler.pipe.scheduler).from_config(pipe.scheduler.config)
+    theirs = drawn(pipe, embeds)
+    assert (ours.float() - theirs).abs().max() <= 1
+    assert (drawn(pipe, torch.zeros_like(embeds)) - theirs).abs().max() > 1  # the photos are seen
+
+
+@pytest.mark.parametrize("kind", ["img2img", "inpainting", "controlnet"])
+def test_other_pipelines_take_the_same_files(
+    kind: str, exported: Path, trained: MultiIPAdapter, tiny_backbone: Path
+) -> None:
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., 8:24, 8:24] = 1
+    embeds = load_file(exported / "embeds" / "Ann_Lee.safetensors")[EMBEDS]
+    torch.manual_seed(0)
+    control = ControlNetModel.from_unet(
+        load_component(str(tiny_backbone), "unet"), conditioning_embedding_out_channels=(8, 8, 16)
+    )
+    cls, extra, inputs = {
+        "img2img": (StableDiffusionImg2ImgPipeline, {}, {"image": image, "strength": 0.8}),
+        "inpainting": (
+            StableDiffusionInpaintPipeline,
+            {},
+            {"image": image, "mask_image": mask, "height": 32, "width": 32},
+        ),
+        "controlnet": (StableDiffusionControlNetPipeline, {"controlnet": control.eval()}, {"image": image}),
+    }[kind]
+    parts = plain(tiny_backbone, exported).components
+    theirs = drawn(cls(**parts, **extra, requires_safety_checker=False), embeds, **inputs)
+    own = cls(**{**parts, "unet": trained.unet}, **extra, requires_safety_checker=False)
+    assert (drawn(own, embeds, **inputs) - theirs).abs().max() <= 1
+    assert (drawn(own, torch.zeros_like(embeds), **inputs) - theirs).abs().max() > 1
+
+
+def test_it_comes_back_as_it_was(exported: Path, trained: MultiIPAdapter, tiny_backbone: Path) -> None:
+    again = built(tiny_backbone, ip_adapter=str(exported / ADAPTER))
+    for name, parameter in trained.trained_parameters().items():
+        assert torch.equal(again.trained_parameters()[name], parameter), name
+    embeds = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again.condition(embeds), trained.condition(embeds))
+
+
+def test_half_precision_is_half_the_size_and_what_the_files_hold_is_compared(
+    exported: Path, run: Path, trained: MultiIPAdapter, tmp_path: Path
+) -> None:
+    export(["--run", str(run), "--output", str(tmp_path / "half"), "--dtype", "float16"])
+    state = read_ip_adapter(str(tmp_path / "half" / ADAPTER))
+    assert {tensor.dtype for tensors in state.values() for tensor in tensors.values()} == {torch.float16}
+    weight = trained.aggregator.to_q.weight
+    assert (state["aggregator"]["to_q.weight"] - weight).abs().max() < 2**-10
+    assert (tmp_path / "half" / ADAPTER).stat().st_size < 0.7 * (exported / ADAPTER).stat().st_size
+
+
+def test_the_card_says_where_it_comes_from_and_names_no_person_and_no_path(exported: Path, run: Path) -> None:
+    text = (exported / "README.md").read_text()
+    for fact in (
+        "self_attn/version_0",
+        "SelfAttention(dim=24, heads=1, residual=False)",
+        "| step | 7 |",
+        "max_steps: 7",
+    ):
+        assert fact in text
+    assert "Ann_Lee" not in text and str(run.parents[1]) not in text and "/tmp" not in text
+    assert yaml.safe_load(text.split("---")[1])["library_name"] == "diffusers"
+    with safe_open(exported / ADAPTER, "pt") as file:
+        record = json.loads(file.metadata()["lit_multiip"])
+    assert record["aggregator"] == "SelfAttention(dim=24, heads=1, residual=False)" and record["step"] == 7
+
+
+def test_nothing_is_left_of_files_that_diffusers_reads_otherwise(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = exporting.adapter_tensors
+
+    def wrong(*args: Any) -> dict[str, Tensor]:
+        return {name: 2 * value if "to_v_ip" in name else value for name, value in whole(*args).items()}
+
+    monkeypatch.setattr(exporting, "adapter_tensors", wrong)
+    with pytest.raises(ValueError, match="plain diffusers draws another image"):
+        export(["--run", str(run), "--output", str(tmp_path / "out")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_target_is_refused_before_work_and_replaced_when_told(
+    exported: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / ADAPTER).write_text("mine")
+    with pytest.raises(SystemExit):
+        main(["export", "--run", "no run", "--output", str(tmp_path)])
+    assert f"{ADAPTER}' exists: give another --output, or --overwrite" in capsys.readouterr().err
+    (tmp_path / "other.txt").write_text("mine")
+    export(["--run", str(run), "--output", str(tmp_path), "--overwrite"])
+    assert (tmp_path / ADAPTER).read_bytes()[-64:] == (exported / ADAPTER).read_bytes()[-64:]
+    assert (tmp_path / "other.txt").read_text() == "mine"
+
+
+def test_another_aggregator_than_it_was_trained_with_is_refused(exported: Path, tiny_backbone: Path) -> None:
+    path = str(exported / ADAPTER)
+    with pytest.raises(BackboneError, match=r"was trained with SelfAttention\(dim=24.*, not AvgPool\(dim=24\)"):
+        built(tiny_backbone, ip_adapter=path, aggregator=AvgPool)
+    with pytest.raises(BackboneError, match=r"heads=1.*heads=2"):  # of equal shapes
+        built(tiny_backbone, ip_adapter=path, aggregator=lambda dim: SelfAttention(dim, heads=2))
+
+
+def test_an_adapter_for_embeddings_of_another_width_is_refused(exported: Path, tmp_path: Path) -> None:
+    from tiny import make_tiny_backbone
+
+    wide = make_tiny_backbone(tmp_path / "wide", projection_dim=16)
+    with pytest.raises(BackboneError, match=r"\(128, 24\), and this backbone .*width 16"):
+        built(wide, ip_adapter=str(exported / ADAPTER))
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_lora_goes_out_beside_the_adapter_and_comes_back_with_it(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """At scale 0 its images are LoRA's alone."""
+    backbone = request.getfixturevalue({"sd": "tiny_backbone", "sdxl": "tiny_sdxl"}[kind])
+    model = built(backbone, lora_rank=2, sampling=Sampling(steps=3, ip_scale=0.0))
+    args = {"lora_rank": 2, "sampling": {"steps": 3, "ip_scale": 0.0}}
+    config = {
+        "backbone": str(backbone),
+        "model": {"class_path": "lit_multiip.methods.adapter.MultiIPAdapter", "init_args": args},
+    }
+    run = write_run(tmp_path / "lora" / "version_0", model, config)
+    export(["--run", str(run), "--output", str(tmp_path / "out")])
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {ADAPTER, LORA_FILE, "README.md"}
+    cls = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}[kind]
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert f"pipe = {cls}.from_pretrained" in text and f'weight_name="{LORA_FILE}"' in text
+    again = built(backbone, lora_rank=2, ip_adapter=str(tmp_path / "out" / ADAPTER))
+    for name, parameter in model.trained_parameters().items():
+        assert torch.equal(again.trained_parameters()[name], parameter), name
+    with pytest.raises(BackboneError, match=r"trained with LoRA of rank 2, and model.lora_rank is None"):
+        built(backbone, ip_adapter=str(tmp_path / "out" / ADAPTER))
+
+
+def test_lora_that_is_left_out_is_noticed(tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {
+        "backbone": str(tiny_backbone),
+        "model": {"class_path": "lit_multiip.methods.adapter.MultiIPAdapter", "init_args": {"lora_rank": 2}},
+    }
+    run = write_run(tmp_path / "lora" / "version_0", built(tiny_backbone, lora_rank=2), config)
+    monkeypatch.setattr(StableDiffusionPipeline, "load_lora_weights", lambda *_, **__: None)
+    with pytest.raises(ValueError, match="plain diffusers draws another image"):
+        export(["--run", str(run), "--output", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize(("tuned", "lora_rank"), [("unet+text", 2), ("unet", None), ("unet+text", None)])
+def test_dreambooth_goes_out_as_diffusers_loads_it(
+    kind: str, tuned: Any, lora_rank: int | None, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    backbone = request.getfixturevalue({"sd": "tiny_backbone", "sdxl": "tiny_sdxl"}[kind])
+    args: dict[str, Any] = {"tuned": tuned, "lora_rank": lora_rank, "identifier": "k"}
+    model = DreamBooth(str(backbone), **args)
+    model.configure_model()
+    model.learnt = ("Ann_Lee", "0")
+    config = {
+        "backbone": str(backbone),
+        "model": {"class_path": "lit_multiip.methods.dreambooth.DreamBooth", "init_args": args},
+    }
+    run = write_run(tmp_path / "dreambooth" / "version_0", model, config)
+    out = tmp_path / "out"
+    export(["--run", str(run), "--output", str(out)])
+    text = (out / "README.md").read_text()
+    assert "Ann_Lee" not in text and "a photo of k person in a red shirt" in text
+    cls = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}[kind]
+    if lora_rank:
+        assert sorted(file.name for file in out.iterdir()) == ["README.md", LORA_FILE]
+        pipe = cls.from_pretrained(backbone)
+        pipe.load_lora_weights(out)
+    else:
+        pipe = cls.from_pretrained(out)
+    model.sampling.steps, model.sampling.guidance_scale = 4, 3.0
+    pipe.scheduler = type(model.sampler.pipe.scheduler).from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    settings: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 32, "width": 32}
+    [theirs] = pipe("a k person", generator=generator, output_type="pt", **settings).images
+    with torch.no_grad():
+        [ours] = model.draw(["a k person"], [3])
+        model.forget()
+        [untuned] = model.draw(["a k person"], [3])
+    assert (ours.int() - (255 * theirs).round().int()).abs().max() <= 1
+    assert (ours.int() - untuned.int()).abs().max() > 1
+    with pytest.raises(ValueError, match="exists: give another --output, or --overwrite"):
+        export(["--run", str(run), "--output", str(out)])
+    with pytest.raises(ValueError, match="of the one person they were tuned on"):
+        export(["--run", str(run), "--output", str(tmp_path / "other"), "--push_to_hub", "org/name"])
+
+
+def test_sd15_trains_the_published_22_3_million_and_the_aggregator() -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=64, cross_attention_dim=768
+        )  # otherwise diffusers' defaults are SD1.5's
+        projection = ImageProjection(image_embed_dim=1024, cross_attention_dim=768, num_image_text_embeds=4)
+        aggregator = SelfAttention(1024)
+    counts = [sum(p.numel() for p in parameters) for parameters in (text_kv(unet).values(), projection.parameters())]
+    assert counts == [19_169_280, 3_150_336] and sum(counts) == 22_319_616
+    assert sum(p.numel() for p in aggregator.parameters()) == 3 * 1024**2
+
+
+def test_readme_and_card_show_the_same_lines() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert exporting.snippet("stable-diffusion-v1-5/stable-diffusion-v1-5") in readme

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
+from lit_multiip.comparison.plan import Contrast
 from lit_multiip.evaluation.intervals import Score
 from lit_multiip.evaluation.results import TITLES, read_features
 from lit_multiip.evaluation.scores import ImageSet, summarise, summarise_difference, values_of_each
@@ -35,7 +36,7 @@ class ComparisonError(ValueError):
 
 
 @dataclass(frozen=True)
-class Test:
+class TestResult:
     """What `test` wrote of one training of a row."""
 
     folder: Path
@@ -51,7 +52,7 @@ class Test:
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparedRow:
     """A line of the table: a method, trained once or with several seeds, or not at all."""
 
     key: str
@@ -59,17 +60,8 @@ class Row:
     group: str  # `paper` or `control`
     trained: bool  # by `fit`, or tuned a person
     paper: dict[str, float] | None  # the paper's own figures, `is` and `fid`
-    tests: list[Test]
+    tests: list[TestResult]  # one a training
     missing: list[str]  # versions that are planned and not there
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """Two rows whose difference is one cause: the first minus the second."""
-
-    title: str
-    minus: tuple[str, str]
-    text: str
 
 
 @dataclass(frozen=True)
@@ -87,17 +79,17 @@ class Comparison:
     folder: Path
     title: str
     reference: str
-    rows: list[Row]
+    rows: list[ComparedRow]
     contrasts: list[Contrast]
     left_out: dict[str, dict[str, str]] = field(default_factory=dict)  # reasons, by row and score
 
     @cached_property
-    def present(self) -> list[Row]:
+    def present(self) -> list[ComparedRow]:
         """Rows of which at least one test is there."""
         return [row for row in self.rows if row.tests]
 
     @property
-    def first(self) -> Test:
+    def first(self) -> TestResult:
         """The test to which all others are alike."""
         return self.present[0].tests[0]
 
@@ -111,11 +103,11 @@ class Comparison:
         """Facts of the extractors that all tests share, by name."""
         return dict(self.first.metrics["extractors"])
 
-    def row(self, key: str) -> Row:
+    def row(self, key: str) -> ComparedRow:
         """The row of a key."""
         return next(row for row in self.rows if row.key == key)
 
-    def sets(self, row: Row, extractor: str) -> list[ImageSet]:
+    def sets(self, row: ComparedRow, extractor: str) -> list[ImageSet]:
         """A row's images, a set a training."""
         return [test.images[extractor] for test in row.tests]
 
@@ -201,7 +193,7 @@ class Comparison:
         }
         return [name for name in TITLES if name in present] + sorted(present - TITLES.keys())
 
-    def costs(self, row: Row) -> dict[str, float | None]:
+    def costs(self, row: ComparedRow) -> dict[str, float | None]:
         """Seconds to personalise (a person) and per image, and numbers of parameters that were trained; None: unknown.
 
         `seconds.personalise` of a test is of all its people, and not part of `seconds.method`.
@@ -237,7 +229,7 @@ class Comparison:
                 if missing < images:
                     alike.setdefault(f"{why} {missing} of {images} images, which are not in the mean", []).append(key)
             notes += [f"{row.title}: {', '.join(keys)}: {what}." for what, keys in alike.items()]
-        for what, values in self._differing().items():
+        for what, values in self._varying_facts().items():
             notes.append(f"Rows differ in their {what}: {'; '.join(values)}.")
         for name, facts in self.extractors.items():
             width = facts.get("num_features")
@@ -248,9 +240,9 @@ class Comparison:
                 )
         return notes
 
-    def _differing(self) -> dict[str, list[str]]:
+    def _varying_facts(self) -> dict[str, list[str]]:
         """Facts in which rows differ and need not, as `value (rows)`."""
-        facts: dict[str, Callable[[Test], Any]] = {
+        facts: dict[str, Callable[[TestResult], Any]] = {
             "backbone": lambda test: Path(str(test.metrics["describe"].get("backbone"))).name,
             "sampling": lambda test: test.metrics["describe"].get("sampling"),
             "commit": lambda test: short_commit(test.metrics.get("commit")),
@@ -293,14 +285,14 @@ def load_comparison(folder: Path) -> Comparison:
             except ComparisonError as error:
                 problems.append(str(error))
         own = {name: entry[name] for name in ("key", "title", "group", "trained")}
-        rows.append(Row(**own, paper=entry.get("paper"), tests=tests, missing=missing))
+        rows.append(ComparedRow(**own, paper=entry.get("paper"), tests=tests, missing=missing))
     rows.sort(key=lambda row: row.group != "paper")
     contrasts = [Contrast(c["title"], (c["minus"][0], c["minus"][1]), c.get("text", "")) for c in plan["contrasts"]]
     comparison = Comparison(folder, plan["title"], plan["reference"], rows, contrasts)
     if not problems and not comparison.present:
         raise FileNotFoundError(f"no row of '{folder / 'plan.json'}' was tested yet: run its tests first")
     if not problems:
-        problems = _unlike(comparison)
+        problems = _find_mismatches(comparison)
     if problems:
         raise ComparisonError("; ".join(problems))
     return comparison
@@ -330,7 +322,7 @@ def _read_plan(path: Path) -> dict[str, Any]:
     return plan
 
 
-def _read_test(folder: Path) -> Test:
+def _read_test(folder: Path) -> TestResult:
     """Read one test, every file to its end.
 
     Raises:
@@ -373,16 +365,16 @@ def _read_test(folder: Path) -> Test:
                     raise OSError("a PNG without its end")
         except OSError as error:
             raise cut_off(line["image"], error) from error
-    return Test(folder, metrics, lines, images, held_out)
+    return TestResult(folder, metrics, lines, images, held_out)
 
 
-def _unlike(comparison: Comparison) -> list[str]:
+def _find_mismatches(comparison: Comparison) -> list[str]:
     """In what tests are not like the first, a message each."""
     first = comparison.first
     problems = []
     for test in (test for row in comparison.present for test in row.tests[0 if row.tests[0] is not first else 1 :]):
         names = f"'{first.folder}' and '{test.folder}'"
-        facts: list[tuple[str, Callable[[Test], Any], str]] = [
+        facts: list[tuple[str, Callable[[TestResult], Any], str]] = [
             ("protocols", lambda t: t.metrics["protocol"], "the same people, photos, prompts and seeds"),
             ("image sizes", lambda t: t.metrics["describe"].get("image_side"), "one image_side"),
             ("extractors", _extractor_facts, "the same extractors (score.extractors)"),
@@ -395,7 +387,7 @@ def _unlike(comparison: Comparison) -> list[str]:
                 break
         else:
             for name in first.images:
-                if not _close(first.held_out[name], test.held_out[name]):
+                if not _are_close(first.held_out[name], test.held_out[name]):
                     problems.append(
                         f"{names} have different features of the same held-out photos by extractor {name!r}: its "
                         "weights are not the same; test both with one"
@@ -408,7 +400,7 @@ def short_commit(commit: str | None) -> str:
     return "unknown" if not commit else commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
-def _extractor_facts(test: Test) -> dict[str, dict[str, Any]]:
+def _extractor_facts(test: TestResult) -> dict[str, dict[str, Any]]:
     """Facts of a test's extractors; a folder of weights counts by its name, their content is compared by features."""
     return {
         name: {key: Path(value).name if key == "source" and value else value for key, value in facts.items()}
@@ -416,14 +408,14 @@ def _extractor_facts(test: Test) -> dict[str, dict[str, Any]]:
     }
 
 
-def _close(a: ImageSet, b: ImageSet) -> bool:
+def _are_close(a: ImageSet, b: ImageSet) -> bool:
     if a.features is None or b.features is None:
         return a.features is b.features
     x, y = np.asarray(a.features, dtype=np.float64), np.asarray(b.features, dtype=np.float64)
     return x.shape == y.shape and bool(np.linalg.norm(x - y) <= 0.01 * np.linalg.norm(x))
 
 
-def leader(comparison: Comparison, key: str, rows: Sequence[Row]) -> tuple[Row, Row | None, Score | None] | None:
+def find_leader(comparison: Comparison, key: str, rows: Sequence[ComparedRow]) -> tuple[ComparedRow, ComparedRow | None, Score | None] | None:
     """Who leads a score among some rows, by point estimate, the runner-up, and their paired difference.
 
     None where the score has no better side, or no row has it.
@@ -438,21 +430,21 @@ def leader(comparison: Comparison, key: str, rows: Sequence[Row]) -> tuple[Row, 
     return ranked[0], ranked[1], comparison.difference(ranked[0].key, ranked[1].key).get(key)
 
 
-def clear(score: Score | None) -> bool:
+def is_clear(score: Score | None) -> bool:
     """Whether an interval does not hold zero."""
     return score is not None and score.low is not None and score.high is not None and score.low * score.high > 0
 
 
-def verdict(score: Score, title: str) -> str:
-    """Whether a difference is `clear` of zero, for `better` or `worse` by the arrow of its title, or is `unclear`."""
-    if not clear(score):
+def judge_difference(score: Score, title: str) -> str:
+    """Whether a difference is clear of zero, for `better` or `worse` by the arrow of its title, or is `unclear`."""
+    if not is_clear(score):
         return "unclear"
     if title[-1:] not in ("↑", "↓"):
         return "clear"
     return "better" if (score.value > 0) == title.endswith("↑") else "worse"
 
 
-def best(comparison: Comparison, extractor: str) -> set[tuple[str, str]]:
+def best_cells(comparison: Comparison, extractor: str) -> set[tuple[str, str]]:
     """Which cells are marked as best, (row, score).
 
     The best of a group (the paper's methods; the controls) by point estimate, and only where the 95% interval of its
@@ -462,7 +454,7 @@ def best(comparison: Comparison, extractor: str) -> set[tuple[str, str]]:
     for group in dict.fromkeys(row.group for row in comparison.rows):
         rows = [row for row in comparison.rows if row.group == group]
         for column in comparison.columns(extractor):
-            found = leader(comparison, f"{column}/{extractor}", rows)
-            if found is not None and clear(found[2]):
+            found = find_leader(comparison, f"{column}/{extractor}", rows)
+            if found is not None and is_clear(found[2]):
                 marked.add((found[0].key, f"{column}/{extractor}"))
     return marked

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny_backbone, tiny_sdxl_unet, tiny_unet
 from torch import Tensor
 
+from lit_multiip.backbone import ip_adapter
 from lit_multiip.backbone import pipeline as backbone
 from lit_multiip.backbone.ip_adapter import (
     find_ip_adapter,
@@ -548,14 +549,14 @@ def test_an_adapter_on_the_hub_is_fetched_or_the_message_says_what_was_wanted(fo
         asked.append(place)
         return find_ip_adapter(str(folder))
 
-    monkeypatch.setattr(backbone, "hf_hub_download", fetch)
+    monkeypatch.setattr(ip_adapter, "hf_hub_download", fetch)
     assert len(read_ip_adapter(wanted)["ip_adapter"]) == 8
     assert asked == [("h94/IP-Adapter", "models/ip-adapter_sd15.safetensors")]
 
     def unreachable(*_):
         raise OSError("no network")
 
-    monkeypatch.setattr(backbone, "hf_hub_download", unreachable)
+    monkeypatch.setattr(ip_adapter, "hf_hub_download", unreachable)
     with pytest.raises(
         BackboneError,
         match=r"'models/ip-adapter_sd15.safetensors' of the hub's 'h94/IP-Adapter' cannot be fetched \(no network\).*"

@@ -12,13 +12,13 @@ import torch
 import yaml
 from onnx_file import write_pooling
 
+from lit_multiip.backbone import encoders
 from lit_multiip.backbone.encoders import FaceEncoder, PhotoEncoder, photo_embed_dim
-from lit_multiip.backbone.faces import TEMPLATE
+from lit_multiip.backbone.faces import TEMPLATE, FaceNetwork
 from lit_multiip.backbone.features import Features
 from lit_multiip.backbone.ip_adapter import read_ip_adapter
 from lit_multiip.backbone.pipeline import BackboneError, load_embed_dim
 from lit_multiip.data.people import MiniFaces
-from lit_multiip.evaluation import faces as face_networks
 from lit_multiip.evaluation.callback import _refuse_if_it_conditions
 from lit_multiip.evaluation.faces import FaceRecognition
 from lit_multiip.methods.adapter import MultiIPAdapter
@@ -57,13 +57,13 @@ def test_it_stands_in_clips_place_or_beside_it(tiny_backbone: Path, network: str
 def test_a_photo_without_a_face_conditions_as_a_dropped_one_and_is_told(
     tiny_backbone: Path, network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    embed = FaceRecognition.embed
+    embed = FaceNetwork.embed
 
-    def blind(self: FaceRecognition, images: Any) -> Any:
+    def blind(self: FaceNetwork, images: Any) -> Any:
         found = embed(self, images)
         return found * float("nan") if torch.equal(images, to_tensor([PHOTOS[1].image()])) else found
 
-    monkeypatch.setattr(FaceRecognition, "embed", blind)
+    monkeypatch.setattr(FaceNetwork, "embed", blind)
     features = Features(str(tiny_backbone), tmp_path, face_encoder=FaceEncoder(network, True, detector=None))
     with caplog.at_level("WARNING", "lit_multiip"):
         features.build(PHOTOS, [], [])
@@ -87,7 +87,7 @@ def test_of_several_faces_the_largest_conditions_and_that_is_told(
         def landmarks(self, pixels: Any) -> Any:
             return TEMPLATE
 
-    monkeypatch.setattr(face_networks, "FaceDetector", Detector)
+    monkeypatch.setattr(encoders, "FaceDetector", Detector)
     encoder = PhotoEncoder(str(tiny_backbone), face_encoder=FaceEncoder(network))
     with caplog.at_level("WARNING", "lit_multiip"):
         embeds = encoder(PHOTOS)

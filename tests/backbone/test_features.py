@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import make_tiny_backbone
 from torch import Tensor
 
-from lit_multiip.backbone import features
+from lit_multiip.backbone import encoders, features
 from lit_multiip.backbone import pipeline as backbone_module
 from lit_multiip.backbone.features import Encoder, Features
 from lit_multiip.backbone.pipeline import load_component, load_native_side
@@ -35,7 +35,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(name)
         return load_component(backbone, name, *args)
 
-    for module in (features, backbone_module):  # which loads the image encoder
+    for module in (encoders, backbone_module):  # which loads the image encoder
         monkeypatch.setattr(module, "load_component", counted)
     return names
 
@@ -85,7 +85,7 @@ def test_a_build_leaves_no_encoder_in_memory(
             loaded.append(weakref.ref(component))
         return component
 
-    for module in (features, backbone_module):
+    for module in (encoders, backbone_module):
         monkeypatch.setattr(module, "load_component", watched)
     gc.disable()  # they go at once, not when the collector comes round
     try:

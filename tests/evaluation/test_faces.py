@@ -11,8 +11,8 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
+from lit_multiip.backbone import faces as networks
 from lit_multiip.backbone.faces import TEMPLATE, FaceDetector, aligned, weights_file
-from lit_multiip.evaluation import faces
 from lit_multiip.evaluation.callback import ScoreTest
 from lit_multiip.evaluation.faces import FaceRecognition, SFace
 

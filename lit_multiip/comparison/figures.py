@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from lit_multiip.comparison.tables import format_score, title_of
-from lit_multiip.comparison.tests import Comparison, ComparisonError, compare_with_zero
+from lit_multiip.comparison.tests import Comparison, ComparisonError, judge_difference
 from lit_multiip.evaluation.intervals import Score
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FORMATS = ("png", "svg", "pdf")
 PEOPLE = 6  # in Figure 6, at most
 CELL = (128, 256)  # px of an image in Figure 6, least and most
+LEGEND = "Filled: the 95% interval is clear of zero, for better (blue) or for worse (orange). Hollow: it is not."
 PANELS = ("identity_held_out", "fid", "prompt")
 INK, RULE = "#1f2328", "#d0d7de"
 COLOURS = {"better": "#0b5fd0", "worse": "#b23b0a", "unclear": "#59636e"}
@@ -130,7 +131,7 @@ def figure6(comparison: Comparison) -> Figure | None:
         write(left + column * (cell + gap) + cell / 2, top - gap, head, ha="center", va="bottom")
     for number, (title, pictures) in enumerate(rows):
         y = top + number * (cell + gap)
-        write(gap, y + cell / 2, textwrap.fill(title, 22), va="center")
+        write(gap, y + cell / 2, textwrap.fill(title, 28), va="center")
         for column, paths in enumerate(pictures):
             _tile(axes, paths, left + column * (cell + gap), y, cell)
     return figure
@@ -149,14 +150,17 @@ def _blank(width: int, height: int, dpi: int = 100) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _tile(axes: Axes, paths: Sequence[Path], x: float, y: float, side: float) -> None:
+def _tile(axes: Axes, paths: Sequence[Path], x: int, y: int, side: int) -> None:
     """Draw pictures in a square of `side` px, row by row."""
     columns = math.ceil(math.sqrt(len(paths)))
-    part = side / columns
+    gap = 1 if columns > 1 else 0
+    part = (side + gap) // columns - gap
     for i, path in enumerate(paths):
         row, column = divmod(i, columns)
-        left, top = x + column * part, y + row * part
-        axes.imshow(read_picture(path), extent=(left, left + part, top + part, top), aspect="auto")
+        left, top = x + column * (part + gap), y + row * (part + gap)
+        picture = read_picture(path)
+        way = "hanning" if part % picture.width else "nearest"  # pixels stay as they are where that is possible
+        axes.imshow(picture, extent=(left, left + part, top + part, top), aspect="auto", interpolation=way)
     # `imshow` moves the limits to what it drew
     figure = axes.get_figure()
     assert figure is not None
@@ -186,7 +190,7 @@ def panels(comparison: Comparison, extractor: str) -> list[Panel]:
         for row in comparison.present if reference.tests else []:
             score = comparison.difference(reference.key, row.key).get(key) if row is not reference else None
             if score is not None:
-                lines.append((row.title, score, compare_with_zero(score, title)))
+                lines.append((row.title, score, judge_difference(score, title)))
         if lines:
             found.append(Panel(key, title, lines))
     return found
@@ -199,19 +203,22 @@ def forest(found: Sequence[Panel]) -> Figure:
 
     titles = list(dict.fromkeys(title for panel in found for title, _, _ in panel.lines))
     with matplotlib.rc_context(STYLE):
-        figure = Figure((3 + 3 * len(found), 0.9 + 0.42 * len(titles)), dpi=150, layout="constrained")
+        figure = Figure((3 + 3 * len(found), 1.2 + 0.42 * len(titles)), dpi=150, layout="constrained")
         grid = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
         for axes, panel in zip(grid, found, strict=True):
             axes.axvline(0, color=RULE, zorder=0)
             for title, score, kind in panel.lines:
                 _interval(axes, titles.index(title), score, COLOURS[kind], filled=kind != "unclear")
-            axes.set_title(panel.title, loc="left", fontweight="bold", fontsize=10)
+            better = {"↑": "higher is better", "↓": "lower is better"}[panel.title[-1]]
+            axes.set_title(f"{panel.title[:-2]}, {better}", loc="left", fontweight="bold", fontsize=10)
             axes.set_xlim(*_limits(panel))
             axes.locator_params(axis="x", nbins=5)
             axes.spines["left"].set_visible(False)
             axes.tick_params(axis="y", length=0)
         grid[0].set_yticks(range(len(titles)), [textwrap.fill(title, 40) for title in titles])
         grid[0].set_ylim(len(titles) - 0.5, -0.75)
+        figure.get_layout_engine().set(wspace=0.06)
+        figure.supxlabel(LEGEND, fontsize=8, color=COLOURS["unclear"])
     return figure
 
 
@@ -224,10 +231,10 @@ def _interval(axes: Axes, y: float, score: Score, colour: str, filled: bool) -> 
 
 
 def _limits(panel: Panel) -> tuple[float, float]:
-    """Return limits that hold zero and every interval, and are not mere rounding apart."""
+    """Return limits that hold zero and every interval, and that are not mere rounding apart."""
     bounds = [bound for _, s, _ in panel.lines for bound in (s.value, s.low, s.high, 0.0) if bound is not None]
     low, high = min(bounds), max(bounds)
-    margin = max(0.06 * (high - low), 1e-6)
+    margin = max(0.06 * (high - low), 1e-3)
     return low - margin, high + margin
 
 
@@ -268,11 +275,13 @@ def plane(series: Sequence[Series], x_title: str, y_title: str, title: str) -> F
         axes.grid(color=RULE, linewidth=0.6)
         axes.set_axisbelow(True)
         for number, one in enumerate(series):
-            colour = PALETTE[number % len(PALETTE)]
+            repeats, place = divmod(number, len(PALETTE))
+            colour, marker = PALETTE[place], "os^Dv"[repeats % 5]
             front = sorted(one.points[i] for i in one.front)
-            axes.plot(*zip(*one.points, strict=True), "o", color=colour, markerfacecolor="white", label=one.title)
+            axes.plot([], [], marker, color=colour, label=one.title)
+            axes.plot(*zip(*one.points, strict=True), marker, color=colour, markerfacecolor="white")
             if front:
-                axes.plot(*zip(*front, strict=True), "o-", color=colour)
+                axes.plot(*zip(*front, strict=True), f"{marker}-", color=colour)
             if one.chosen is not None:
                 axes.plot(*one.points[one.chosen], "o", color=colour, markerfacecolor="none", markersize=13)
         axes.set(xlabel=x_title, ylabel=y_title)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import base64
 import re
-from importlib import resources
+from functools import partial
+from html import unescape
 from io import BytesIO
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lit_multiip.comparison import figures, tables
 from lit_multiip.comparison.tables import Cell, Table
 from lit_multiip.comparison.tests import Comparison, load_comparison
 from lit_multiip.evaluation.results import markdown
+from lit_multiip.files import package_file
 
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -106,35 +108,35 @@ def as_page(text: str, folder: Path) -> str:
     """Make one HTML page of a report in Markdown; what lies in `folder` and the text shows is put into the page."""
     from jinja2 import Environment
     from markdown import Markdown
+    from markupsafe import Markup
 
     reader = Markdown(extensions=["tables", "toc"], output_format="html")
     reader.preprocessors.deregister("html_block")
     for name in NOT_MARKDOWN:
         reader.inlinePatterns.deregister(name)
     body = reader.convert(text)
-    # a figure is vector graphics where nothing in it is a photo
-    body = re.sub(r'src="([\w.-]+)\.png"', lambda match: f'src="{_data_uri(folder / match[1])}"', body)
+    body = re.sub(r'<p>(<img alt="([^"]*)" src=)"([\w.-]+)\.png"[^>]*></p>', partial(_figure, folder), body)
     # wide tables scroll by themselves, by keyboard too; intervals stand under their values
     body = body.replace("<table>", '<div class="scroll" role="region" aria-label="table" tabindex="0"><table>')
     body = body.replace("</table>", "</table></div>")
     body = re.sub(r"(?<=[\d>]) (\[[^]<]+\])(?=</td>)", r" <small>\1</small>", body)
     [title] = reader.toc_tokens  # type: ignore[attr-defined]
-    template = resources.files("lit_multiip.comparison").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    page = Environment(autoescape=True).from_string(template)
-    return page.render(title=title["name"], sections=title["children"], body=body)
+    sections = [(section["id"], unescape(section["name"])) for section in title["children"]]
+    template = Environment(autoescape=True).from_string(package_file("comparison/page.html.jinja").read_text("utf-8"))
+    return template.render(title=unescape(title["name"]), sections=sections, body=Markup(body))
 
 
-def _data_uri(stem: Path) -> str:
-    """Return a figure as the page holds it: Figure 6 as pixels, others as SVG."""
-    if stem.name != "figure6":
-        kind, content = "svg+xml", stem.with_name(f"{stem.name}.svg").read_bytes()
-    else:
-        kind, content = "png", stem.with_name(f"{stem.name}.png").read_bytes()
-    if len(content) > LARGEST_PNG and kind == "png":
+def _figure(folder: Path, match: re.Match[str]) -> str:
+    """Return a figure with its caption, as pixels where it shows photos, else as SVG."""
+    image, caption, name = match.groups()
+    kind = "png" if name == "figure6" else "svg+xml"
+    content = (folder / f"{name}.{kind[:3]}").read_bytes()
+    if kind == "png" and len(content) > LARGEST_PNG:
         kind, buffer = "jpeg", BytesIO()
         Image.open(BytesIO(content)).convert("RGB").save(buffer, "JPEG", quality=88)
         content = buffer.getvalue()
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    data = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return f'<figure>{image}"{data}"><figcaption>{caption}</figcaption></figure>'
 
 
 # ---- LaTeX ----------------------------------------------------------------------------------------------------------

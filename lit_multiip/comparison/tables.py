@@ -185,7 +185,13 @@ def summarise_contrasts(comparison: Comparison) -> str:
 
 
 def _difference_line(
-    comparison: Comparison, extractor: str, names: list[str], a: ComparedRow, b: ComparedRow, title: str, group: str = ""
+    comparison: Comparison,
+    extractor: str,
+    names: list[str],
+    a: ComparedRow,
+    b: ComparedRow,
+    title: str,
+    group: str = "",
 ) -> Line:
     if not (a.tests and b.tests):
         return Line(title, [Cell(NOT_RUN), *[Cell("")] * (len(names) - 1)], group)
@@ -254,7 +260,9 @@ def audit_table(comparison: Comparison) -> Table | None:
 
 def _flatten(value: Any, name: str = "") -> list[tuple[str, str]]:
     if isinstance(value, Mapping):
-        return [pair for key, item in value.items() for pair in _flatten(item, f"{name} {key}".strip().replace("_", " "))]
+        return [
+            pair for key, item in value.items() for pair in _flatten(item, f"{name} {key}".strip().replace("_", " "))
+        ]
     if isinstance(value, list):
         if any(isinstance(item, Mapping) for item in value):
             return [(name, f"{len(value)} listed")]
@@ -355,9 +363,8 @@ def _name_leaders(comparison: Comparison, extractor: str) -> str:
         control = find_leader(comparison, key, [first, *controls])
         if control is not None and control[0] is not first:
             to = comparison.difference(control[0].key, first.key).get(key)
-            said.append(
-                f"A control has a better point estimate: {control[0].title} minus {first.title} is {format_difference(to)}."
-            )
+            by = f"{control[0].title} minus {first.title} is {format_difference(to)}"
+            said.append(f"A control has a better point estimate: {by}.")
     return " ".join(said)
 
 

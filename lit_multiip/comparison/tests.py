@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,12 +19,11 @@ import numpy as np
 from safetensors import SafetensorError
 
 from lit_multiip.comparison.plan import Contrast
+from lit_multiip.comparison.steps import read_stamp
 from lit_multiip.evaluation.intervals import Score
 from lit_multiip.evaluation.results import TITLES, read_features
 from lit_multiip.evaluation.scores import ImageSet, summarise, summarise_difference, values_of_each
 from lit_multiip.files import LitMultiIPError
-
-logger = logging.getLogger(__name__)
 
 OF_A_METHOD = ("no_references", "zero_embedding", "other_person")  # anchors that are drawn by the method itself
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
@@ -45,6 +43,7 @@ class TestResult:
     lines: list[dict[str, str]]  # of scores.csv, the method's own, a task each
     images: dict[str, ImageSet]  # by extractor
     held_out: dict[str, ImageSet]  # real photos, by extractor
+    fit_commit: str | None = None  # by which `compare` trained what is tested
 
     @property
     def tasks(self) -> list[tuple[str, str, str]]:
@@ -230,6 +229,11 @@ class Comparison:
                 if missing < images:
                     alike.setdefault(f"{why} {missing} of {images} images, which are not in the mean", []).append(key)
             notes += [f"{row.title}: {', '.join(keys)}: {what}." for what, keys in alike.items()]
+            trained = dict.fromkeys((test.fit_commit, test.metrics.get("commit")) for test in row.tests)
+            for fitted, tested in trained:
+                if fitted is not None and fitted != tested:
+                    by = f"trained by commit {short_commit(fitted)} and tested by {short_commit(tested)}"
+                    notes.append(f"{row.title}: {by} of this package.")
         for what, values in self._varying_facts().items():
             notes.append(f"Rows differ in their {what}: {'; '.join(values)}.")
         for name, facts in self.extractors.items():
@@ -366,11 +370,12 @@ def _read_test(folder: Path) -> TestResult:
                     raise OSError("a PNG without its end")
         except OSError as error:
             raise cut_off(line["image"], error) from error
-    return TestResult(folder, metrics, lines, images, held_out)
+    fit = read_stamp(folder.parent / "fit.json") or {}
+    return TestResult(folder, metrics, lines, images, held_out, fit.get("commit"))
 
 
 def _find_mismatches(comparison: Comparison) -> list[str]:
-    """In what tests are not like the first, a message each."""
+    """Say in what tests are not like the first, a message each."""
     first = comparison.first
     problems = []
     for test in (test for row in comparison.present for test in row.tests[0 if row.tests[0] is not first else 1 :]):
@@ -397,12 +402,12 @@ def _find_mismatches(comparison: Comparison) -> list[str]:
 
 
 def short_commit(commit: str | None) -> str:
-    """The first 12 digits of a commit, with `-dirty` where files differ from it."""
+    """Return the first 12 digits of a commit, with `-dirty` where files differ from it."""
     return "unknown" if not commit else commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
 def _extractor_facts(test: TestResult) -> dict[str, dict[str, Any]]:
-    """Facts of a test's extractors; a folder of weights counts by its name, their content is compared by features."""
+    """Return facts of a test's extractors; a folder of weights counts by its name, its content by the features."""
     return {
         name: {key: Path(value).name if key == "source" and value else value for key, value in facts.items()}
         for name, facts in test.metrics["extractors"].items()
@@ -416,10 +421,13 @@ def _are_close(a: ImageSet, b: ImageSet) -> bool:
     return x.shape == y.shape and bool(np.linalg.norm(x - y) <= 0.01 * np.linalg.norm(x))
 
 
-def find_leader(comparison: Comparison, key: str, rows: Sequence[ComparedRow]) -> tuple[ComparedRow, ComparedRow | None, Score | None] | None:
-    """Who leads a score among some rows, by point estimate, the runner-up, and their paired difference.
+def find_leader(
+    comparison: Comparison, key: str, rows: Sequence[ComparedRow]
+) -> tuple[ComparedRow, ComparedRow | None, Score | None] | None:
+    """Return who leads a score among some rows by point estimate, the runner-up, and their paired difference.
 
-    None where the score has no better side, or no row has it.
+    Returns:
+        None where the score has no better side, or no row has it.
     """
     title = TITLES.get(key.rpartition("/")[0], "")
     have = [row for row in rows if row.tests and key in comparison.scores[row.key]]
@@ -432,23 +440,21 @@ def find_leader(comparison: Comparison, key: str, rows: Sequence[ComparedRow]) -
 
 
 def is_clear(score: Score | None) -> bool:
-    """Whether an interval does not hold zero."""
+    """Return whether an interval does not hold zero."""
     return score is not None and score.low is not None and score.high is not None and score.low * score.high > 0
 
 
 def judge_difference(score: Score, title: str) -> str:
-    """Whether a difference is clear of zero, for `better` or `worse` by the arrow of its title, or is `unclear`."""
+    """Return `better` or `worse`, by the arrow of its title, for a difference that is clear of zero, else `unclear`."""
     if not is_clear(score):
         return "unclear"
-    if title[-1:] not in ("↑", "↓"):
-        return "clear"
     return "better" if (score.value > 0) == title.endswith("↑") else "worse"
 
 
 def best_cells(comparison: Comparison, extractor: str) -> set[tuple[str, str]]:
-    """Which cells are marked as best, (row, score).
+    """Return the cells that are marked as best, (row, score).
 
-    The best of a group (the paper's methods; the controls) by point estimate, and only where the 95% interval of its
+    That is the best of a group (the paper's methods; the controls) by point estimate, where the 95% interval of its
     paired difference to the runner-up is clear of zero.
     """
     marked = set()

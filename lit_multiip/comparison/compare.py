@@ -15,6 +15,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from jsonargparse.typing import PositiveInt
 from lit_multiip.backbone.encoders import FaceEncoder, fingerprint_photo_encoder
 from lit_multiip.backbone.ip_adapter import find_ip_adapter
 from lit_multiip.backbone.pipeline import COMPONENTS, BackboneError, fingerprint
+from lit_multiip.cli import UsageError
 from lit_multiip.comparison.plan import OUTPUT, CompareError, Contrast, Plan, Row
 from lit_multiip.comparison.steps import Step, run_steps
 from lit_multiip.evaluation.critic import shipped_critic
@@ -163,13 +165,11 @@ def _as_arguments(options: Mapping[str, Any]) -> list[str]:
 class Inputs:
     """What the result of a step depends on: the config of its command line, and the content of all that it names.
 
-    Building the parser takes seconds and parsing a fifth of one; sources, components and runs are read once.
+    Sources, components and runs are read once; parsing takes a fifth of a second a command.
     """
 
     def __init__(self) -> None:
-        from lit_multiip.cli import make_cli
-
-        self.parser = make_cli([], execute=False).parser
+        self.parser = _parser()
         self._people: dict[str, str] = {}
         self._weights: dict[str, list[str]] = {}
         self._runs: dict[str, tuple[list[str], str]] = {}
@@ -181,10 +181,20 @@ class Inputs:
             command: how scores are made matters to `test` alone.
             arguments: configs and options.
             depends: hash of what it tests.
+
+        Raises:
+            CompareError: the command line cannot be parsed.
         """
-        config = self.parser.parse_args(list(arguments), with_meta=False)
-        facts = [depends, *self._fingerprint_weights(config), self._fingerprint_people(config)]
+        try:
+            config = self.parser.parse_args(list(arguments), with_meta=False)
+        except UsageError as error:
+            raise CompareError(f"the plan cannot be carried out, {command} {shlex.join(arguments)}: {error}") from error
         values = config.as_dict()
+        config.score.extractors = None  # which would read their weights
+        built = self.parser.instantiate_classes(config)
+        facts = [depends, *self._fingerprint_weights(config), self._fingerprint_people(config, built)]
+        facts.append(repr(built.model.sampling))  # in a config null stands for its defaults
+        _drop(values, ["model", "init_args", "sampling"])
         for place in ("config", "data.source", *PLACES):
             _drop(values, place.split("."))
         score = values.pop("score")
@@ -211,17 +221,13 @@ class Inputs:
             self._runs[run] = ["--config", json.dumps(values)], hash_file(checkpoint)
         return self._runs[run]
 
-    def _fingerprint_people(self, config: Namespace) -> str:
-        """Hash all people, photos, prompts and roles of a config's source."""
+    def _fingerprint_people(self, config: Namespace, built: Namespace) -> str:
+        """Hash all people, photos, prompts and roles of a source."""
         name = repr(config.data.source)
         if name not in self._people:
-            config = config.clone()
-            config.score.extractors = None  # which would read their weights
-            people = self.parser.instantiate_classes(config).data.source.people()
-            photos = sorted(
-                (p.name, p.split or "", x.name, x.content_key(), x.prompt) for p in people for x in p.photos
-            )
-            self._people[name] = hash_text(json.dumps(photos))
+            people = built.data.source.people()
+            photos = ((p.name, p.split or "", x.name, x.content_key(), x.prompt) for p in people for x in p.photos)
+            self._people[name] = hash_text(json.dumps(sorted(photos)))
         return self._people[name]
 
     def _fingerprint_weights(self, config: Namespace) -> list[str]:
@@ -233,7 +239,7 @@ class Inputs:
             for component in COMPONENTS:
                 with suppress(BackboneError):  # not every pipeline has every component
                     found.append(fingerprint(backbone, component))
-            face = None if face is None else FaceEncoder(**face)
+            face = None if face is None else FaceEncoder(**face.init_args)
             with suppress(BackboneError):
                 found.append(fingerprint_photo_encoder(backbone, encoder, face))
             if Path(backbone).is_dir() or backbone == "mini":
@@ -241,6 +247,14 @@ class Inputs:
                 found += [] if adapter is None else [hash_file(Path(adapter))]
             self._weights[name] = found
         return self._weights[name]
+
+
+@cache
+def _parser() -> Any:
+    """Return what parses the options of a command; making it takes seconds."""
+    from lit_multiip.cli import make_cli
+
+    return make_cli([], execute=False).parser
 
 
 def _drop(values: dict[str, Any], path: Sequence[str]) -> None:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from lit_multiip.comparison.rows import Comparison, ComparisonError, judge_difference
 from lit_multiip.comparison.tables import format_score, title_of
-from lit_multiip.comparison.tests import Comparison, ComparisonError, judge_difference
 from lit_multiip.evaluation.intervals import Score
 
 if TYPE_CHECKING:

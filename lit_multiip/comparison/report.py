@@ -15,8 +15,9 @@ from pathlib import Path
 from PIL import Image
 
 from lit_multiip.comparison import figures, tables
+from lit_multiip.comparison.rows import Comparison
 from lit_multiip.comparison.tables import Cell, Table
-from lit_multiip.comparison.tests import Comparison, load_comparison
+from lit_multiip.comparison.tests import load_comparison
 from lit_multiip.evaluation.results import markdown
 from lit_multiip.files import package_file
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_multiip.comparison.tests import (
+from lit_multiip.comparison.rows import (
     ComparedRow,
     Comparison,
     Scores,

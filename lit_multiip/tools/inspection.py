@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from lit_multiip.data.tasks import Task
 from lit_multiip.evaluation import results as report
 from lit_multiip.evaluation.intervals import FloatArray, Score, person_bootstrap
 from lit_multiip.evaluation.pictures import Bars, photos_with_bars, to_picture
+from lit_multiip.files import LitMultiIPError
 from lit_multiip.methods.adapter import VALIDATION_TIMES
 from lit_multiip.methods.method import text_time
 
@@ -41,6 +42,7 @@ MEASURES = {
     "loss_increase": "loss without it",
     "token_shift": "image tokens without it, 1 - cos",
 }
+ROWS = ("row_spread", "own_weight")  # of what attends with a row a photo
 TRUTHS = {
     "rarity": "shows what others hide",
     "needed": "shows what others hide and the held-out photo shows",
@@ -139,6 +141,24 @@ def effective_number(weights: npt.ArrayLike) -> float:
     return float(np.exp(-(w * np.log(w)).sum()))
 
 
+def attention_rows(aggregator: Any, embeds: Tensor) -> dict[str, FloatArray]:
+    """Measure each photo's own row of attention; nothing where the aggregator has none.
+
+    Args:
+        aggregator: Of N photos' embeddings.
+        embeds: Of one person's photos, (N, D).
+
+    Returns:
+        `row_spread`, among how many photos a photo's row is shared, exp H, and `own_weight`, what it gives to itself;
+        (N,) each, means over heads.
+    """
+    if not hasattr(aggregator, "attention_weights"):
+        return {}
+    [rows] = aggregator.attention_weights(embeds[None]).double().cpu().numpy()  # (h, N, N)
+    spread = [[effective_number(row) for row in head] for head in rows]
+    return {"row_spread": np.mean(spread, axis=0), "own_weight": rows.diagonal(axis1=1, axis2=2).mean(axis=0)}
+
+
 @dataclass
 class Inspected:
     """What was measured of one person's references; all (N,)."""
@@ -147,7 +167,7 @@ class Inspected:
     references: Sequence[Photo]
     held_out: Sequence[Photo]
     loss: float  # with all references, the mean over the held-out photos
-    values: dict[str, FloatArray] = field(default_factory=dict)  # of MEASURES and TRUTHS, what there is
+    values: dict[str, FloatArray] = field(default_factory=dict)  # of MEASURES, ROWS and TRUTHS, what there is
 
 
 def inspect_person(model: Any, tasks: Sequence[Task], items: Sequence[Mapping[str, Tensor]]) -> Inspected:
@@ -159,11 +179,11 @@ def inspect_person(model: Any, tasks: Sequence[Task], items: Sequence[Mapping[st
         items: Of `TaskDataset`, a task each, on the model's device.
 
     Raises:
-        ValueError: There is one reference, which cannot be left out.
+        InspectError: There is one reference, which cannot be left out.
     """
     references = tasks[0].references
     if len(references) < 2:
-        raise ValueError(f"'{tasks[0].person}' has a single reference, and one is left out: set data.references to 2")
+        raise InspectError(f"'{tasks[0].person}' has a single reference, and one is left out: set data.references to 2")
     embeds = items[0]["references"]  # (N, D)
     everything, without = model.condition(embeds[None]), model.condition(leave_one_out(embeds))
     losses, increases = [], []
@@ -175,6 +195,7 @@ def inspect_person(model: Any, tasks: Sequence[Task], items: Sequence[Mapping[st
     weights = model.aggregator.photo_weights(embeds[None])
     if weights is not None:
         found.values["weight"] = weights[0].double().cpu().numpy()
+    found.values |= attention_rows(model.aggregator, embeds)
     found.values["loss_increase"] = np.mean(increases, axis=0)
     cosines = F.cosine_similarity(mean_token(model, everything), mean_token(model, without))  # (N,)
     found.values["token_shift"] = 1 - cosines.double().cpu().numpy()
@@ -195,7 +216,8 @@ def summarise(people: Sequence[Inspected]) -> dict[str, Score]:
 
     Returns:
         `spearman/<measure>/<truth>` and `spearman/weight/loss_increase`, rank correlations within a person, of people
-        for whom both vary; `effective_photos`, see `effective_number`; `loss` and `loss_increase`, of a photo left out.
+        for whom both vary; `effective_photos`, see `effective_number`; `row_spread` and `own_weight`, see
+        `attention_rows`; `loss` and `loss_increase`, of a photo left out.
     """
     names = np.array([person.person for person in people])
     values: dict[str, list[float]] = {}
@@ -205,13 +227,18 @@ def summarise(people: Sequence[Inspected]) -> dict[str, Score]:
             values[f"spearman/{a}/{b}"] = [spearman(person.values[a], person.values[b]) for person in people]
     if all("weight" in person.values for person in people):
         values["effective_photos"] = [effective_number(person.values["weight"]) for person in people]
+    for name in ROWS:
+        if all(name in person.values for person in people):
+            values[name] = [float(person.values[name].mean()) for person in people]
     values["loss"] = [person.loss for person in people]
     values["loss_increase"] = [float(person.values["loss_increase"].mean()) for person in people]
     return {name: person_bootstrap(row, names) for name, row in values.items()}
 
 
-def picture(person: Inspected, weights_are: str | None, generated: Image.Image, side: int, title: str) -> Image.Image:
-    """The references with bars of what was measured, the first held-out photo and what was generated."""
+def draw_person(
+    person: Inspected, weights_are: str | None, generated: Image.Image, side: int, title: str
+) -> Image.Image:
+    """Draw the references with bars of what was measured, the first held-out photo and what was generated."""
     from lit_multiip.pixels import square
 
     n, values = len(person.references), person.values
@@ -230,6 +257,10 @@ def picture(person: Inspected, weights_are: str | None, generated: Image.Image, 
 
 
 # ---- the command ------------------------------------------------------------------------------------------------
+
+
+class InspectError(LitMultiIPError):
+    """What cannot be inspected; the message names the value and the remedy."""
 
 
 class Loaded(NamedTuple):
@@ -260,56 +291,77 @@ def inspect(args: Sequence[str]) -> None:
     parser.add_argument("--output", help="folder; inspect/ in the run's by default")
     options, rest = parser.parse_known_args(args)
     if options.people < 0 or options.measured < 1:
-        raise ValueError(f"people={options.people} and measured={options.measured}: give at least 0 and at least 1")
+        raise InspectError(f"people={options.people} and measured={options.measured}: give at least 0 and at least 1")
     loaded = load(options.run, options.config, rest, options.split)
     folder = Path(options.output) if options.output else loaded.folder / "inspect"
-    folder.mkdir(parents=True, exist_ok=True)
-    model, data = loaded.model, loaded.data
-    if getattr(model, "aggregator", None) is None:
-        raise ValueError(f"{type(model).__name__} has no aggregator: inspect a method that looks at reference photos")
+    inspect_loaded(loaded, folder, options.split, options.people, options.measured)
 
-    tasks = data.tasks if options.split == "test" else data.validation_tasks
-    dataset = (data.test_dataloader() if options.split == "test" else data.val_dataloader()).dataset
-    first: dict[str, dict[Photo, int]] = {}  # a task a held-out photo; its other seeds change the noise alone
-    for number, task in enumerate(tasks):
-        first.setdefault(task.person, {}).setdefault(task.held_out, number)
-    chosen = list(first.items())[: max(options.people, options.measured)]
-    # weights of 16 bits take autocast; a difference of losses deserves float32 where there is no need
-    dtype = model.unet.dtype
-    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(loaded.device.type, dtype)
-    weights_are, people = model.aggregator.weights_are, []
+
+def inspect_loaded(loaded: Loaded, folder: Path, split: str, people: int, measured: int) -> None:
+    """Measure people of a split, write pictures, inspect.json and photos.csv, and print the summary.
+
+    Args:
+        loaded: A method with an `aggregator`, and its data.
+        folder: To write.
+        split: `test` or `validation`.
+        people: With a picture.
+        measured: People in the numbers.
+    """
+    model = loaded.model
+    if getattr(model, "aggregator", None) is None:
+        raise InspectError(f"{type(model).__name__} has no aggregator: inspect a method that looks at reference photos")
+    folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.png"):
         stale.unlink()
-    with torch.no_grad(), autocast:
-        for name, numbers in tqdm(chosen, "inspecting", unit="person", delay=3):
-            items = [_to(dataset[number], loaded.device) for number in numbers.values()]
-            person = inspect_person(model, [tasks[number] for number in numbers.values()], items)
-            people.append(person)
-            if len(people) <= options.people:
-                [image] = model.generate({key: value[None] for key, value in items[0].items()})
-                drawn = to_picture(image)
-                made = picture(person, weights_are, drawn, model.image_side, model.method())
-                slug = re.sub(r"[^\w-]+", "-", name)
-                made.save(folder / f"{len(people):02d}_{slug}.png")
-
-    scores = summarise(people[: options.measured])
-    report.write_csv(folder / "photos.csv", _rows(people))
+    found = []
+    for person, picture in inspect_people(loaded, split, max(people, measured), people):
+        found.append(person)
+        if picture is not None:
+            slug = re.sub(r"[^\w-]+", "-", person.person)
+            picture.save(folder / f"{len(found):02d}_{slug}.png")
+    scores, weights_are = summarise(found[:measured]), model.aggregator.weights_are
+    report.write_csv(folder / "photos.csv", _photo_rows(found))
     report.write_json(
         folder / "inspect.json",
         {
             "model": model.describe(),
             "checkpoint": None if loaded.checkpoint is None else str(loaded.checkpoint),
-            "split": options.split,
+            "split": split,
             "weights_are": weights_are,
             "summary": {name: score._asdict() for name, score in scores.items()},
-            "people": [_facts(person) for person in people],
+            "people": [_describe_person(person) for person in found],
             "versions": report.versions(),
             "commit": report.commit(),
         },
     )
     print(
-        f"\n{_text(model.method(), weights_are, people[: options.measured], scores)}\n\nPictures and numbers: {folder}"
+        f"\n{render_summary(model.method(), weights_are, found[:measured], scores)}\n\nPictures and numbers: {folder}"
     )
+
+
+def inspect_people(
+    loaded: Loaded, split: str, most: int, pictured: int
+) -> Iterator[tuple[Inspected, Image.Image | None]]:
+    """Yield what was measured of each of the first people, with a picture of the first `pictured` of them."""
+    model, data = loaded.model, loaded.data
+    tasks = data.tasks if split == "test" else data.validation_tasks
+    dataset = (data.test_dataloader() if split == "test" else data.val_dataloader()).dataset
+    first: dict[str, dict[Photo, int]] = {}  # a task a held-out photo; its other seeds change the noise alone
+    for number, task in enumerate(tasks):
+        first.setdefault(task.person, {}).setdefault(task.held_out, number)
+    # weights of 16 bits take autocast; a difference of losses deserves float32 where there is no need
+    dtype = model.unet.dtype
+    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(loaded.device.type, dtype)
+    chosen = list(first.values())[:most]
+    with torch.no_grad(), autocast:
+        for place, numbers in enumerate(tqdm(chosen, "inspecting", unit="person", delay=3)):
+            items = [_to_device(dataset[number], loaded.device) for number in numbers.values()]
+            person, picture = inspect_person(model, [tasks[number] for number in numbers.values()], items), None
+            if place < pictured:
+                [image] = model.generate({key: value[None] for key, value in items[0].items()})
+                side, weights_are = model.image_side, model.aggregator.weights_are
+                picture = draw_person(person, weights_are, to_picture(image), side, model.method())
+            yield person, picture
 
 
 def load(run: str | None, configs: Sequence[str], options: Sequence[str], split: str) -> Loaded:
@@ -337,12 +389,12 @@ def load(run: str | None, configs: Sequence[str], options: Sequence[str], split:
     return Loaded(model, data, device, folder or Path(trainer.log_dir or trainer.default_root_dir), checkpoint)
 
 
-def _to(item: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+def _to_device(item: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
     tensors = {key: value for key, value in item.items() if isinstance(value, Tensor)}  # prompts are words
     return {key: values[0].to(device) for key, values in default_collate([tensors]).items()}
 
 
-def _facts(person: Inspected) -> dict[str, Any]:
+def _describe_person(person: Inspected) -> dict[str, Any]:
     return {
         "person": person.person,
         "references": [photo.name for photo in person.references],
@@ -352,7 +404,7 @@ def _facts(person: Inspected) -> dict[str, Any]:
     }
 
 
-def _rows(people: Sequence[Inspected]) -> list[dict[str, Any]]:
+def _photo_rows(people: Sequence[Inspected]) -> list[dict[str, Any]]:
     return [
         {"person": person.person, "reference": photo.name}
         | {name: float(values[number]) for name, values in person.values.items()}
@@ -361,8 +413,10 @@ def _rows(people: Sequence[Inspected]) -> list[dict[str, Any]]:
     ]
 
 
-def _text(method: str, weights_are: str | None, people: Sequence[Inspected], scores: Mapping[str, Score]) -> str:
-    """The summary as it is printed."""
+def render_summary(
+    method: str, weights_are: str | None, people: Sequence[Inspected], scores: Mapping[str, Score]
+) -> str:
+    """Return the summary as it is printed."""
 
     def interval(score: Score, factor: float = 1.0, form: str = ".3f") -> str:
         if score.low is None or score.high is None:
@@ -376,6 +430,9 @@ def _text(method: str, weights_are: str | None, people: Sequence[Inspected], sco
         lines.append(
             f"- {weights_are} is shared among {interval(scores['effective_photos'], form='.2f')} photos (exp H)"
         )
+    if all(name in scores for name in ROWS):
+        spread, own = (interval(scores[name], form=form) for name, form in zip(ROWS, (".2f", ".3f"), strict=True))
+        lines.append(f"- {weights_are} of a row: spread over {spread} photos (exp H), weight on itself {own}")
     lost = interval(scores["loss_increase"], 100 / scores["loss"].value, "+.3f")
     lines.append(f"- loss when a photo is left out: {lost} % of {scores['loss'].value:.4f}")
     called = {**MEASURES, **TRUTHS, "weight": weights_are or "weight"}

@@ -8,7 +8,8 @@ from comparing import write_comparison, write_plan, write_test
 from test_callback import Data, Perfect, run
 
 from lit_multiip.comparison.figures import pictured_people
-from lit_multiip.comparison.tests import ComparisonError, best_cells, find_leader, load_comparison
+from lit_multiip.comparison.rows import ComparisonError, best_cells, find_leader
+from lit_multiip.comparison.tests import load_comparison
 from lit_multiip.evaluation.intervals import person_bootstrap
 from lit_multiip.evaluation.results import read_features
 from lit_multiip.evaluation.scores import fid

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lit_multiip.comparison.figures import CELL, PALETTE, Panel, Series, figure6, forest, panels, plane, save
-from lit_multiip.comparison.tests import Comparison, load_comparison
+from lit_multiip.comparison.rows import Comparison
+from lit_multiip.comparison.tests import load_comparison
 from lit_multiip.evaluation.intervals import Score
 
 

@@ -24,6 +24,7 @@ from lit_multiip.tools.inspection import (
     inspect_person,
     leave_one_out,
     rarity,
+    render_summary,
     restoration_losses,
     spearman,
     summarise,
@@ -117,6 +118,27 @@ def test_a_single_reference_cannot_be_left_out(tiny_backbone: Path) -> None:
     tasks = make_tasks(PEOPLE[:1], 1, 1)
     with pytest.raises(ValueError, match=r"has a single reference.*set data\.references to 2"):
         inspect_person(None, tasks, [{"references": torch.zeros(1, WIDTH)}])
+
+
+def test_a_row_of_attention_is_measured_apart_from_what_a_photo_receives(tiny_backbone: Path) -> None:
+    """A photo that attends to itself alone has a spread of 1, though all photos receive alike."""
+    embeds = tasks_and_items()[1][0]["references"]
+    even = inspected(tiny_backbone, partial(SelfAttention, query_scale=0)).values
+    assert even["row_spread"] == pytest.approx(np.full(5, 5.0)) and even["own_weight"] == pytest.approx(np.full(5, 0.2))
+    steep = inspected(tiny_backbone, partial(SelfAttention, query_scale=100.0), embeds).values
+    assert steep["row_spread"] == pytest.approx(np.ones(5)) and steep["own_weight"] == pytest.approx(np.ones(5))
+    assert steep["weight"] == pytest.approx(np.full(5, 0.2))
+    assert not {"row_spread", "own_weight"} & inspected(tiny_backbone, MaxPool).values.keys()
+
+
+def test_the_printout_has_the_rows_of_attention_beside_what_photos_receive() -> None:
+    people = [person(name, [0.2, 0.3, 0.5], [1, 2, 3], [1, 1, 2]) for name in "ab"]
+    assert "of a row" not in render_summary("SelfAttention", "attention", people, summarise(people))
+    for one in people:
+        one.values |= {"row_spread": np.array([1.0, 1.2, 1.4]), "own_weight": np.array([0.9, 0.95, 1.0])}
+    text = render_summary("SelfAttention", "attention", people, summarise(people))
+    row = "- attention of a row: spread over 1.20 [1.20, 1.20] photos (exp H), weight on itself 0.950 [0.950, 0.950]"
+    assert row in text
 
 
 # The truth

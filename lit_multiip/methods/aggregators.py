@@ -203,8 +203,8 @@ class SelfAttention(Aggregator):
         query_scale: s, before training.
         pool: `mean` averages the N rows into one embedding, 4 tokens (the other reading of section 3.5); `none` keeps
             the rows.
-        attend: false takes Z = x W_v in place of softmax(Q K^T / sqrt(d)) V. No checkpoint records it: a trained model can
-            be drawn without its attention.
+        attend: false takes Z = x W_v in place of softmax(Q K^T / sqrt(d)) V. No checkpoint records it, so a trained
+            model can be drawn without its attention.
 
     Raises:
         ValueError: ``heads`` is not a positive divisor of ``dim``, or ``query_scale`` is negative or not finite.

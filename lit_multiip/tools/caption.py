@@ -62,7 +62,7 @@ class ImageToText:
         from safetensors import SafetensorError
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        from lit_multiip.backbone.pipeline import safe_config
+        from lit_multiip.backbone.components import safe_config
 
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         folder = Path(model).expanduser()

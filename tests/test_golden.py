@@ -108,7 +108,7 @@ def test_the_figures_of_a_method_on_the_tiny_backbone(method: str, tiny_backbone
     (tmp_path / "backbone").symlink_to(tiny_backbone)
     score = {"groups": 2, "resamples": 20}
     args = ["--config", f"configs/{method}.yaml"]
-    args += overlay(tmp_path, train=3, test=3, backbone=str(tmp_path / "backbone"), score=score)
+    args += overlay(tmp_path, train=3, test=3, backbone={"path": str(tmp_path / "backbone")}, score=score)
     if method == "dreambooth":
         args += ["--model.steps", "4", "--model.class_images", "3", "--model.class_folder", str(tmp_path / "class")]
     if method == "self_attn":

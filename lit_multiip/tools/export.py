@@ -286,7 +286,7 @@ def export(args: Sequence[str]) -> None:
         f"--photos the embeddings of people; LoRA as {LORA_FILE}, and a wholly tuned DreamBooth as a pipeline folder. "
         "Nothing is left behind unless plain diffusers draws the same image from it as this package (at most "
         f"{TOLERANCE} of 255 grey levels apart).",
-        epilog="Bare, the newest run under runs/ is exported. All options of a config are taken, such as --backbone.path.",
+        epilog="Bare, the newest run under runs/ is exported. All options of a config are taken: --backbone.path, ...",
         allow_abbrev=False,
     )
     parser.add_argument("--run", help="folder of a run, such as runs/self_attn/version_0")

@@ -17,15 +17,13 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
-from lit_multiip.backbone.encoders import FaceEncoder, fingerprint_photo_encoder
-from lit_multiip.backbone.ip_adapter import find_ip_adapter
-from lit_multiip.backbone.pipeline import COMPONENTS, BackboneError, fingerprint
+from lit_multiip.backbone.components import COMPONENTS, BackboneError
 from lit_multiip.cli import UsageError
 from lit_multiip.comparison.plan import OUTPUT, CompareError, Contrast, Plan, Row
 from lit_multiip.comparison.steps import Step, run_steps
@@ -34,16 +32,20 @@ from lit_multiip.evaluation.results import write_json
 from lit_multiip.files import hash_file, hash_text
 from lit_multiip.runs import best_checkpoint
 
+if TYPE_CHECKING:
+    from lit_multiip.backbone.pipeline import Backbone
+    from lit_multiip.datamodule import MultiPhotoData
+
 # Options that say where something is written or kept: no result depends on them.
 PLACES = (
+    "config",
     "trainer.logger",
     "trainer.default_root_dir",
     "checkpoint.dirpath",
     "data.cache_dir",
     "model.init_args.class_folder",
     "score.output",
-    "backbone",  # its content counts
-    "image_encoder",
+    *(f"backbone.init_args.{name}" for name in ("path", "image_encoder", "published_adapter")),  # their content counts
 )
 LIBRARIES = ("lit_multiip", "torch", "torchvision", "lightning", "diffusers", "transformers")
 
@@ -171,7 +173,7 @@ class Inputs:
     def __init__(self) -> None:
         self.parser = _parser()
         self._people: dict[str, str] = {}
-        self._weights: dict[str, list[str]] = {}
+        self._backbones: dict[str, list[str]] = {}
         self._runs: dict[str, tuple[list[str], str]] = {}
 
     def key(self, command: Literal["fit", "test"], arguments: Sequence[str], depends: str = "") -> str:
@@ -192,10 +194,11 @@ class Inputs:
         values = config.as_dict()
         config.score.extractors = None  # which would read their weights
         built = self.parser.instantiate_classes(config)
-        facts = [depends, *self._fingerprint_weights(config), self._fingerprint_people(config, built)]
+        facts = [depends, *self._fingerprint_backbone(config, built.data.backbone)]
+        facts.append(self._fingerprint_people(config, built.data))
         facts.append(repr(built.model.sampling))  # in a config null stands for its defaults
         _drop(values, ["model", "init_args", "sampling"])
-        for place in ("config", "data.source", *PLACES):
+        for place in ("data.source", *PLACES):
             _drop(values, place.split("."))
         score = values.pop("score")
         if command == "test":
@@ -221,32 +224,29 @@ class Inputs:
             self._runs[run] = ["--config", json.dumps(values)], hash_file(checkpoint)
         return self._runs[run]
 
-    def _fingerprint_people(self, config: Namespace, built: Namespace) -> str:
+    def _fingerprint_people(self, config: Namespace, data: MultiPhotoData) -> str:
         """Hash all people, photos, prompts and roles of a source."""
         name = repr(config.data.source)
         if name not in self._people:
-            people = built.data.source.people()
+            people = data.source.people()
             photos = ((p.name, p.split or "", x.name, x.content_key(), x.prompt) for p in people for x in p.photos)
             self._people[name] = hash_text(json.dumps(sorted(photos)))
         return self._people[name]
 
-    def _fingerprint_weights(self, config: Namespace) -> list[str]:
-        """Name the content of the backbone's components, of what embeds photos, and of the backbone's own adapter."""
-        backbone, encoder, face = config.backbone, config.image_encoder, config.face_encoder
-        name = repr((backbone, encoder, face))
-        if name not in self._weights:
+    def _fingerprint_backbone(self, config: Namespace, backbone: Backbone) -> list[str]:
+        """Name the content of a backbone's components, of what embeds photos, and of its adapter."""
+        name = repr(config.backbone)
+        if name not in self._backbones:
             found = []
             for component in COMPONENTS:
                 with suppress(BackboneError):  # not every pipeline has every component
-                    found.append(fingerprint(backbone, component))
-            face = None if face is None else FaceEncoder(**face.init_args)
+                    found.append(backbone.fingerprint(component))
             with suppress(BackboneError):
-                found.append(fingerprint_photo_encoder(backbone, encoder, face))
-            if Path(backbone).is_dir() or backbone == "mini":
-                adapter = find_ip_adapter(backbone)
-                found += [] if adapter is None else [hash_file(Path(adapter))]
-            self._weights[name] = found
-        return self._weights[name]
+                found.append(backbone.fingerprint_photo_encoder())
+            adapter = backbone.adapter_file()
+            found += [] if adapter is None else [json.dumps(_by_content(adapter))]
+            self._backbones[name] = found
+        return self._backbones[name]
 
 
 @cache

@@ -130,7 +130,7 @@ def test_any_option_whose_value_is_a_file_counts_by_its_content(tmp_path: Path) 
         options = {} if in_config else {option: path}
         return steps_of({"a": Row([str(config)], "A", fit=True, options=options)}, tmp_path / "out")[0].key
 
-    for option in ("data.train_names", "data.test_names", "model.ip_adapter", "published_adapter"):
+    for option in ("data.train_names", "data.test_names", "model.ip_adapter", "backbone.published_adapter"):
         for in_config in (False, option.startswith("data")):
             one, two, copy = (key(name, option, in_config) for name in ("one", "two", "copy"))
             assert one == copy != two, (option, in_config)
@@ -249,11 +249,11 @@ def test_another_critic_makes_tests_anew_but_no_fit(
 def test_another_face_network_that_conditions_makes_its_rows_anew(tmp_path: Path) -> None:
     """By content, and also where an option names it over the config's own."""
     config = tmp_path / "face.yaml"
-    config.write_text("face_encoder: {path: nowhere.onnx, detector: null}\n")
+    config.write_text("backbone: {face_encoder: {path: nowhere.onnx, detector: null}}\n")
     a, b = (write_pooling(tmp_path / f"{side}.onnx", side=side) for side in (32, 64))
     copied = Path(shutil.copy(a, tmp_path / "copy.onnx"))
     rows = {
-        path.stem: Row([str(config)], "A", fit=True, options={"face_encoder.path": str(path)})
+        path.stem: Row([str(config)], "A", fit=True, options={"backbone.face_encoder.path": str(path)})
         for path in (a, b, copied)
     }
     fits = [step for step in steps_of(rows, tmp_path / "out") if step.command == "fit"]

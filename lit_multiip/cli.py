@@ -19,6 +19,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from lit_multiip.files import LitMultiIPError, first_line
+
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
 
@@ -53,7 +55,7 @@ _PREDICT = {name: f"data.predict.{name}" for name in ("photos", "prompts", "seed
 ALIASES = {"test": _SAMPLING, "validate": {}, "predict": _SAMPLING | _PREDICT}
 
 
-class UsageError(Exception):
+class UsageError(LitMultiIPError):
     """A command line that cannot be carried out; the message names the remedy."""
 
 
@@ -453,7 +455,7 @@ def _explain(error: Exception) -> str | None:
     if isinstance(error, (UsageError, OSError, MisconfigurationException)):
         return str(error) or type(error).__name__
     if isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)|TCPStore", str(error)):
-        reason = str(error).strip().splitlines()[0].split(". ")[0]
+        reason = first_line(error).split(". ")[0]
         return (
             f"another rank has died or cannot be reached ({reason}): what it said tells why; --ckpt_path last goes on "
             "from the last checkpoint"

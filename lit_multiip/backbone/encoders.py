@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from lit_multiip.backbone.pipeline import (
     load_image_encoder,
 )
 from lit_multiip.data.photos import Photo
-from lit_multiip.files import hash_file
+from lit_multiip.files import hash_file, hash_text
 from lit_multiip.pixels import square, to_signal, to_tensor
 
 logger = logging.getLogger(__name__)
@@ -79,7 +78,7 @@ class FaceEncoder:
     def fingerprint(self) -> str:
         """Name the network's content and what is shown to it; 16 hexadecimal digits."""
         facts = asdict(self) | {"path": self.sha256()}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return hash_text(json.dumps(facts, sort_keys=True))[:16]
 
 
 class Encoder(NamedTuple):

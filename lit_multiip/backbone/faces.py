@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_multiip.files import hash_file
+from lit_multiip.files import first_line, hash_file
 
 YUNET = "opencv/face_detection_yunet/face_detection_yunet_2023mar.onnx"
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
@@ -131,7 +131,7 @@ class FaceNetwork:
         try:
             self._session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # each of its faults has a class of its own, below Exception alone
-            raise ValueError(f"'{file}' is no ONNX network that onnxruntime reads ({_line(error)})") from error
+            raise ValueError(f"'{file}' is no ONNX network that onnxruntime reads ({first_line(error)})") from error
         given, *more = self._session.get_inputs()
         shape = list(given.shape)  # names in place of sizes that are not fixed
         fixed = shape[2] if len(shape) == 4 and isinstance(shape[2], int) and shape[2] == shape[3] else None
@@ -232,7 +232,7 @@ def weights_file(given: str) -> Path:
         return Path(hf_hub_download(repository, file))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise FileNotFoundError(
-            f"'{given}' is no file here, and the hub does not give {file} of {repository} ({_line(error)}): fetch "
+            f"'{given}' is no file here, and the hub does not give {file} of {repository} ({first_line(error)}): fetch "
             f"https://huggingface.co/{repository}/resolve/main/{file} where there is a network, and give its path"
         ) from error
 
@@ -251,7 +251,7 @@ def load_opencv(create: Any, file: Path, *options: Any) -> Any:
     try:
         return create(str(file), *options)
     except import_faces("cv2").error as error:
-        raise ValueError(f"'{file}' is no ONNX network that OpenCV reads ({_line(error)})") from error
+        raise ValueError(f"'{file}' is no ONNX network that OpenCV reads ({first_line(error)})") from error
 
 
 def arrays_of(images: Tensor) -> Iterator[Pixels]:
@@ -274,7 +274,3 @@ def rows_with_gaps(found: npt.NDArray[np.float32], present: Sequence[bool]) -> T
     rows = np.full((len(present), found.shape[1]), np.nan, dtype=np.float32)
     rows[np.asarray(present, dtype=bool)] = found
     return torch.from_numpy(rows)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

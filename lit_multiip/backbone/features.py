@@ -17,7 +17,6 @@ bytes a row is memory-mapped, too, from a file without a name that goes with its
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import shutil
@@ -56,6 +55,7 @@ from lit_multiip.backbone.pipeline import (
 )
 from lit_multiip.backbone.store import SHARD_ROWS, SHARD_SECONDS, Shards, digests_of
 from lit_multiip.data.photos import DataError, Photo
+from lit_multiip.files import hash_text
 
 FLOAT32 = ("embeds", "frame")  # kinds whose rows are not float16
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ logger = logging.getLogger(__name__)
 
 def prompt_key(prompt: str) -> str:
     """Key of a prompt's row: sha256 of its text."""
-    return hashlib.sha256(prompt.encode()).hexdigest()
+    return hash_text(prompt)
 
 
 class _Items:

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lit_multiip.backbone.pipeline import BackboneError, _first_line, _hub_place, resolve_backbone
+from lit_multiip.backbone.pipeline import BackboneError, _hub_place, resolve_backbone
+from lit_multiip.files import first_line
 
 if TYPE_CHECKING:  # diffusers and transformers load a class when it is first used: a command line is parsed without any
     from diffusers.models import UNet2DConditionModel
@@ -103,7 +104,7 @@ def read_ip_adapter(path: str) -> State:
             f"IP-Adapter file '{path}' holds {what}, which could run code: refused; give it as .safetensors"
         ) from error
     except (SafetensorError, RuntimeError, EOFError) as error:
-        raise BackboneError(f"IP-Adapter file '{path}' is broken ({_first_line(error)}): fetch it again") from error
+        raise BackboneError(f"IP-Adapter file '{path}' is broken ({first_line(error)}): fetch it again") from error
     _check_layout(state, f"IP-Adapter file '{path}'")
     return state
 
@@ -128,7 +129,7 @@ def find_adapter_file(path: str) -> Path:
     except (OSError, ValueError) as error:
         raise BackboneError(
             f"there is no IP-Adapter file '{path}' on this machine, and '{place[1]}' of the hub's '{place[0]}' cannot "
-            f"be fetched ({_first_line(error)}): fetch it where there is a network, and give your copy's path, "
+            f"be fetched ({first_line(error)}): fetch it where there is a network, and give your copy's path, "
             "--model.ip_adapter <file>"
         ) from error
 
@@ -142,7 +143,7 @@ def read_adapter_record(path: str) -> dict[str, Any]:
         with safe_open(file, framework="pt") as opened:
             record = json.loads((opened.metadata() or {}).get(RECORD, "{}"))
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise BackboneError(f"IP-Adapter file '{path}' is broken ({_first_line(error)}): fetch it again") from error
+        raise BackboneError(f"IP-Adapter file '{path}' is broken ({first_line(error)}): fetch it again") from error
     return record if isinstance(record, dict) else {}
 
 

@@ -18,7 +18,6 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from functools import lru_cache, partial
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -29,6 +28,8 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 from torch import nn
+
+from lit_multiip.files import LitMultiIPError, first_line, hash_text, package_file, read_pieces
 
 if TYPE_CHECKING:  # diffusers and transformers load a class when it is first used: a command line is parsed without any
     pass
@@ -45,7 +46,7 @@ ATTENTION = "sdpa"  # of transformers' models, whatever their configuration says
 _RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}  # transformers 5 dropped the name that SD1.5 was saved with
 
 
-class BackboneError(ValueError):
+class BackboneError(LitMultiIPError):
     """A backbone or adapter that cannot be used; the message names it and the remedy."""
 
 
@@ -65,7 +66,7 @@ def resolve_backbone(backbone: str) -> str:
         BackboneError: it is none of the three, or the package lacks its miniature.
     """
     if backbone == "mini":
-        mini = Path(str(resources.files("lit_multiip"))) / "mini" / "weights"
+        mini = package_file("mini/weights")
         if not mini.is_dir():
             raise BackboneError(f"the miniature's weights are not at '{mini}': reinstall the package")
         return str(mini)
@@ -147,7 +148,7 @@ def load_component(backbone: str, name: str, dtype: torch.dtype = torch.float32)
         if isinstance(error, OSError) and not local:
             raise BackboneError(_not_fetched(backbone, f"{name}/", "--backbone", error)) from error
         raise BackboneError(
-            f"component '{name}' of backbone '{backbone}' cannot be read ({_first_line(error)}): "
+            f"component '{name}' of backbone '{backbone}' cannot be read ({first_line(error)}): "
             "it needs its configuration and whole safetensors weights; convert .bin weights, or fetch the folder again"
         ) from error
     return component.requires_grad_(False).eval() if isinstance(component, nn.Module) else component
@@ -160,7 +161,7 @@ def _read_index(backbone: str) -> dict[str, Any]:
         if not Path(backbone).is_dir():
             raise BackboneError(_not_fetched(backbone, "model_index.json", "--backbone", error)) from error
         raise BackboneError(
-            f"backbone '{backbone}' has no readable model_index.json ({_first_line(error)}): "
+            f"backbone '{backbone}' has no readable model_index.json ({first_line(error)}): "
             "give a folder written by a diffusers pipeline's save_pretrained, or a hub id that can be reached"
         ) from error
     return index
@@ -239,7 +240,7 @@ def load_image_encoder(
             wanted = f"{subfolder}/model.safetensors".lstrip("/")
             raise BackboneError(_not_fetched(root, wanted, "--image_encoder", error)) from error
         raise BackboneError(
-            f"image encoder '{image_encoder}' cannot be read ({_first_line(error)}): "
+            f"image encoder '{image_encoder}' cannot be read ({first_line(error)}): "
             "it needs config.json and whole safetensors weights of a CLIPVisionModelWithProjection"
         ) from error
     processor = transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
@@ -296,7 +297,7 @@ def _image_encoder_config(backbone: str, image_encoder: str | None) -> Any:
         if image_encoder is None:
             raise BackboneError(_lacks(backbone, "image_encoder")) from error
         raise BackboneError(
-            f"image encoder '{image_encoder}' has no readable config.json ({_first_line(error)}): give the folder of a "
+            f"image encoder '{image_encoder}' has no readable config.json ({first_line(error)}): give the folder of a "
             "CLIPVisionModelWithProjection"
         ) from error
 
@@ -399,9 +400,8 @@ def _files_fingerprint(folder: Path, files: tuple[tuple[Path, int, int], ...]) -
     digest = hashlib.sha256()
     for path, size, _ in files:
         digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+        for piece in read_pieces(path):
+            digest.update(piece)
     return digest.hexdigest()[:16] if files else None
 
 
@@ -409,7 +409,7 @@ def _hub_fingerprint(hub_id: str, probe: str, component: str) -> str:
     found = try_to_load_from_cache(hub_id, probe)
     file = found if isinstance(found, str) else _fetched(hub_id, probe)
     commit = "unresolved" if file is None else Path(file.removesuffix(probe)).name
-    return hashlib.sha256(f"{hub_id}@{commit}/{component}".encode()).hexdigest()[:16]
+    return hash_text(f"{hub_id}@{commit}/{component}")[:16]
 
 
 @lru_cache
@@ -439,7 +439,7 @@ def _component_class(library: str, class_name: str, backbone: str) -> Any:
 
 def _not_fetched(hub_id: str, file: str, option: str, error: Exception) -> str:
     return (
-        f"'{file}' of the hub's '{hub_id}' cannot be fetched ({_first_line(error)}): check its name and the network, "
+        f"'{file}' of the hub's '{hub_id}' cannot be fetched ({first_line(error)}): check its name and the network, "
         f"or run `hf download {hub_id} --local-dir <folder>` where there is one, and give your copy, {option} <folder>"
     )
 
@@ -455,10 +455,6 @@ def _lacks(backbone: str, name: str) -> str:
         f"backbone '{backbone}' lacks the component '{name}': {remedy} (a backbone has model_index.json, unet/, vae/, "
         "text_encoder/, tokenizer/, scheduler/ and image_encoder/)"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 # ---- IP-Adapter: states -----------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ that its result depends on: configs, options, code, weights, photos and prompts.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 import json
 import logging
@@ -27,6 +26,7 @@ from lit_multiip.backbone.pipeline import COMPONENTS, BackboneError, fingerprint
 from lit_multiip.comparison.steps import Step, run_steps
 from lit_multiip.evaluation.critic import shipped_critic
 from lit_multiip.evaluation.results import write_json
+from lit_multiip.files import LitMultiIPError, hash_file, hash_text
 from lit_multiip.runs import best_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ PRESENTATION = (
 )
 
 
-class CompareError(ValueError):
+class CompareError(LitMultiIPError):
     """A plan that cannot be carried out; the message names the remedy."""
 
 
@@ -220,7 +220,7 @@ def photos_fingerprint(configs: tuple[str, ...], source: tuple[tuple[str, str], 
 
 def combined_key(*parts: Any) -> str:
     """Hash of what a step depends on, JSON-able."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hash_text(json.dumps(parts, sort_keys=True))
 
 
 def _weights(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
@@ -250,13 +250,13 @@ def _weights(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     elif adapter is None and (Path(backbone).is_dir() or backbone == "mini"):
         adapter = find_ip_adapter(backbone)
     if adapter is not None:
-        found.append(hashlib.sha256(Path(adapter).read_bytes()).hexdigest())
+        found.append(hash_file(Path(adapter)))
     for module in sorted({name.rpartition(".")[0] for name in classes}):
         if module.split(".")[0] in ("lit_multiip", "torch", "lightning", "diffusers"):
             continue
         spec = importlib.util.find_spec(module) if module else None
         if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
-            found.append(hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest())
+            found.append(hash_file(Path(spec.origin)))
     return found
 
 
@@ -268,7 +268,7 @@ def _scorers(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     texts = set(_strings([[config.get("score") for config in named], list(options.values())]))
     critics = [str(shipped_critic(name) / "model.safetensors") for name in ("critic", "critic_b")]
     paths = [*critics, *(os.path.expanduser(text) for text in sorted(texts))]
-    return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if os.path.isfile(path)]
+    return [hash_file(Path(path)) for path in paths if os.path.isfile(path)]
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -296,7 +296,7 @@ def _checkpoint_hash(run: Path) -> str:
     checkpoint = best_checkpoint(run)
     if checkpoint is None:
         raise CompareError(f"run '{run}' has no checkpoint that can be loaded: train it first")
-    return hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    return hash_file(checkpoint)
 
 
 def _check_plan(

@@ -7,7 +7,7 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PureWindowsPath
 
 from lit_multiip.data.photos import DataError
@@ -32,10 +32,6 @@ def natural(name: str) -> list[tuple[int, int | str]]:
 def nfc(name: str) -> str:
     """Normalise a name, so that an accent typed on one system matches the file name of another."""
     return unicodedata.normalize("NFC", name)
-
-
-def _some(names: Sequence[object], most: int = 5) -> str:
-    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _entries(folder: Path) -> list[Path]:

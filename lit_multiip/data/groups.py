@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
+
+from lit_multiip.files import hash_text
 
 Balance = Literal["person", "photo"]
 Target = Literal["held_out", "reference"]
@@ -21,10 +22,7 @@ class Group(NamedTuple):
 
 def stable_hash(*parts: object) -> int:
     """Hash to 64 bits, the same on every machine and in every process."""
-    text = "\0".join(map(str, parts)).encode(
-        "utf-8", "surrogateescape"
-    )  # names of files may hold bytes that are no text
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
+    return int(hash_text("\0".join(map(str, parts)))[:16], 16)
 
 
 def draw_references(others: Sequence[int], count: int, rng: np.random.Generator) -> list[int]:

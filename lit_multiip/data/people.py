@@ -22,12 +22,12 @@ from lit_multiip.data.captions import (
     _caption_prompts,
     _entries,
     _metadata_prompts,
-    _some,
     check_template,
     natural,
     nfc,
 )
 from lit_multiip.data.photos import DataError, DrawnPhoto, FilePhoto, Photo, Photos
+from lit_multiip.files import shorten
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +94,9 @@ class Folder(PeopleSource):
             else:
                 empty.append(folder.name)
         if empty:
-            logger.warning("%s: no photos in %s: ignored", root, _some(empty))
+            logger.warning("%s: no photos in %s: ignored", root, shorten(empty))
         if loose := [photo.name for photo in _photo_files(root)]:
-            logger.warning("%s: ignored %s: photos belong into a folder per person", root, _some(loose))
+            logger.warning("%s: ignored %s: photos belong into a folder per person", root, shorten(loose))
         if not people:
             raise DataError(f"no photos in {root}: it must hold a folder per person with {', '.join(SUFFIXES)} files")
         _refuse_duplicates(people)
@@ -124,7 +124,7 @@ def _photo_files(folder: Path) -> list[Path]:
     photos = list(filter(_is_photo, files))
     captions = [file for file in files if file.suffix.lower() == ".txt" or file.name in METADATA]
     if photos and (others := [file.name for file in files if file not in {*photos, *captions}]):
-        logger.warning("%s: ignored %s: not %s", folder, _some(others), ", ".join(SUFFIXES))
+        logger.warning("%s: ignored %s: not %s", folder, shorten(others), ", ".join(SUFFIXES))
     return photos
 
 
@@ -138,7 +138,7 @@ def _person(folder: Path, files: Sequence[Path], template: str, prompts: Mapping
 
 def _refuse_duplicates(people: Iterable[Person]) -> None:
     if twice := [name for name, count in Counter(nfc(person.name) for person in people).items() if count > 1]:
-        raise DataError(f"several people are called {_some(twice)}: rename their folders apart")
+        raise DataError(f"several people are called {shorten(twice)}: rename their folders apart")
 
 
 class MiniFaces(PeopleSource):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import zlib
 from abc import ABC, abstractmethod
@@ -16,11 +15,12 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lit_multiip.data import mini_faces
+from lit_multiip.files import LitMultiIPError, hash_file, hash_text
 
 MIN_SIDE = 16  # px
 
 
-class DataError(ValueError):
+class DataError(LitMultiIPError):
     """Photos, captions or lists of people that cannot be used; the message names the value and the remedy."""
 
 
@@ -85,7 +85,7 @@ class FilePhoto(Photo):
 
     @cached_property
     def _digest(self) -> bytes:
-        return hashlib.sha256(self.path.read_bytes()).digest()
+        return bytes.fromhex(hash_file(self.path))
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,12 @@ class DrawnPhoto(Photo):
     def content_key(self) -> str:
         """Return the SHA-256 of the recipe, the drawing code included: an edited drawing is another picture."""
         recipe = f"mini_faces {_drawing_code()} seed={self.seed} index={self.index} number={self.number}"
-        return hashlib.sha256(recipe.encode()).hexdigest()
+        return hash_text(recipe)
 
 
 @cache
 def _drawing_code() -> str:
-    return hashlib.sha256(Path(mini_faces.__file__).read_bytes()).hexdigest()
+    return hash_file(Path(mini_faces.__file__))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

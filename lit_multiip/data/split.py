@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_multiip.data.captions import _read_text, _some, natural, nfc
+from lit_multiip.data.captions import _read_text, natural, nfc
 from lit_multiip.data.people import Person, _refuse_duplicates
 from lit_multiip.data.photos import DataError
+from lit_multiip.files import shorten
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def split_people(
         if lists:
             raise DataError(f"the source fixes its own split: remove {', '.join(f'{side}_names' for side in lists)}")
         if unknown := [f"{person.name}: {person.split}" for person in people if person.split not in SIDES]:
-            raise DataError(f"{_some(unknown)}: where one person has a split, all need one of {', '.join(SIDES)}")
+            raise DataError(f"{shorten(unknown)}: where one person has a split, all need one of {', '.join(SIDES)}")
         sides = {side: [person for person in people if person.split == side] for side in SIDES}
         return Split(**sides)
 
@@ -116,7 +117,7 @@ def split_people(
     rest = [person for person in people if person.name not in placed]
     if "train" in sides and "test" in sides:
         if rest:
-            logger.info("left out %d people who are on no list: %s", len(rest), _some([p.name for p in rest]))
+            logger.info("left out %d people who are on no list: %s", len(rest), shorten([p.name for p in rest]))
     elif "train" in sides:
         sides["test"] = rest
     elif "test" in sides:
@@ -155,7 +156,7 @@ def _named_sides(people: Sequence[Person], lists: Mapping[str, str]) -> dict[str
             logger.info("%s: %d of %d names are not among the %d people", path, len(absent), len(names), len(people))
         elif absent:
             raise DataError(
-                f"{path} names {_some(absent)}, not among the {len(people)} people: correct the name, or, "
+                f"{path} names {shorten(absent)}, not among the {len(people)} people: correct the name, or, "
                 "if min_photos or max_people left the person out, change that or delete the line"
             )
         for name in sorted(names):

@@ -6,7 +6,6 @@ removing people changes nothing for the others.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from lit_multiip.data.captions import natural
 from lit_multiip.data.people import Person
 from lit_multiip.data.photos import DataError, Photo
+from lit_multiip.files import hash_text
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _noise_seed(seed: int, photo: Photo, k: int) -> int:
 
 def _hash(*parts: str | int) -> int:
     """The same on every machine and in every process, unlike Python's own."""
-    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest(), "big")
+    return int(hash_text(json.dumps(parts)), 16)
 
 
 def protocol(tasks: Sequence[Task]) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def protocol(tasks: Sequence[Task]) -> dict[str, Any]:
         "held_out": len(images),
         "references": max(len(task.references) for task in tasks),
         "seeds": max(images.values()),
-        "sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        "sha256": hash_text(json.dumps(rows)),
     }
 
 

@@ -8,7 +8,6 @@ same of images x_pr that the frozen backbone drew itself, with t' and eps' of th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -32,6 +31,7 @@ from lit_multiip.backbone.lora import add_lora, require_peft
 from lit_multiip.backbone.pipeline import fingerprint, load_component, load_text_pipeline, text_components
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.data.groups import stable_hash
+from lit_multiip.files import hash_text
 from lit_multiip.methods.method import POOLED, Batch, Dtype, Method, References
 from lit_multiip.runs import CheckpointError
 
@@ -264,7 +264,7 @@ class DreamBooth(Method):
             "side": self.image_side,
             "sampling": self.sampling.describe(),
         }
-        name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        name = hash_text(json.dumps(facts))[:16]
         return Path(self.class_folder).expanduser() / f"class-{name}" / "images.safetensors"
 
     def prepare_class_images(self, draw: bool = True) -> None:

@@ -16,6 +16,7 @@ from torch.nn.utils import get_total_norm
 
 from lit_multiip.backbone.pipeline import BackboneError, fingerprint, load_component, load_vae_facts
 from lit_multiip.backbone.sampler import Sampler, Sampling
+from lit_multiip.files import LitMultiIPError, shorten
 from lit_multiip.runs import CheckpointError
 
 Batch = dict[str, Any]
@@ -27,7 +28,7 @@ LOOK_EVERY = 20  # values, two a step: how long NaN may go unseen on a GPU
 POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")  # of SDXL
 
 
-class NonFiniteLoss(ArithmeticError):
+class NonFiniteLoss(LitMultiIPError):
     """The loss became NaN or infinite; the last checkpoint holds the last good state."""
 
 
@@ -237,12 +238,12 @@ class Method(L.LightningModule):
         bad = [i for i, fine in enumerate(finite.expand(len(names)).tolist()) if not fine]
         stored = [key for key in ("references", "moments", "prompt_embeds") if key in batch]
         broken = {key: [i for i in bad if not batch[key][i].isfinite().all()] for key in stored}
-        value, of = float(loss[~finite].flatten()[0]), _some([names[i] for i in bad])
+        value, of = float(loss[~finite].flatten()[0]), shorten([names[i] for i in bad])
         for key, where in broken.items():
             if where:
                 raise NonFiniteLoss(
-                    f"the {name} is {value} at step {step}: the stored {key} of {_some([names[i] for i in where])} are "
-                    "not finite: delete data.cache_dir, or leave the photo out; the checkpoints hold the last good "
+                    f"the {name} is {value} at step {step}: the stored {key} of {shorten([names[i] for i in where])} "
+                    "are not finite: delete data.cache_dir, or leave the photo out; the checkpoints hold the last good "
                     "state"
                 )
         raise NonFiniteLoss(
@@ -266,7 +267,7 @@ class Method(L.LightningModule):
             for key, gradient in gradients.items():
                 if not gradient.isfinite().all():
                     raise NonFiniteLoss(
-                        f"the gradient of '{key}' is not finite at step {step}, in a batch of {_some(names)}: lower "
+                        f"the gradient of '{key}' is not finite at step {step}, in a batch of {shorten(names)}: lower "
                         "the learning rate, or look at these photos; the checkpoints hold the last good state"
                     )
 
@@ -364,8 +365,3 @@ class Method(L.LightningModule):
         missing = set(self.trained_parameters()) ^ set(checkpoint["state_dict"])
         if missing:
             raise CheckpointError(f"the checkpoint and the model differ in weights such as '{min(missing)}'")
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    names = list(dict.fromkeys(names))
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from lit_multiip.data.captions import METADATA, nfc
 from lit_multiip.data.people import SUFFIXES, Folder, Person, read_person
 from lit_multiip.data.photos import DataError, FilePhoto
-from lit_multiip.files import write_durably
+from lit_multiip.files import first_line, write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +68,9 @@ class ImageToText:
             options: dict[str, Any] = {"use_safetensors": True, "dtype": dtype, "config": safe_config(place)}
             network: Any = AutoModelForImageTextToText.from_pretrained(place, **options)
         except (OSError, ValueError, SafetensorError) as error:
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
             raise DataError(
-                f"captioning model '{model}' cannot be loaded ({reason}): give --model a folder that save_pretrained "
-                "wrote, with safetensors, or a hub id that can be reached"
+                f"captioning model '{model}' cannot be loaded ({first_line(error)}): give --model a folder that "
+                "save_pretrained wrote, with safetensors, or a hub id that can be reached"
             ) from error
         self.network = network.to(self.device).eval().requires_grad_(False)
         self.prefix, self.max_new_tokens = prefix, max_new_tokens

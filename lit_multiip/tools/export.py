@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import json
 import logging
 import os
@@ -35,6 +34,7 @@ from lit_multiip.backbone.lora import LORA_FILE, lora_parameters, save_lora
 from lit_multiip.backbone.pipeline import load_component, load_pipeline, load_text_pipeline, text_components
 from lit_multiip.backbone.sampler import Sampler, Sampling
 from lit_multiip.evaluation import results as report
+from lit_multiip.files import LitMultiIPError, first_line, hash_file
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.dreambooth import DreamBooth
 from lit_multiip.methods.method import Method
@@ -53,7 +53,7 @@ _SHOWN = {
 }
 
 
-class ExportError(ValueError):
+class ExportError(LitMultiIPError):
     """Nothing was exported; the message says why, and what to do."""
 
 
@@ -425,7 +425,7 @@ def _write_embeds(model: MultiIPAdapter, data: Any, people: Sequence[tuple[str, 
         return []
     encoder = model.photo_encoder()
     (output / "embeds").mkdir()
-    adapter = hashlib.sha256((output / ADAPTER).read_bytes()).hexdigest()[:16]
+    adapter = hash_file(output / ADAPTER)[:16]
     files = []
     for folder, name in people:
         _, references = data.read_references(folder)
@@ -446,10 +446,9 @@ def _push(repository: str, files: Sequence[Path]) -> None:
         for file in files:
             api.upload_file(path_or_fileobj=file, path_in_repo=file.name, repo_id=repository)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(
-            f"the files were written, and not uploaded to '{repository}' ({reason}): check name and network, log in "
-            "with `hf auth login`, and upload them by hand or export again with --overwrite"
+            f"the files were written, and not uploaded to '{repository}' ({first_line(error)}): check name and "
+            "network, log in with `hf auth login`, and upload them by hand or export again with --overwrite"
         ) from error
 
 

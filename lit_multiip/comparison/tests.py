@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from lit_multiip.evaluation.intervals import Score
 from lit_multiip.evaluation.results import TITLES, read_features
-from lit_multiip.evaluation.scores import ImageSet, summarise, summarise_difference, values_of_each
+from lit_multiip.evaluation.summaries import ImageSet, summarise, summarise_difference, values_of_each
 from lit_multiip.files import LitMultiIPError
 
 logger = logging.getLogger(__name__)

@@ -30,7 +30,8 @@ from lit_multiip.evaluation.critic import CriticExtractor, shipped_critic
 from lit_multiip.evaluation.extractors import Extraction, Extractor
 from lit_multiip.evaluation.intervals import Score, person_bootstrap
 from lit_multiip.evaluation.pictures import labelled_grid, to_picture
-from lit_multiip.evaluation.scores import ImageSet, diversity, identity_scores, nearest_reference, summarise
+from lit_multiip.evaluation.scores import diversity, identity_scores, nearest_reference
+from lit_multiip.evaluation.summaries import ImageSet, summarise
 from lit_multiip.files import move_into, only_writer
 from lit_multiip.methods.method import References
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lit_multiip.evaluation.intervals import Score
-from lit_multiip.evaluation.scores import ImageSet, summarise_difference
+from lit_multiip.evaluation.summaries import ImageSet, summarise_difference
 from lit_multiip.files import write_durably
 
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "torchmetrics", "lit_multiip")

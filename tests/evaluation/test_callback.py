@@ -22,7 +22,7 @@ from lit_multiip.evaluation.audit import LeakError
 from lit_multiip.evaluation.callback import ScoreTest
 from lit_multiip.evaluation.extractors import Extraction, Extractor
 from lit_multiip.evaluation.intervals import Score
-from lit_multiip.evaluation.scores import summarise
+from lit_multiip.evaluation.summaries import summarise
 
 SIDE = 64
 ANCHORS = ["no_references", "zero_embedding", "other_person", "vae_round_trip", "real_other_photo", "real_held_out"]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lit_multiip.evaluation.results import paired, read_features, write_features
-from lit_multiip.evaluation.scores import ImageSet
+from lit_multiip.evaluation.summaries import ImageSet
 
 
 def images(shift: float) -> ImageSet:

@@ -129,7 +129,8 @@ def cosine(a: Features, b: Features) -> FloatArray:
     a_, b_ = as_float64(a), as_float64(b)
     if a_.shape != b_.shape:
         raise ValueError(f"cannot compare embeddings of shapes {a_.shape} and {b_.shape}: give one row for each row")
-    return (_unit(a_) * _unit(b_)).sum(axis=-1)
+    cosines: FloatArray = (_to_unit(a_) * _to_unit(b_)).sum(axis=-1)
+    return cosines
 
 
 def identity_scores(
@@ -155,7 +156,7 @@ def identity_scores(
         ValueError: shapes do not fit, or an embedding is zero, infinite, or NaN in part.
     """
     generated_, held_out_, references_ = (
-        _unit_if_found(as_float64(rows)) for rows in (generated, held_out, references)
+        _to_unit_if_found(as_float64(rows)) for rows in (generated, held_out, references)
     )
     labels = np.asarray(people)
     if labels.shape != generated_.shape[:1] or references_.ndim != 3 or len(references_) != len(labels):
@@ -165,7 +166,7 @@ def identity_scores(
     return {
         "held_out": (generated_ * held_out_).sum(axis=1),
         # a sum has the direction of the mean
-        "held_out_mean": _cosine_if_found(generated_, _sums(np.nan_to_num(held_out_), person)[person]),
+        "held_out_mean": _cosine_if_found(generated_, _sum_groups(np.nan_to_num(held_out_), person)[person]),
         "references": _cosine_if_found(generated_, np.nansum(references_, axis=1)),
     }
 
@@ -186,11 +187,13 @@ def nearest_reference(generated: Features, references: Features) -> FloatArray:
     Raises:
         ValueError: shapes do not fit, or an embedding is zero, infinite, or NaN in part.
     """
-    generated_, references_ = _unit_if_found(as_float64(generated)), _unit_if_found(as_float64(references))
+    generated_, references_ = _to_unit_if_found(as_float64(generated)), _to_unit_if_found(as_float64(references))
     if references_.ndim != 3 or not references_.shape[1] or references_[:, 0].shape != generated_.shape:
         shapes = f"generated {generated_.shape} and references {references_.shape}"
         raise ValueError(f"{shapes} do not fit: give (T, D) and (T, R, D)")
-    return np.fmax.reduce(np.einsum("td,trd->tr", generated_, references_), axis=1)  # which prefers numbers to NaN
+    cosines = np.einsum("td,trd->tr", generated_, references_)
+    nearest: FloatArray = np.fmax.reduce(cosines, axis=1)  # which prefers numbers to NaN
+    return nearest
 
 
 def diversity(features: Features, groups: npt.ArrayLike) -> FloatArray:
@@ -208,12 +211,12 @@ def diversity(features: Features, groups: npt.ArrayLike) -> FloatArray:
     Raises:
         ValueError: shapes do not fit, or features are zero or not finite.
     """
-    unit, labels = _unit(as_float64(features)), np.asarray(groups)
+    unit, labels = _to_unit(as_float64(features)), np.asarray(groups)
     if unit.ndim != 2 or labels.shape != unit.shape[:1]:
         raise ValueError(f"features {unit.shape} and groups {labels.shape} do not fit: give (T, D) and (T,)")
     _, group = np.unique(labels, return_inverse=True)  # (T,)
     others = np.bincount(group)[group] - 1.0  # (T,), how many
-    cosines = ((_sums(unit, group)[group] - unit) * unit).sum(axis=1)  # (T,), summed over the others
+    cosines = ((_sum_groups(unit, group)[group] - unit) * unit).sum(axis=1)  # (T,), summed over the others
     with np.errstate(invalid="ignore"):
         return np.where(others > 0, 1 - cosines / others, np.nan)
 
@@ -259,34 +262,36 @@ def _finite(name: str, values: Features) -> Tensor:
 
 
 def as_float64(values: Features) -> FloatArray:
-    """Values as float64 in numpy, from any device and dtype."""
+    """Return values as float64 in numpy, from any device and dtype."""
     return torch.as_tensor(values).detach().to("cpu", torch.float64).numpy()
 
 
-def _unit(rows: FloatArray) -> FloatArray:
+def _to_unit(rows: FloatArray) -> FloatArray:
     norms = np.linalg.norm(rows, axis=-1, keepdims=True)  # (..., 1)
     bad = np.argwhere(~(np.isfinite(norms[..., 0]) & (norms[..., 0] > 0))).tolist()
     if bad:
         raise ValueError(f"embeddings at {bad[:5]} ({len(bad)} in all) are zero or not finite: check the images")
-    return rows / norms
+    unit: FloatArray = rows / norms
+    return unit
 
 
-def _unit_if_found(rows: FloatArray) -> FloatArray:
-    """Unit embeddings; those that are all NaN stay so."""
+def _to_unit_if_found(rows: FloatArray) -> FloatArray:
+    """Return unit embeddings; those that are all NaN stay so."""
     found = ~np.isnan(rows).all(axis=-1)
     unit = np.full_like(rows, np.nan)
-    unit[found] = _unit(rows[found])
+    unit[found] = _to_unit(rows[found])
     return unit
 
 
 def _cosine_if_found(unit: FloatArray, sums: FloatArray) -> FloatArray:
-    """Cosine of unit rows to sums of rows, (T, D) and (T, D) -> (T,); NaN where nothing was summed."""
+    """Return the cosine of unit rows to sums of rows, (T, D) and (T, D) -> (T,); NaN where nothing was summed."""
     norms = np.linalg.norm(sums, axis=-1)  # (T,)
-    return (unit * sums).sum(axis=-1) / np.where(norms > 0, norms, np.nan)
+    cosines: FloatArray = (unit * sums).sum(axis=-1) / np.where(norms > 0, norms, np.nan)
+    return cosines
 
 
-def _sums(rows: FloatArray, group: npt.NDArray[np.intp]) -> FloatArray:
-    """Sum of the rows of each group, (T, D) and (T,) -> (G, D)."""
+def _sum_groups(rows: FloatArray, group: npt.NDArray[np.intp]) -> FloatArray:
+    """Add up the rows of each group, (T, D) and (T,) -> (G, D)."""
     sums = np.zeros((group.max(initial=-1) + 1, rows.shape[1]))
     np.add.at(sums, group, rows)
     return sums

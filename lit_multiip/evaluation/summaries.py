@@ -18,7 +18,7 @@ from lit_multiip.evaluation.intervals import (
     delete_group_jackknife,
     paired_difference,
     paired_jackknife,
-    person_bootstrap,
+    person_mean,
 )
 from lit_multiip.evaluation.scores import (
     Features,
@@ -98,7 +98,7 @@ def summarise(
         scores[key] = _count_generated(score, sets[0])
     for name, values in _mean_per_image(sets).items():
         key = f"{name}/{extractor}"
-        scores[key] = person_bootstrap(values, sets[0].people, seed, resamples, level)
+        scores[key] = person_mean(values, sets[0].people, seed, resamples, level)
         if left_out is not None and np.isnan(scores[key].value):
             left_out[key] = f"it is undefined for all {len(values)} images"
     return {key: score for key, score in scores.items() if not np.isnan(score.value)}

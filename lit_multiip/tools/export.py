@@ -33,6 +33,8 @@ from lit_multiip.backbone.ip_adapter import RECORD, ip_adapter_parameters
 from lit_multiip.backbone.lora import LORA_FILE, lora_parameters, save_lora
 from lit_multiip.backbone.pipeline import load_component, load_pipeline, load_text_pipeline, text_components
 from lit_multiip.backbone.sampler import Sampler, Sampling
+from lit_multiip.data.record import RECORD as TRAINED_ON
+from lit_multiip.data.record import Record, training_record, unknown_record
 from lit_multiip.evaluation import results as report
 from lit_multiip.files import LitMultiIPError, first_line, hash_file
 from lit_multiip.methods.adapter import MultiIPAdapter
@@ -317,7 +319,9 @@ def export(args: Sequence[str]) -> None:
         )
     assert run is not None and checkpoint is not None
     model.configure_model()
-    step = load_trained(model, checkpoint).get("global_step")
+    loaded = load_trained(model, checkpoint)
+    step = loaded.get("global_step")
+    trained_on = training_record([], loaded.get(TRAINED_ON, unknown_record()), model.trained_on)
     model.to(cli.trainer.strategy.root_device).eval()
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -329,7 +333,7 @@ def export(args: Sequence[str]) -> None:
             use, lines, difference = _write_dreambooth(model, record, dtype, part)
         else:
             people = list(zip(options.photos, names, strict=True))
-            use, lines, difference = _write_adapter(model, data, people, record, dtype, part)
+            use, lines, difference = _write_adapter(model, data, people, record, dtype, part, trained_on)
         if difference > TOLERANCE:
             raise ExportError(
                 f"plain diffusers draws another image from the exported files, up to {difference} of 255 grey levels "
@@ -358,15 +362,20 @@ def _write_adapter(
     record: Mapping[str, Any],
     dtype: torch.dtype,
     part: Path,
+    trained_on: Record,
 ) -> tuple[str, str, int]:
     """Write adapter, LoRA and people's embeddings, and compare.
+
+    The digests of whom the weights were trained on go out with them, so that a test of what starts from them can tell.
 
     Returns:
         What to do with the files, in words and in Python, and how far off an image of them is, in grey levels.
     """
     lora = model.lora_rank is not None
     round_weights({**adapter_weights(model), **(lora_parameters(model.unet) if lora else {})}, dtype)
-    save_file(adapter_tensors(model, dtype), part / ADAPTER, {"format": "pt", RECORD: json.dumps(record)})
+    people_known = {f"{TRAINED_ON}.{key}": rows for key, rows in trained_on.items()}
+    tensors = {**adapter_tensors(model, dtype), **people_known}
+    save_file(tensors, part / ADAPTER, {"format": "pt", RECORD: json.dumps(record)})
     pipeline = type(model.sampler.pipe)
     if lora:
         save_lora(pipeline, part, {"unet": model.unet}, dtype)

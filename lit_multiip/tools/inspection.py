@@ -30,7 +30,7 @@ from lit_multiip.data import mini_faces
 from lit_multiip.data.photos import DrawnPhoto, Photo
 from lit_multiip.data.tasks import Task
 from lit_multiip.evaluation import results as report
-from lit_multiip.evaluation.intervals import FloatArray, Score, person_bootstrap
+from lit_multiip.evaluation.intervals import FloatArray, Score, person_mean
 from lit_multiip.evaluation.pictures import Bars, photos_with_bars, to_picture
 from lit_multiip.methods.adapter import VALIDATION_TIMES
 from lit_multiip.methods.method import text_time
@@ -207,7 +207,7 @@ def summarise(people: Sequence[Inspected]) -> dict[str, Score]:
         values["effective_photos"] = [effective_number(person.values["weight"]) for person in people]
     values["loss"] = [person.loss for person in people]
     values["loss_increase"] = [float(person.values["loss_increase"].mean()) for person in people]
-    return {name: person_bootstrap(row, names) for name, row in values.items()}
+    return {name: person_mean(row, names) for name, row in values.items()}
 
 
 def picture(person: Inspected, weights_are: str | None, generated: Image.Image, side: int, title: str) -> Image.Image:

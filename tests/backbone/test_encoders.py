@@ -19,7 +19,7 @@ from lit_multiip.backbone.features import Features
 from lit_multiip.backbone.ip_adapter import read_ip_adapter
 from lit_multiip.backbone.pipeline import BackboneError, load_embed_dim
 from lit_multiip.data.people import MiniFaces
-from lit_multiip.evaluation.callback import _refuse_if_it_conditions
+from lit_multiip.evaluation.extractors import refuse_conditioning_network
 from lit_multiip.evaluation.faces import FaceRecognition
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.aggregators import AvgPool
@@ -189,15 +189,15 @@ def test_what_conditions_may_not_score(tiny_backbone: Path, network: str, tmp_pa
     face = asdict(FaceEncoder(network, detector=None))
     for path in (network, copied):
         with pytest.raises(ValueError, match=r"is the face network that conditions .*would score its own work"):
-            _refuse_if_it_conditions(FaceRecognition(path), str(tiny_backbone), None, face)
-    _refuse_if_it_conditions(FaceRecognition(other), str(tiny_backbone), None, face)
-    _refuse_if_it_conditions(FaceRecognition(network), str(tiny_backbone))
+            refuse_conditioning_network(FaceRecognition(path), str(tiny_backbone), None, face)
+    refuse_conditioning_network(FaceRecognition(other), str(tiny_backbone), None, face)
+    refuse_conditioning_network(FaceRecognition(network), str(tiny_backbone))
     # CLIP in its place does not condition any more
     clip = FaceRecognition(other)
     clip.source = str(tiny_backbone / "image_encoder")
-    _refuse_if_it_conditions(clip, str(tiny_backbone), None, face)
+    refuse_conditioning_network(clip, str(tiny_backbone), None, face)
     with pytest.raises(ValueError, match="weights of the image encoder that conditions"):
-        _refuse_if_it_conditions(clip, str(tiny_backbone), None, face | {"beside_clip": True})
+        refuse_conditioning_network(clip, str(tiny_backbone), None, face | {"beside_clip": True})
 
 
 def test_one_config_over_a_method_trains_and_scores_with_it(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from diffusers import (
 from diffusers.models.embeddings import ImageProjection
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_multiip.backbone.encoders import PhotoEncoder, encode_prompts
@@ -30,7 +31,13 @@ from lit_multiip.backbone.ip_adapter import read_ip_adapter, text_kv
 from lit_multiip.backbone.lora import LORA_FILE
 from lit_multiip.backbone.pipeline import BackboneError, load_component
 from lit_multiip.backbone.sampler import Sampling
+from lit_multiip.callbacks import RecordPeople
 from lit_multiip.cli import main
+from lit_multiip.data.people import MiniFaces
+from lit_multiip.data.record import RECORD as TRAINED_ON
+from lit_multiip.data.record import digests_in, is_incomplete, training_record
+from lit_multiip.data.tasks import make_tasks
+from lit_multiip.evaluation.audit import LeakError, audit_tasks, find_record
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.aggregators import AvgPool, SelfAttention
 from lit_multiip.methods.dreambooth import DreamBooth
@@ -44,14 +51,17 @@ def built(backbone: Path, **options: Any) -> MultiIPAdapter:
     return model.eval()
 
 
+PEOPLE = MiniFaces(train=3, validation=1, test=1, photos=2).people()
+
+
 def write_run(folder: Path, model: Any, config: dict[str, Any], seed: int = 1, step: int = 7) -> Path:
-    """A run of a model whose trained weights all differ from where they start."""
+    """A run, on record for 5 people, of a model whose trained weights all differ from where they start."""
     (folder / "checkpoints").mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.trained_parameters().values():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    checkpoint = {"state_dict": model.state_dict(), "global_step": step}
+    checkpoint = {"state_dict": model.state_dict(), "global_step": step, TRAINED_ON: training_record(PEOPLE)}
     model.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
     trainer = {"accelerator": "cpu", "enable_progress_bar": False, "max_steps": 7}
@@ -167,12 +177,43 @@ def test_it_comes_back_as_it_was(exported: Path, trained: MultiIPAdapter, tiny_b
     assert torch.equal(again.condition(embeds), trained.condition(embeds))
 
 
+def test_whom_it_was_trained_on_goes_out_and_comes_in_with_it(exported: Path, tiny_backbone: Path) -> None:
+    again = built(tiny_backbone, ip_adapter=str(exported / ADAPTER))
+    expected = training_record(PEOPLE)
+    assert again.trained_on is not None and again.trained_on.keys() == expected.keys()
+    assert all(torch.equal(again.trained_on[key], rows) for key, rows in expected.items())
+    # a fit from it keeps them in its own checkpoints
+    others = MiniFaces(train=2, validation=1, test=1, photos=2, seed=5).people()
+    data = SimpleNamespace(split=SimpleNamespace(train=others, validation=[]))
+    RecordPeople().on_save_checkpoint(SimpleNamespace(datamodule=data), again, checkpoint := {})  # type: ignore[arg-type]
+    kept = digests_in(checkpoint[TRAINED_ON], "people")
+    assert kept == digests_in(training_record([*PEOPLE, *others]), "people")
+    # untrained, it is tested by its own record
+    test = SimpleNamespace(ckpt_path=None, global_step=0, datamodule=None)
+    status, record = find_record(test, again)
+    assert status == "recorded"
+    tasks = make_tasks([person for person in PEOPLE if person.split == "test"], 1, 1)
+    with pytest.raises(LeakError, match="1 of 1 test people were trained or validated on"):
+        audit_tasks(tasks, status, record)
+
+
+def test_an_adapter_without_a_record_makes_the_answer_unknown(
+    exported: Path, tiny_backbone: Path, tmp_path: Path
+) -> None:
+    tensors = {k: v for k, v in load_file(exported / ADAPTER).items() if not k.startswith(TRAINED_ON)}
+    save_file(tensors, file := tmp_path / "published.safetensors")
+    model = built(tiny_backbone, ip_adapter=str(file))
+    assert model.trained_on is not None and is_incomplete(model.trained_on)
+    assert built(tiny_backbone).trained_on is None  # the backbone's own adapter is a part of it
+
+
 def test_half_precision_is_half_the_size_and_what_the_files_hold_is_compared(
     exported: Path, run: Path, trained: MultiIPAdapter, tmp_path: Path
 ) -> None:
     export(["--run", str(run), "--output", str(tmp_path / "half"), "--dtype", "float16"])
     state = read_ip_adapter(str(tmp_path / "half" / ADAPTER))
-    assert {tensor.dtype for tensors in state.values() for tensor in tensors.values()} == {torch.float16}
+    weights = [tensor for name, tensors in state.items() if name != TRAINED_ON for tensor in tensors.values()]
+    assert {tensor.dtype for tensor in weights} == {torch.float16}
     weight = trained.aggregator.to_q.weight
     assert (state["aggregator"]["to_q.weight"] - weight).abs().max() < 2**-10
     assert (tmp_path / "half" / ADAPTER).stat().st_size < 0.7 * (exported / ADAPTER).stat().st_size

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.record import Record
 from lit_multiip.data.split import Split
 from lit_multiip.data.tasks import Task, image_files, protocol
@@ -40,6 +41,7 @@ class Scored(Protocol):
 
     image_side: int  # px
     conditions: Sequence[References]  # what `generate` can be conditioned on: of the anchors, those are made
+    backbone: Backbone  # whose image encoder conditions
     spent: dict[str, float]  # wall seconds of this test that are not drawing: `personalise`, and others by name
     trained_on: Record | None  # of the weights that it starts from; None where this project trained none of them
 
@@ -157,10 +159,8 @@ class ScoreTest(L.Callback):
             ValueError: an extractor's weights are the backbone's image encoder.
         """
         module, data = _parts_of(trainer, pl_module)
-        facts = module.describe()
-        conditioning = str(facts["backbone"]), facts.get("image_encoder"), facts.get("face_encoder")
         for extractor in self._loaded():
-            refuse_conditioning_network(extractor, *conditioning)
+            refuse_conditioning_network(extractor, module.backbone)
         self._output = self._find_output(trainer)
         self._show_progress = trainer.is_global_zero and trainer.progress_bar_callback is not None
         self._audit = audit.audit_tasks(data.tasks, *audit.find_record(trainer, module), self._show_progress)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.image.fid import NoTrainInceptionV3
 
-from lit_multiip.backbone.encoders import FaceEncoder, uses_clip
-from lit_multiip.backbone.pipeline import find_image_encoder, resolve_backbone
+from lit_multiip.backbone.pipeline import Backbone
 
 
 @dataclass(frozen=True)
@@ -127,36 +125,28 @@ class Extractor(nn.Module, ABC):
         return torch.full((len(images),), float("nan"))
 
 
-def refuse_conditioning_network(
-    extractor: Extractor,
-    backbone: str,
-    image_encoder: str | None = None,
-    face_encoder: Mapping[str, Any] | None = None,
-) -> None:
+def refuse_conditioning_network(extractor: Extractor, backbone: Backbone) -> None:
     """Refuse an extractor whose network conditions the images: a network may not both condition and score.
 
-    Args:
-        extractor: to be checked, by its source and its weights. Other copies elsewhere are not recognised.
-        backbone: folder, hub id or `mini`.
-        image_encoder: as the method has it.
-        face_encoder: fields of a `FaceEncoder`, as the method has it.
+    It is known by its source (the backbone's folder or hub id, its image encoder's, the face network's file) and by its
+    weights. Other copies elsewhere are not recognised.
 
     Raises:
-        ValueError: it is the backbone, its image encoder, or the face network.
+        ValueError: the extractor is one of them.
     """
     if extractor.source is None:
         return
-    face = None if face_encoder is None else FaceEncoder(**face_encoder)
+    face = backbone.face_encoder
     if face is not None and (extractor.source == face.path or extractor.sha256 == face.sha256()):
         raise ValueError(
             f"extractor {extractor.name!r} is the face network that conditions ({face.path}), and would score its own "
             "work: take another extractor"
         )
-    if not uses_clip(face):
+    if not backbone.uses_clip:
         return
-    encoder, weights = find_image_encoder(backbone, image_encoder)
+    encoder, weights = backbone.image_encoder_file()
     source = os.path.realpath(extractor.source)
-    places = (backbone, resolve_backbone(backbone), encoder)
+    places = (backbone.path, backbone.place, encoder)
     same = [place for place in places if extractor.source == place or source == os.path.realpath(place)]
     if weights is not None and weights.is_file() and extractor.shares_weights(weights):
         same.append(encoder)

@@ -48,7 +48,7 @@ def person_mean(
 
       which is the t interval over person means where all have equally many images (the linearised ratio, Cochran,
       Sampling Techniques, 1977, section 6.4). Measured coverage where 95% is asked: 94.3 to 95.4% at 6 to 29 people
-      of 2 to 5 images.
+      of 2 to 5 images. It is symmetric, and may reach beyond a score's range.
 
     Args:
         values: score of each image, (T,); NaN where it is undefined for that image, which is then left out.

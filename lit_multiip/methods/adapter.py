@@ -265,8 +265,8 @@ class MultiIPAdapter(Method):
         if self.adapter_is_random:
             raise BackboneError(
                 f"the adapter was made at random and never trained (model.ip_adapter '{self.ip_adapter}', backbone "
-                f"'{self.backbone.path}'): give a trained one by --model.ip_adapter <file>, or run fit first and then this "
-                "on its run"
+                f"'{self.backbone.path}'): give a trained one by --model.ip_adapter <file>, or run fit first and then "
+                "this on its run"
             )
 
     def on_train_start(self) -> None:

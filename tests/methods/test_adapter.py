@@ -21,6 +21,7 @@ from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.datamodule import MultiPhotoData
+from lit_multiip.files import hash_file
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.aggregators import AvgPool, Concat, SelfAttention
 from lit_multiip.methods.dreambooth import DreamBooth

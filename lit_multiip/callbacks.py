@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from lit_multiip.data.photos import Photo
-from lit_multiip.data.record import RECORD, training_record
+from lit_multiip.data.record import RECORD, training_record, unknown_record
 from lit_multiip.evaluation.pictures import Cell, labelled_grid, references_held_out_generated, to_picture
 from lit_multiip.pixels import square
 
@@ -40,12 +40,14 @@ class RecordPeople(L.Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the people of the checkpoint that fit goes on from."""
-        self.earlier = checkpoint.get(RECORD)
+        self.earlier = checkpoint.get(RECORD, unknown_record())
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Record the training people, and the validation people, by whom the checkpoint is chosen."""
+        """Record the training people, the validation people, by whom the checkpoint is chosen, and an adapter's own."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        checkpoint[RECORD] = training_record([*data.split.train, *data.split.validation], self.earlier)
+        module: Any = pl_module
+        people = [*data.split.train, *data.split.validation]
+        checkpoint[RECORD] = training_record(people, self.earlier, module.trained_on)
 
 
 class SampleGrid(L.Callback):

@@ -31,7 +31,6 @@ COMMANDS = {  # dispatched before LightningCLI
     "compare": "lit_multiip.comparison.compare:compare",
     "sweep": "lit_multiip.comparison.sweep:sweep",
     "caption": "lit_multiip.tools.caption:caption",
-    "paired": "lit_multiip.evaluation.results:paired",
     "report": "lit_multiip.comparison.report:report",
     "inspect": "lit_multiip.tools.inspection:inspect",
     "export": "lit_multiip.tools.export:export",
@@ -336,7 +335,8 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
         def before_instantiate_classes(self) -> None:
             config = self.config[self.config.subcommand] if execute else self.config
             if config.trainer.enable_progress_bar is not False:
-                self.trainer_defaults["callbacks"].append(TQDMProgressBar(refresh_rate=10))  # it reads the loss
+                rate = 10 if self.config.get("subcommand") == "fit" else 1  # fit's bar reads the loss
+                self.trainer_defaults["callbacks"].append(TQDMProgressBar(refresh_rate=rate))
             if self.config.get("subcommand") == "test":
                 config.verbose = False  # ScoreTest prints a better table
             path = config.get("ckpt_path")

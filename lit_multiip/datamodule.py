@@ -173,6 +173,7 @@ class MultiPhotoData(L.LightningDataModule):
         self.features: Features | None = None
         self.tasks: list[Task] = []
         self.validation_tasks: list[Task] = []
+        self.strangers: dict[str, tuple[Photo, ...]] = {}  # stand in for the next person where there is only one
         self.requests: list[Request] = []
         self.tuning: Task | None = None
         self.position: dict[str, Any] | None = None  # of the checkpoint that fit goes on from
@@ -220,6 +221,9 @@ class MultiPhotoData(L.LightningDataModule):
         for task in [*self.validation_tasks, *self.tasks]:
             photos += task.references
             targets.append(task.held_out)
+        self.strangers = {**self._find_stranger(self.validation_tasks), **self._find_stranger(self.tasks)}
+        for references in self.strangers.values():
+            photos += references
         prompts = (photo.prompt for photo in _PhotosOf(training, targets))
         if self.online:
             training = []
@@ -247,6 +251,22 @@ class MultiPhotoData(L.LightningDataModule):
         from lit_multiip.data.tasks import make_tasks
 
         return make_tasks([person], self.references, self.held_out, 1, self.seed)[0]
+
+    def _find_stranger(self, tasks: Sequence[Task]) -> dict[str, tuple[Photo, ...]]:
+        """Where all tasks are of one person, return a training person's references under that person's name."""
+        names = {task.person for task in tasks}
+        if len(names) != 1 or self.per_person:
+            return {}
+        assert self.split is not None
+        others = [person for person in self.split.train if person.name not in names]
+        if not others:
+            logger.warning(
+                "%s is the only person, and nobody's photos can stand in for theirs: val/gap_shuffled and the row "
+                "other_person are left out",
+                *names,
+            )
+            return {}
+        return {name: self._tested(others[0]).references for name in names}
 
     def _cut(self, people: list[Person]) -> list[Person]:
         return people if self.crop is None else self.crop(people, self.cache_dir)
@@ -391,7 +411,7 @@ class MultiPhotoData(L.LightningDataModule):
 
     def _task_loader(self, tasks: Sequence[Task | Request]) -> DataLoader[Any]:
         assert self.features is not None
-        dataset = TaskDataset(tasks, self.features, self.per_person)
+        dataset = TaskDataset(tasks, self.features, self.per_person, self.strangers)
         sampler = ShareSampler(len(dataset), *self._rank_and_world())
         return DataLoader(dataset, batch_size=self.eval_batch_size, sampler=sampler)  # by name: Lightning rebuilds it
 

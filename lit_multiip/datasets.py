@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,14 +204,23 @@ class TaskDataset(Dataset[dict[str, Any]]):
     An item holds `task` (), `repeated` () bool, `prompt`, `text` (what the UNet takes besides, as in `HeldOutGroups`),
     `negative_text` (that of ""), `seed` (), and `moments` (2C, h, w) and `photo` (person/name) of the held-out photo,
     where there is one. Of the references it holds their embeddings, `references` (R, D), and those of the next person,
-    `other_references`; or, `per_person`, a `reference_set`.
+    `other_references`; or, `per_person`, a `reference_set`. Where there is only one person, the others are
+    `strangers[person]`; without any there are no `other_references`.
     """
 
-    def __init__(self, tasks: Sequence[Task | Request], features: Features, per_person: bool = False) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[Task | Request],
+        features: Features,
+        per_person: bool = False,
+        strangers: Mapping[str, Sequence[Photo]] | None = None,
+    ) -> None:
         self.tasks, self.features, self.per_person = tasks, features, per_person
         references = {task.person: task.references for task in tasks}
         people = list(references)
-        self.others = {name: references[people[(i + 1) % len(people)]] for i, name in enumerate(people)}
+        self.others: Mapping[str, Sequence[Photo]] = strangers or {}
+        if len(people) > 1:
+            self.others = {name: references[people[(i + 1) % len(people)]] for i, name in enumerate(people)}
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -231,7 +240,8 @@ class TaskDataset(Dataset[dict[str, Any]]):
             item |= reference_set(task.person, task.references, self.features)
         else:
             item["references"] = self.features.embeds(task.references)
-            item["other_references"] = self.features.embeds(self.others[task.person])
+            if others := self.others.get(task.person):
+                item["other_references"] = self.features.embeds(others)
         if not isinstance(task, Request):
             item["photo"] = f"{task.person}/{task.held_out.name}"
             item["moments"] = self.features.moments(task.held_out)

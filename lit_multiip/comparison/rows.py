@@ -13,7 +13,7 @@ import numpy as np
 from lit_multiip.comparison.plan import Contrast
 from lit_multiip.evaluation.intervals import Score
 from lit_multiip.evaluation.results import TITLES
-from lit_multiip.evaluation.scores import ImageSet, summarise, summarise_difference, values_of_each
+from lit_multiip.evaluation.summaries import ImageSet, summarise, summarise_difference, values_of_each
 from lit_multiip.files import LitMultiIPError
 
 OF_A_METHOD = ("no_references", "zero_embedding", "other_person")  # anchors that are drawn by the method itself

@@ -20,7 +20,7 @@ from lit_multiip.comparison.plan import Contrast
 from lit_multiip.comparison.rows import ComparedRow, Comparison, ComparisonError, TestResult
 from lit_multiip.comparison.steps import read_stamp
 from lit_multiip.evaluation.results import read_features
-from lit_multiip.evaluation.scores import ImageSet
+from lit_multiip.evaluation.summaries import ImageSet
 
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 

@@ -17,6 +17,7 @@ from torch.nn.utils import get_total_norm
 from lit_multiip.backbone.components import BackboneError
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampler, Sampling
+from lit_multiip.data.record import Record
 from lit_multiip.files import LitMultiIPError, shorten
 from lit_multiip.runs import CheckpointError
 
@@ -82,6 +83,7 @@ class Method(L.LightningModule):
         self._watched: list[tuple[Tensor, str, int, Batch]] = []  # what nobody has looked at yet
         # Wall seconds of this process's test that are not drawing: "personalise", of all people, and others by name.
         self.spent: dict[str, float] = {"personalise": 0.0}
+        self.trained_on: Record | None = None  # whom the weights know that it starts from
         self.unet: Any = None
         self._sampler: Sampler | None = None
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comparing import write_comparison, write_plan, write_test
-from test_callback import Data, Perfect, run
+from scoring import Data, Perfect, run
 
 from lit_multiip.comparison.figures import pictured_people
 from lit_multiip.comparison.rows import ComparisonError, best_cells, find_leader
 from lit_multiip.comparison.tests import load_comparison
-from lit_multiip.evaluation.intervals import person_bootstrap
+from lit_multiip.evaluation.intervals import person_mean
 from lit_multiip.evaluation.results import read_features
 from lit_multiip.evaluation.scores import fid
 
@@ -39,7 +39,7 @@ def test_a_row_of_two_trainings_has_the_mean_of_each_images_scores(folder, loade
     each = [features(folder, "self_attn", version)[0] for version in (0, 1)]
     values = np.mean([images.per_image["identity_held_out"] for images in each], axis=0)
     score = loaded.scores["self_attn"]["identity_held_out/critic"]
-    assert score == person_bootstrap(values, each[0].people)
+    assert score == person_mean(values, each[0].people)
     assert score.n == 12 and score.people == 6
     assert loaded.of_each["self_attn"]["identity_held_out/critic"] == pytest.approx(
         [images.per_image["identity_held_out"].mean() for images in each]
@@ -68,7 +68,7 @@ def test_a_row_minus_its_like_is_zero_with_an_interval_of_zero(own):
 def test_differences_are_paired_by_image(folder, loaded):
     a = np.mean([features(folder, "self_attn", v)[0].per_image["identity_held_out"] for v in (0, 1)], axis=0)
     b = features(folder, "avg_pool")[0]
-    expected = person_bootstrap(a - b.per_image["identity_held_out"], b.people)
+    expected = person_mean(a - b.per_image["identity_held_out"], b.people)
     assert loaded.difference("self_attn", "avg_pool")["identity_held_out/critic"] == expected
     swapped = loaded.difference("avg_pool", "self_attn")["fid/critic"]
     assert swapped.value == pytest.approx(-loaded.difference("self_attn", "avg_pool")["fid/critic"].value)

@@ -112,7 +112,7 @@ def _arm(where: str, count: str = "1", sign: str = "KILL") -> None:
         sign: ``KILL``, ``TERM`` or ``INT``.
     """
     from lit_multiip import files, resume
-    from lit_multiip.evaluation import callback
+    from lit_multiip.evaluation import scoring
     from lit_multiip.methods.adapter import MultiIPAdapter
     from lit_multiip.methods.dreambooth import DreamBooth
 
@@ -147,7 +147,7 @@ def _arm(where: str, count: str = "1", sign: str = "KILL") -> None:
     elif where == "drawing":
         armed(MultiIPAdapter, "generate")
     elif where == "scores":
-        armed(callback, "_look")
+        armed(scoring, "extract_all")
     elif where == "validation":
         armed(MultiIPAdapter, "validation_step")
     elif where == "writing":

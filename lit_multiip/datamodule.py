@@ -17,9 +17,10 @@ from lit_multiip.backbone.encoders import Encoder, load_clip, load_latent_encode
 from lit_multiip.backbone.face_crop import FaceCrop
 from lit_multiip.backbone.features import Features, Pixels
 from lit_multiip.backbone.pipeline import Backbone
+from lit_multiip.data.checking import check_photos
 from lit_multiip.data.groups import Balance, Target, draw_references, stable_hash
-from lit_multiip.data.people import MiniFaces, PeopleSource, Person, check_photos, read_person
-from lit_multiip.data.photos import DataError, Photo
+from lit_multiip.data.people import MiniFaces, PeopleSource, Person, read_person
+from lit_multiip.data.photos import DataError, Photo, distinct_photos
 from lit_multiip.data.split import Split, select_people, split_people
 from lit_multiip.datasets import (
     EpochSampler,
@@ -253,8 +254,7 @@ class MultiPhotoData(L.LightningDataModule):
     def _split(self) -> Split:
         people = select_people(self.source.people(), self.min_photos, self.max_people, self.seed)
         people = check_photos(people, self.on_unreadable)
-        for i, person in enumerate(people):
-            people[i] = _distinct(person)  # in place: the photos of a hundred thousand are not held twice
+        people = [_distinct(person) for person in people]
         people = self._cut(select_people(people, self.min_photos, None, self.seed))
         split = split_people(people, self.seed, self.test_fraction, self.validation_fraction, **self.names)
         if self.training_people is not None:
@@ -264,7 +264,7 @@ class MultiPhotoData(L.LightningDataModule):
         return split
 
     def _draw_references(self, person: Person) -> tuple[Photo, ...]:
-        photos, rng = tuple(person.photos), np.random.default_rng([self.seed, stable_hash(person.name)])
+        photos, rng = person.photos, np.random.default_rng([self.seed, stable_hash(person.name)])
         if len(photos) != self.references:
             what = "the surplus is dropped" if len(photos) > self.references else "missing ones are drawn again"
             logger.warning("%s has %d photos, %d are used: %s", person.name, len(photos), self.references, what)
@@ -400,7 +400,7 @@ class MultiPhotoData(L.LightningDataModule):
 
 
 class _PhotosOf:
-    """The photos of people, unpacked person by person each time they are gone through, and then further ones."""
+    """The photos of people, and then further ones, without a list of them all."""
 
     def __init__(self, people: Sequence[Person], further: Sequence[Photo]) -> None:
         self.people, self.further = people, further
@@ -412,12 +412,8 @@ class _PhotosOf:
 
 
 def _distinct(person: Person) -> Person:
-    """Keep one photo of those with equal content, so that a copy of a target is never among its references.
-
-    The contents of files that are read for it are packed with the photos, and not read again.
-    """
-    photos = {photo.content_key(): photo for photo in reversed(tuple(person.photos))}
-    kept = tuple(reversed(photos.values()))
+    """Keep one photo of those with equal content, so that a copy of a target is never among its references."""
+    kept = distinct_photos(person.photos)
     if len(kept) < len(person.photos):
         logger.warning("%s: %d photos are copies of others and left out", person.name, len(person.photos) - len(kept))
     return replace(person, photos=kept)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -183,7 +184,7 @@ def inspect_people(
             items = [_to_device(dataset[number], loaded.device) for number in numbers.values()]
             person, picture = inspect_person(model, [tasks[number] for number in numbers.values()], items), None
             if place < pictured:
-                [image] = model.generate({key: value[None] for key, value in items[0].items()})
+                [image] = model.generate(default_collate(items[:1]))
                 side, weights_are = model.image_side, model.aggregator.weights_are
                 picture = draw_person(person, weights_are, to_picture(image), side, model.method())
             yield person, picture
@@ -215,8 +216,8 @@ def load(run: str | None, configs: Sequence[str], options: Sequence[str], split:
 
 
 def _to_device(item: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    tensors = {key: value for key, value in item.items() if isinstance(value, Tensor)}  # prompts are words
-    return {key: values[0].to(device) for key, values in default_collate([tensors]).items()}
+    numbers = {key: value for key, value in item.items() if not isinstance(value, str)}  # prompts are words
+    return move_data_to_device(numbers, device)
 
 
 def _describe_person(person: Inspected) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
@@ -32,7 +32,7 @@ INK, RULE = "#1f2328", "#d0d7de"
 COLOURS = {"better": "#0b5fd0", "worse": "#b23b0a", "unclear": "#59636e"}
 # Okabe and Ito's palette, which the colour-blind can tell apart too; without yellow and black
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,
@@ -124,14 +124,14 @@ def figure6(comparison: Comparison) -> Figure | None:
     width, height = left + len(people) * (cell + gap), top + len(rows) * (cell + gap)
     figure, axes = _blank(width, height)
 
-    def write(x: float, y: float, text: str, **where: str) -> None:
-        axes.text(x, y, text, fontsize=font * 72 / figure.dpi, linespacing=1.2, **where)
+    def write(x: float, y: float, text: str, ha: Literal["left", "center"], va: Literal["center", "bottom"]) -> None:
+        axes.text(x, y, text, fontsize=font * 72 / figure.dpi, linespacing=1.2, ha=ha, va=va)
 
     for column, head in enumerate(heads):
-        write(left + column * (cell + gap) + cell / 2, top - gap, head, ha="center", va="bottom")
+        write(left + column * (cell + gap) + cell / 2, top - gap, head, "center", "bottom")
     for number, (title, pictures) in enumerate(rows):
         y = top + number * (cell + gap)
-        write(gap, y + cell / 2, textwrap.fill(title, 28), va="center")
+        write(gap, y + cell / 2, textwrap.fill(title, 28), "left", "center")
         for column, paths in enumerate(pictures):
             _tile(axes, paths, left + column * (cell + gap), y, cell)
     return figure
@@ -161,11 +161,6 @@ def _tile(axes: Axes, paths: Sequence[Path], x: int, y: int, side: int) -> None:
         picture = read_picture(path)
         way = "hanning" if part % picture.width else "nearest"  # pixels stay as they are where that is possible
         axes.imshow(picture, extent=(left, left + part, top + part, top), aspect="auto", interpolation=way)
-    # `imshow` moves the limits to what it drew
-    figure = axes.get_figure()
-    assert figure is not None
-    width, height = figure.get_size_inches() * figure.dpi
-    axes.set(xlim=(0, width), ylim=(height, 0))
 
 
 # ---- paired differences ---------------------------------------------------------------------------------------------
@@ -200,10 +195,13 @@ def forest(found: Sequence[Panel]) -> Figure:
     """Draw panels side by side: a dot and its 95% interval a row, filled where the interval does not hold zero."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     titles = list(dict.fromkeys(title for panel in found for title, _, _ in panel.lines))
     with matplotlib.rc_context(STYLE):
-        figure = Figure((3 + 3 * len(found), 1.2 + 0.42 * len(titles)), dpi=150, layout="constrained")
+        figure = Figure(
+            (3 + 3 * len(found), 1.2 + 0.42 * len(titles)), dpi=150, layout=ConstrainedLayoutEngine(wspace=0.06)
+        )
         grid = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
         for axes, panel in zip(grid, found, strict=True):
             axes.axvline(0, color=RULE, zorder=0)
@@ -217,7 +215,6 @@ def forest(found: Sequence[Panel]) -> Figure:
             axes.tick_params(axis="y", length=0)
         grid[0].set_yticks(range(len(titles)), [textwrap.fill(title, 40) for title in titles])
         grid[0].set_ylim(len(titles) - 0.5, -0.75)
-        figure.get_layout_engine().set(wspace=0.06)
         figure.supxlabel(LEGEND, fontsize=8, color=COLOURS["unclear"])
     return figure
 

@@ -121,7 +121,7 @@ def as_page(text: str, folder: Path) -> str:
     body = body.replace("<table>", '<div class="scroll" role="region" aria-label="table" tabindex="0"><table>')
     body = body.replace("</table>", "</table></div>")
     body = re.sub(r"(?<=[\d>]) (\[[^]<]+\])(?=</td>)", r" <small>\1</small>", body)
-    [title] = reader.toc_tokens  # type: ignore[attr-defined]
+    [title] = reader.toc_tokens
     sections = [(section["id"], unescape(section["name"])) for section in title["children"]]
     template = Environment(autoescape=True).from_string(package_file("comparison/page.html.jinja").read_text("utf-8"))
     return template.render(title=unescape(title["name"]), sections=sections, body=Markup(body))

@@ -72,7 +72,7 @@ def compare(
         title: of the report.
         contrasts: differences that tell causes apart.
         configs: laid over every row's own, such as configs/data/lfw.yaml or configs/on/sd15.yaml.
-        options: of every command, such as ``data.held_out: 4``.
+        options: of every command, such as `data.held_out: 4`.
         test_options: of every test.
         seeds: training seeds of the rows that have them; [0] by default. Data, split and test tasks stay the same.
         only: run these rows; the report is of all that is there.

@@ -131,7 +131,7 @@ def figure6(comparison: Comparison) -> Figure | None:
         write(left + column * (cell + gap) + cell / 2, top - gap, head, "center", "bottom")
     for number, (title, pictures) in enumerate(rows):
         y = top + number * (cell + gap)
-        write(gap, y + cell / 2, textwrap.fill(title, 28), "left", "center")
+        write(gap, y + cell / 2, textwrap.fill(title, 28, break_on_hyphens=False), "left", "center")
         for column, paths in enumerate(pictures):
             _tile(axes, paths, left + column * (cell + gap), y, cell)
     return figure
@@ -213,7 +213,7 @@ def forest(found: Sequence[Panel]) -> Figure:
             axes.locator_params(axis="x", nbins=5)
             axes.spines["left"].set_visible(False)
             axes.tick_params(axis="y", length=0)
-        grid[0].set_yticks(range(len(titles)), [textwrap.fill(title, 40) for title in titles])
+        grid[0].set_yticks(range(len(titles)), [textwrap.fill(title, 40, break_on_hyphens=False) for title in titles])
         grid[0].set_ylim(len(titles) - 0.5, -0.75)
         figure.supxlabel(LEGEND, fontsize=8, color=COLOURS["unclear"])
     return figure

@@ -31,13 +31,13 @@ class Row:
     Args:
         configs: method configs, laid over one another.
         title: its name in the report.
-        group: ``paper`` for the paper's five, ``control`` for the others.
+        group: `paper` for the paper's five, `control` for the others.
         fit: train it before it is tested; what is tested otherwise is the published adapter as it is, or a method that
             learns within the test.
         seeds: train it once per training seed; otherwise it has no training seed.
         seed_options: what a training seed is given to; data, split and test tasks have their own.
         run: a run that was trained before, to be tested in place of a fit of its own.
-        options: of both commands, such as ``model.trained: aggregator``.
+        options: of both commands, such as `model.trained: aggregator`.
         paper: the paper's own figures.
         test_options: of its tests alone.
         grid: options and their values; every combination is a row of its own, the first is the default.

@@ -128,10 +128,10 @@ def inspect_loaded(loaded: Loaded, folder: Path, split: str, people: int, measur
 
     Args:
         loaded: A method with an `aggregator`, and its data.
-        folder: To write.
+        folder: to write.
         split: `test` or `validation`.
-        people: With a picture.
-        measured: People in the numbers.
+        people: with a picture.
+        measured: people in the numbers.
     """
     model = loaded.model
     if getattr(model, "aggregator", None) is None:
@@ -195,8 +195,8 @@ def load(run: str | None, configs: Sequence[str], options: Sequence[str], split:
 
     Args:
         run: A folder; None takes the newest, or, where there are configs, a method of which nothing is trained.
-        configs: Laid over the run's own.
-        options: As on the command line, laid over all.
+        configs: laid over the run's own.
+        options: as on the command line, laid over all.
         split: `test` or `validation`, whose features are made.
     """
     from lit_multiip.cli import build_run

@@ -47,10 +47,10 @@ def restoration_losses(model: Any, item: Mapping[str, Any], conditions: Tensor, 
     """Return the denoising loss of a held-out photo under several conditions, at the noise and times of validation.
 
     Args:
-        model: Has `denoising_loss`, `noise` and `scaling_factor`, as `MultiIPAdapter`.
-        item: Of `TaskDataset`: moments (2C, h, w), text (what the UNet takes besides) and seed ().
-        conditions: Aggregated embeddings, (K, M, D).
-        batch_size: Conditions a pass of the UNet.
+        model: has `denoising_loss`, `noise` and `scaling_factor`, as `MultiIPAdapter`.
+        item: of `TaskDataset`: moments (2C, h, w), text (what the UNet takes besides) and seed ().
+        conditions: aggregated embeddings, (K, M, D).
+        batch_size: conditions a pass of the UNet.
 
     Returns:
         (K,), the mean over `VALIDATION_TIMES`; noise and times are the same for all K.
@@ -92,7 +92,7 @@ def rarity(shows: npt.NDArray[np.bool_]) -> FloatArray:
     A trait that one photo alone shows counts 1 for it, a trait that all N show 1 / N for each.
 
     Args:
-        shows: Whether photo n shows trait t, (N, T).
+        shows: whether photo n shows trait t, (N, T).
 
     Returns:
         (N,), which sum to the number of traits that anything shows.
@@ -128,8 +128,8 @@ def attention_rows(aggregator: Any, embeds: Tensor) -> dict[str, FloatArray]:
     """Measure each photo's own row of attention; nothing where the aggregator has none.
 
     Args:
-        aggregator: Of N photos' embeddings.
-        embeds: Of one person's photos, (N, D).
+        aggregator: of N photos' embeddings.
+        embeds: of one person's photos, (N, D).
 
     Returns:
         `row_spread`, among how many photos a photo's row is shared, exp H, and `own_weight`, what it gives to itself;
@@ -158,11 +158,11 @@ def inspect_person(model: Any, tasks: Sequence[Task], items: Sequence[Mapping[st
 
     Args:
         model: A method with an `aggregator`.
-        tasks: All of this person, of a held-out photo each.
-        items: Of `TaskDataset`, a task each, on the model's device.
+        tasks: all of this person, of a held-out photo each.
+        items: of `TaskDataset`, a task each, on the model's device.
 
     Raises:
-        InspectError: There is one reference, which cannot be left out.
+        InspectError: there is one reference, which cannot be left out.
     """
     references = tasks[0].references
     if len(references) < 2:

@@ -107,7 +107,8 @@ class Scorer:
         """
         found = RowScores()
         images_each = len(self.photos.pixels) + sum(map(len, rows.values()))
-        with tqdm(total=len(extractors) * images_each, unit="image", disable=not self.show_progress) as bar:
+        total = len(extractors) * images_each
+        with tqdm(desc="scoring", total=total, unit="image", disable=not self.show_progress) as bar:
             for extractor in extractors:
                 bar.set_description(f"scoring real photos by {extractor.name}")
                 real, _ = extract_all(extractor, self.photos.pixels, self.device, bar)
@@ -123,6 +124,7 @@ class Scorer:
                         found.sets[extractor.name] = generated, held_out
                 if anchors:
                     self._score_real_photos(extractor, real, held_out, found)
+            bar.set_description("scored")
         return found
 
     def _score_row(

@@ -7,8 +7,9 @@ import pytest
 from comparing import write_comparison, write_plan, write_test
 from scoring import Data, Perfect, run
 
-from lit_multiip.comparison.figures import pictured
-from lit_multiip.comparison.tests import ComparisonError, best, leader, load_comparison
+from lit_multiip.comparison.figures import pictured_people
+from lit_multiip.comparison.rows import ComparisonError, best_cells, find_leader
+from lit_multiip.comparison.tests import load_comparison
 from lit_multiip.evaluation.intervals import person_mean
 from lit_multiip.evaluation.results import read_features
 from lit_multiip.evaluation.scores import fid
@@ -74,10 +75,10 @@ def test_differences_are_paired_by_image(folder, loaded):
 
 
 def test_the_best_is_marked_only_where_it_is_clear_of_the_runner_up(loaded):
-    first, second, difference = leader(loaded, "identity_held_out/critic", loaded.rows)
+    first, second, difference = find_leader(loaded, "identity_held_out/critic", loaded.rows)
     assert (first.key, second.key) == ("self_attn", "avg_pool_trained")
     assert difference == loaded.difference("self_attn", "avg_pool_trained")["identity_held_out/critic"]
-    marked = best(loaded, "critic")
+    marked = best_cells(loaded, "critic")
     assert ("self_attn", "identity_held_out/critic") in marked
     assert not any(key.startswith("prompt") for _, key in marked)  # the same numbers in every row
     assert not any(row == "avg_pool_trained" for row, _ in marked)  # a block of one has no runner-up
@@ -243,4 +244,12 @@ def test_what_a_test_writes_is_read_and_scores_the_same(tmp_path):
     assert {key: score.n for key, score in scores.items()} == {key: s["n"] for key, s in written.items()}
     assert len(comparison.anchors) == 7
     assert all(score.value == 0 for score in comparison.difference("self_attn", "ip_adapter").values())
-    assert len(pictured(comparison)) == 3
+    assert len(pictured_people(comparison)) == 3
+
+
+def test_a_row_that_was_trained_by_other_code_is_named(own):
+    stamp = {"key": "0", "commit": "e" * 40}
+    (own / "self_attn" / "version_1" / "fit.json").write_text(json.dumps(stamp))
+    (own / "avg_pool_trained" / "version_0" / "fit.json").write_text(json.dumps(stamp | {"commit": "c" * 40}))
+    notes = [note for note in load_comparison(own).notes() if "trained by" in note]
+    assert notes == ["Self-Attention: trained by commit eeeeeeeeeeee and tested by cccccccccccc of this package."]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,8 +43,10 @@ from lit_multiip.evaluation.audit import LeakError, audit_tasks, find_record
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.aggregators import AvgPool, SelfAttention
 from lit_multiip.methods.dreambooth import DreamBooth
+from lit_multiip.tools import card as cards
 from lit_multiip.tools import export as exporting
-from lit_multiip.tools.export import ADAPTER, EMBEDS, export
+from lit_multiip.tools.card import ADAPTER, EMBEDS, ExportError
+from lit_multiip.tools.export import export
 
 
 def built(backbone: Path, **options: Any) -> MultiIPAdapter:
@@ -230,7 +233,9 @@ def test_the_card_says_where_it_comes_from_and_names_no_person_and_no_path(expor
     ):
         assert fact in text
     assert "Ann_Lee" not in text and str(run.parents[1]) not in text and "/tmp" not in text
-    assert yaml.safe_load(text.split("---")[1])["library_name"] == "diffusers"
+    data = yaml.safe_load(text.split("---")[1])
+    assert (data["library_name"], data["pipeline_tag"], data["license"]) == ("diffusers", "text-to-image", "other")
+    assert data["tags"] == ["ip-adapter", "personalization"] and "base_model" not in data
     with safe_open(exported / ADAPTER, "pt") as file:
         record = json.loads(file.metadata()["lit_multiip"])
     assert record["aggregator"] == "SelfAttention(dim=24, heads=1, residual=False)" and record["step"] == 7
@@ -371,6 +376,63 @@ def test_sd15_trains_the_published_22_3_million_and_the_aggregator() -> None:
     assert sum(p.numel() for p in aggregator.parameters()) == 3 * 1024**2
 
 
+def test_a_card_names_the_backbones_licence_and_hub_id() -> None:
+    record = {"method": "M", "backbone": "stable-diffusion-v1-5/stable-diffusion-v1-5", "versions": {}}
+    text = cards.card(record, {}, cards.Written("use", "lines", 0))
+    data = yaml.safe_load(text.split("---")[1])
+    assert data["base_model"] == record["backbone"] and data["license"] == "creativeml-openrail-m"
+    assert "license_name" not in data and data["tags"] == ["dreambooth", "personalization"]
+
+
+def test_the_cards_code_of_a_run_on_the_miniature_draws(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = MultiIPAdapter(Backbone())
+    model.configure_model()
+    config = {"model": {"class_path": "lit_multiip.methods.adapter.MultiIPAdapter"}, "data": {"references": 9}}
+    run = write_run(tmp_path / "runs" / "self_attn" / "version_0", model.eval(), config)
+    monkeypatch.chdir(tmp_path)
+    export(["--run", str(run), "--photos", str(photos)])
+    text = Path("exported/README.md").read_text()
+    assert yaml.safe_load(text.split("---")[1])["license"] == "apache-2.0"
+    code = text.split("```python\n")[1].split("```")[0].replace("my_photos", "Ann_Lee")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["image"].size == (64, 64) and np.asarray(names["image"]).std() > 10
+
+
+class Hub:
+    """What is asked of the hub; `private` is what a repository is that was there before."""
+
+    def __init__(self, private: bool | None = None) -> None:
+        self.private, self.calls = private, []
+
+    def create_repo(self, repository: str, private: bool, exist_ok: bool) -> None:
+        self.calls.append(("create", repository, private))
+        self.private = private if self.private is None else self.private
+
+    def repo_info(self, repository: str) -> Any:
+        return SimpleNamespace(private=self.private)
+
+    def upload_folder(self, repo_id: str, folder_path: Path, allow_patterns: list[str]) -> None:
+        self.calls.append(("upload", repo_id, sorted(allow_patterns)))
+
+
+def test_an_upload_is_private_unless_asked_otherwise_and_takes_nothing_of_a_person(
+    run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    export(["--run", str(run), "--output", str(tmp_path / "out"), "--photos", str(photos), "--push_to_hub", "org/name"])
+    assert hub.calls == [("create", "org/name", True), ("upload", "org/name", ["README.md", ADAPTER])]
+    for public in (False, True):
+        hub = Hub(private=False)
+        monkeypatch.setattr("huggingface_hub.HfApi", lambda hub=hub: hub)
+        with nullcontext() if public else pytest.raises(ExportError, match=r"everyone can see 'org/name'.*--public"):
+            cards.upload("org/name", tmp_path / "out", [ADAPTER], public)
+        assert [call[0] for call in hub.calls] == (["create", "upload"] if public else ["create"])
+
+
 def test_readme_and_card_show_the_same_lines() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert exporting.snippet("stable-diffusion-v1-5/stable-diffusion-v1-5") in readme
+    readme = (Path(__file__).parents[2] / "lit_multiip" / "tools" / "README.md").read_text(encoding="utf-8")
+    assert cards.snippet("stable-diffusion-v1-5/stable-diffusion-v1-5") in readme

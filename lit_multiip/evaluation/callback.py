@@ -236,7 +236,7 @@ class ScoreTest(L.Callback):
         if "other_references" not in batch:  # there is only one person
             given.pop("other_person", None)
         rows = [*given, "vae_round_trip"]
-        with tqdm(rows, unit="row", leave=False, disable=not self._show_progress) as bar:
+        with tqdm(rows, f"anchors of {which}", unit="row", leave=False, disable=not self._show_progress) as bar:
             for row in bar:
                 bar.set_description(f"anchors of {which}: {row.replace('_', ' ')}")
                 if row in given:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,29 +106,38 @@ class Scorer:
             anchors: add the rows of real photos, real_held_out and real_vs_real.
         """
         found = RowScores()
-        with tqdm(total=len(extractors) * (1 + len(rows)), unit="row", disable=not self.show_progress) as bar:
+        images_each = len(self.photos.pixels) + sum(map(len, rows.values()))
+        total = len(extractors) * images_each
+        with tqdm(desc="scoring", total=total, unit="image", disable=not self.show_progress) as bar:
             for extractor in extractors:
                 bar.set_description(f"scoring real photos by {extractor.name}")
-                real, _ = extract_all(extractor, self.photos.pixels, self.device)
+                real, _ = extract_all(extractor, self.photos.pixels, self.device, bar)
                 if real.embedding is not None:
                     found.faces_not_found[extractor.name]["real_photos"] = count_missing_faces(real.embedding)
                 held_out = self._select(real, list(dict.fromkeys(task.held_out for task in self.tasks)))
-                bar.update()
                 for row, images in rows.items():
                     bar.set_description(f"scoring {row.replace('_', ' ')} by {extractor.name}")
-                    generated = self._score_row(extractor, row, images, real, held_out, found)
+                    prompts = [task.prompt for task in self.tasks]
+                    made, agreement = extract_all(extractor, images, self.device, bar, prompts)
+                    generated = self._score_row(extractor, row, made, agreement, real, held_out, found)
                     if row == method:
                         found.sets[extractor.name] = generated, held_out
-                    bar.update()
                 if anchors:
                     self._score_real_photos(extractor, real, held_out, found)
+            bar.set_description("scored")
         return found
 
     def _score_row(
-        self, extractor: Extractor, row: str, images: Tensor, real: Extraction, held_out: ImageSet, found: RowScores
+        self,
+        extractor: Extractor,
+        row: str,
+        made: Extraction,
+        agreement: FloatArray,
+        real: Extraction,
+        held_out: ImageSet,
+        found: RowScores,
     ) -> ImageSet:
-        """Score one row by one extractor, and return what it saw."""
-        made, agreement = extract_all(extractor, images, self.device, [task.prompt for task in self.tasks])
+        """Add the scores of one row by one extractor to what is found, and return the row's images as it saw them."""
         per_image = self._score_images(extractor, made, real, with_diversity=row not in NO_SEEDS)
         per_image["prompt"] = agreement
         # a score that is undefined everywhere is dropped; of identity, missing faces are the reason, and are reported
@@ -175,9 +185,9 @@ class Scorer:
 
 
 def extract_all(
-    extractor: Extractor, images: Tensor, device: torch.device, prompts: Sequence[str] | None = None
+    extractor: Extractor, images: Tensor, device: torch.device, bar: tqdm[Any], prompts: Sequence[str] | None = None
 ) -> tuple[Extraction, FloatArray]:
-    """Have an extractor see images (N, 3, H, W), batch by batch, on a device.
+    """Have an extractor see images (N, 3, H, W), batch by batch, on a device; the bar counts them.
 
     Returns:
         What it says of them, and how well they follow their prompts, (N,), or (0,) without prompts; all on the CPU.
@@ -190,6 +200,7 @@ def extract_all(
         parts.append(extractor.extract(batch))
         if prompts is not None:
             agreement.append(extractor.prompt_agreement(batch, prompts[number : number + BATCH]).cpu())
+        bar.update(len(batch))
 
     def join(tensors: Sequence[Tensor | None]) -> Tensor | None:
         present = [tensor.cpu() for tensor in tensors if tensor is not None]

@@ -113,7 +113,7 @@ def test_every_long_part_shows_a_bar_from_the_first_batch_on(tmp_path, capsys):
     for batch in (1, 2):
         for row in ("no references", "zero embedding", "other person", "vae round trip"):
             assert f"anchors of batch {batch} of 2: {row}" in shown
-    assert "scoring real photos by thumbnail" in shown and "7/7" in shown  # real photos and six rows of images
+    assert "scoring real photos by thumbnail" in shown and "40/40" in shown  # 16 real photos, six rows of 4
     run(tmp_path / "quiet", data=Data(test=2))
     assert "anchors" not in (quiet := capsys.readouterr().err) and "scoring" not in quiet
 

@@ -159,12 +159,13 @@ def best_checkpoint(run: Path) -> Path | None:
     readable.sort(key=lambda found: found[:3], reverse=True)
     paths = [path for _, _, path, _ in readable]
     for *_, states in readable:
-        for state in reversed(states.values()):  # the config's `checkpoint` stands behind those of `trainer.callbacks`
-            if state.get("monitor") and state.get("best_model_path"):
-                # a run may have been moved since
-                best = run / "checkpoints" / os.path.relpath(state["best_model_path"], state["dirpath"])
-                if best in paths:
-                    return best
+        choosing = [state for state in states.values() if state.get("monitor") and state.get("best_model_path")]
+        if choosing:
+            state = choosing[-1]  # the config's `checkpoint` stands behind those of `trainer.callbacks`
+            # a run may have been moved since
+            best = run / "checkpoints" / os.path.relpath(state["best_model_path"], state["dirpath"])
+            if best in paths:
+                return best
     return paths[0] if paths else None
 
 

@@ -365,6 +365,8 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
             self.logger_given = copy.deepcopy(config.trainer.get("logger"))
             if self.logger_given in (None, True):
                 config.trainer.logger = dict_to_namespace(trainer_defaults["logger"])
+            if config.trainer.logger:
+                self.trainer_defaults["callbacks"].append(LearningRateMonitor("step"))
             place_loggers(config.trainer, self.run_folder)
 
         def _choose_folder(self, config: Any, checkpoint: str | None) -> Path:
@@ -416,7 +418,6 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
             ExactResume(),
             ValidateAtEnd(),
             ModelCheckpoint(filename="last", monitor=None, save_top_k=1, enable_version_counter=False),
-            LearningRateMonitor("step"),
             SavePredictions(),
             RecordPeople(),
             DescribeRun(),

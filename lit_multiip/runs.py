@@ -159,9 +159,9 @@ def best_checkpoint(run: Path) -> Path | None:
     readable.sort(key=lambda found: found[:3], reverse=True)
     paths = [path for _, _, path, _ in readable]
     for *_, states in readable:
-        choosing = [state for state in states.values() if state.get("monitor") and state.get("best_model_path")]
-        if choosing:
-            state = choosing[-1]  # the config's `checkpoint` stands behind those of `trainer.callbacks`
+        choosing = [state for state in states.values() if state.get("monitor")]
+        state = choosing[-1] if choosing else {}  # the config's `checkpoint` stands behind those of `trainer.callbacks`
+        if state.get("best_model_path"):
             # a run may have been moved since
             best = run / "checkpoints" / os.path.relpath(state["best_model_path"], state["dirpath"])
             if best in paths:

@@ -9,13 +9,15 @@ import shlex
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
@@ -113,6 +115,30 @@ class RecordPeople(L.Callback):
         """Record the training people, and the validation people, by whom the checkpoint is chosen."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         checkpoint[RECORD] = training_record([*data.split.train, *data.split.validation], self.earlier)
+
+
+class AverageTrained(L.Callback):
+    """Has Lightning's `WeightAveraging` callbacks average what is trained alone, and hold what is frozen only once.
+
+    An average of equal numbers differs from them in the last digits, which a frozen UNet must not.
+    """
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give the averaged model the module's own frozen weights."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            average = callback._average_model if isinstance(callback, WeightAveraging) else None
+            if average is None:
+                continue
+            theirs = chain(average.module.parameters(), average.module.buffers())
+            for copy, own in zip(theirs, chain(pl_module.parameters(), pl_module.buffers()), strict=True):
+                if not own.requires_grad:
+                    copy.data = own.data
+            if average.avg_fn is not None:
+                average.avg_fn = partial(_average_unless_shared, average.avg_fn)
+
+
+def _average_unless_shared(average: Any, averaged: Tensor, current: Tensor, number: Any) -> Tensor:
+    return averaged if averaged.data_ptr() == current.data_ptr() else average(averaged, current, number)
 
 
 class DescribeRun(L.Callback):

@@ -20,6 +20,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from lit_multiip.files import LitMultiIPError, first_line
+
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
 
@@ -38,6 +40,7 @@ COMMANDS = {  # dispatched before LightningCLI
     "measure-mini": "lit_multiip.mini.measure:measure_mini",
 }
 SECTIONS = {"trainer", "data", "checkpoint", "grid", "score"}  # of a config
+BACKBONE_TARGETS = ("model.init_args.backbone", "data.backbone")  # given the one backbone of the top-level key
 OWN_PARSER = ("inspect", "export")  # these also take the options of a config, and parse the command line themselves
 DESCRIPTION = """Personalised images from several photos of a person.
 
@@ -54,7 +57,7 @@ _PREDICT = {name: f"data.predict.{name}" for name in ("photos", "prompts", "seed
 ALIASES = {"test": _SAMPLING, "validate": {}, "predict": _SAMPLING | _PREDICT}
 
 
-class UsageError(Exception):
+class UsageError(LitMultiIPError):
     """A command line that cannot be carried out; the message names the remedy."""
 
 
@@ -234,20 +237,21 @@ def build_run(
 def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCLI:
     """Parse ``sys.argv`` and run it; or, not to ``execute``, parse ``args`` without a subcommand and build the objects.
 
-    The model is a ``Method`` by its ``class_path``, the data a fixed class; ``backbone``, ``image_encoder``,
-    ``face_encoder``, ``published_adapter`` and ``image_side`` are top-level keys that both are given. A config of a
-    backbone is laid over the others (``_backbones_last``). A config may set ``model.init_args`` without a
-    ``class_path``: they are those of the method that another config names, or of MultiIPAdapter, so that configs may be
-    laid over one another in any
-    order. The callbacks ``checkpoint``, ``grid`` and ``score`` are set by keys of those names; ``trainer.callbacks`` is
+    The model is a ``Method`` by its ``class_path``, the data a fixed class; both are given the one ``Backbone`` of the
+    top-level key ``backbone``. A config of a backbone is laid over the others (``_backbones_last``). A config may set
+    ``model.init_args`` without a ``class_path``: they are those of the method that another config names, or of
+    MultiIPAdapter, so that configs may be laid over one another in any order.
+    The callbacks ``checkpoint``, ``grid`` and ``score`` are set by keys of those names; ``trainer.callbacks`` is
     the user's own.
     """
     from jsonargparse import dict_to_namespace
     from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+<<<<<<< HEAD
     from lit_multiip.backbone.encoders import FaceEncoder
     from lit_multiip.callbacks import (
+        AverageTrained,
         DescribeRun,
         ProgressBar,
         RecordPeople,
@@ -256,6 +260,10 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
         Trainer,
         ValidateAtEnd,
     )
+=======
+    from lit_multiip.backbone.pipeline import Backbone
+    from lit_multiip.callbacks import RecordPeople, SampleGrid, SavePredictions, ValidateAtEnd
+>>>>>>> main
     from lit_multiip.datamodule import MultiPhotoData
     from lit_multiip.evaluation.callback import ScoreTest
     from lit_multiip.files import only_writer, write_durably
@@ -284,6 +292,8 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
             message = _told(message)
             if '"aggregator"' in message:
                 message += f"; aggregators are {', '.join(cls.__name__ for cls in Aggregator.__subclasses__())}"
+            elif re.search(r'"(model.|data.)?backbone"', message):
+                message += "; the backbone is set by --backbone.path and what stands beside it"
             elif '"model"' in message and "import path" in message:
                 message += f"; methods are {', '.join(cls.__name__ for cls in methods)}"
             raise UsageError(f"{message}; all options: {self.prog} --help") from ex
@@ -307,18 +317,10 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
         continued: Path | None = None  # the run that fit goes on with, in its own folder
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            parser.add_argument("--backbone", type=str, default="mini", help="mini, a diffusers folder, or a hub id")
-            parser.add_argument("--image_side", type=int | None, default=None, help="px; null: the backbone's own")
-            where = "folder, or hub id and subfolder; null: the backbone's own"
-            parser.add_argument("--image_encoder", type=str | None, default=None, help=where)
-            where = "file, or hub id and file; null: the backbone's ip_adapter/"
-            parser.add_argument("--published_adapter", type=str | None, default=None, help=where)
-            what = "a face-recognition network that conditions, in CLIP's place or beside it"
-            parser.add_argument("--face_encoder", type=FaceEncoder | None, default=None, help=what)
-            for key in ("backbone", "image_encoder", "face_encoder", "published_adapter", "image_side"):
-                parser.link_arguments(key, f"model.init_args.{key}")
-                if key != "published_adapter":
-                    parser.link_arguments(key, f"data.{key}")
+            parser.add_subclass_arguments(Backbone, "backbone", help="the frozen pipeline and its encoders")
+            parser.set_defaults({"backbone": {"class_path": "lit_multiip.backbone.pipeline.Backbone"}})
+            for target in BACKBONE_TARGETS:
+                parser.link_arguments("backbone", target, apply_on="instantiate")
             parser.set_defaults({"model": {"class_path": f"{methods[0].__module__}.{methods[0].__name__}"}})
             parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
             best = {"monitor": "val/loss", "mode": "min", "save_top_k": 1, "filename": "best-{step}"}
@@ -333,9 +335,12 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             with _config_to_blame():
                 super().parse_arguments(parser, args)
+            config = self.config[self.config.subcommand] if execute else self.config
+            for key in BACKBONE_TARGETS:  # which the link would replace without a word
+                if config.get(key) is not None:
+                    raise UsageError(f"{key} is set, and model and data share one backbone: set backbone.path instead")
             if not execute:
                 return
-            config = self.config[self.config.subcommand]
             path = config.get("ckpt_path")
             if path in ("last", "best"):
                 home, version = home_of_runs(config.trainer, config.model)
@@ -420,6 +425,7 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
             ModelCheckpoint(filename="last", monitor=None, save_top_k=1, enable_version_counter=False),
             SavePredictions(),
             RecordPeople(),
+            AverageTrained(),
             DescribeRun(),
         ],
     }
@@ -454,6 +460,7 @@ def _set_up_logging() -> None:
         "not supported by the model summary",
         "treespec",
         "have no .validation_step",
+        "You're using the WeightAveraging callback",  # a module is built in configure_model, and tested by its average
         "your dataloader is not resumable",  # the samplers are
         "(Checkpoint|Experiment logs) directory .* exists and is not empty",
         "LightningCLI's args parameter",  # of commands that parse a run's config, not their own line
@@ -471,7 +478,7 @@ def _explain(error: Exception) -> str | None:
     if isinstance(error, (UsageError, OSError, MisconfigurationException)):
         return str(error) or type(error).__name__
     if isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|[Cc]onnection (closed|reset)|TCPStore", str(error)):
-        reason = str(error).strip().splitlines()[0].split(". ")[0]
+        reason = first_line(error).split(". ")[0]
         return (
             f"another rank has died or cannot be reached ({reason}): what it said tells why; --ckpt_path last goes on "
             "from the last checkpoint"

@@ -56,7 +56,7 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         person_index = int(np.searchsorted(self.ends, index, side="right"))
         number = index - (int(self.ends[person_index - 1]) if person_index else 0)
         person = self.people[person_index]
-        photos = tuple(person.photos)
+        photos = person.photos
         rng = np.random.default_rng([self.seed, epoch, stable_hash(person.name)])
         if self.balance == "photo":
             others = [i for i in range(len(photos)) if i != number]

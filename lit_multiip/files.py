@@ -1,12 +1,13 @@
-"""Files that appear whole or not at all, and folders with one writer."""
+"""Durable files, folders with one writer, hashes, and the root of this package's errors."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import resources
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +15,26 @@ from filelock import FileLock, Timeout
 
 LOCK = ".lock"
 PATIENCE = 10  # seconds: workers that a killed process leaves hold its locks until they look for it, every 5 s
+
+
+class LitMultiIPError(ValueError):
+    """What this package refuses: the message is one line, names the value and says what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, cut at 200 characters, or its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def shorten(names: Iterable[object], most: int = 5) -> str:
+    """List distinct names in words, the first `most` of them: "a, b and 3 more"."""
+    distinct = list(dict.fromkeys(map(str, names)))
+    return ", ".join(distinct[:most]) + (f" and {len(distinct) - most} more" if len(distinct) > most else "")
+
+
+def package_file(name: str) -> Path:
+    """Return the path of a file or folder of this package, such as `mini/weights`."""
+    return Path(str(resources.files("lit_multiip"))) / name
 
 
 def write_durably(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -50,12 +71,23 @@ def write_durably(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """Return the SHA-256 (hex) of a file, read a piece at a time."""
+    """Return the SHA-256 (hex) of a file."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    for piece in read_pieces(path):
+        digest.update(piece)
     return digest.hexdigest()
+
+
+def hash_text(text: str) -> str:
+    """Return the SHA-256 (hex) of a text; bytes of a file name that are no UTF-8 count as they are."""
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def read_pieces(path: Path) -> Iterator[bytes]:
+    """Yield a file's bytes, 1 MiB at a time."""
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            yield piece
 
 
 def move_into(part: Path, folder: Path) -> None:

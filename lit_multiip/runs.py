@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from lit_multiip.files import LitMultiIPError, first_line
+
 logger = logging.getLogger(__name__)
 
 LAST = "last.ckpt"
@@ -36,8 +38,7 @@ def read_checkpoint(path: Path, verify: bool = False) -> dict[str, Any]:
                     raise zipfile.BadZipFile(f"bad checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=not verify)
     except Exception as error:  # damaged bytes raise nearly anything in the unpickler
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        raise CheckpointError(f"checkpoint '{path}' cannot be read ({reason}): give another one") from error
+        raise CheckpointError(f"checkpoint '{path}' cannot be read ({first_line(error)}): give another one") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"'{path}' holds no checkpoint of a run: give one from a run's checkpoints/")
     return checkpoint
@@ -138,6 +139,7 @@ def newest_run(root: Path = Path("runs")) -> tuple[Path, Path] | None:
     return None
 
 
+<<<<<<< HEAD
 # ---- which checkpoint -----------------------------------------------------------------------------------------------
 
 
@@ -182,4 +184,7 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 class CheckpointError(ValueError):
+=======
+class CheckpointError(LitMultiIPError):
+>>>>>>> main
     """A checkpoint of another method or backbone; the message names both."""

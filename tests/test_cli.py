@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +11,16 @@ import pytest
 import torch
 import transformers
 
-from lit_multiip.cli import COMMANDS, UsageError, expand, main
+from lit_multiip.backbone.faces import FaceEncoder
+from lit_multiip.backbone.pipeline import Backbone
+from lit_multiip.cli import COMMANDS, UsageError, expand, main, make_cli
 
 
 def write_run(root: Path, name: str, scores: dict[str, float] | None = None, last: bool = True, age: int = 0) -> Path:
     """A run with best-<k>.ckpt of the given validation losses and last.ckpt, `age` seconds old."""
     run = root / "runs" / name
     (run / "checkpoints").mkdir(parents=True)
-    (run / "config.yaml").write_text("backbone: mini\n")
+    (run / "config.yaml").write_text("backbone: {path: mini}\n")
     best = min(scores, key=lambda stem: scores[stem]) if scores else None
     state = {"monitor": "val/loss", "dirpath": "checkpoints", "best_model_path": f"checkpoints/{best}.ckpt"}
     for stem in scores or {}:
@@ -148,12 +151,12 @@ def test_an_unknown_method_or_option_of_a_method_is_told_without_jsonargparses_t
 
 
 def test_wrong_values_are_one_line(here: Path, tiny_backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fit = ["fit", "--backbone", str(tiny_backbone)]
+    fit = ["fit", "--backbone.path", str(tiny_backbone)]
     message, code = failing(capsys, *fit, "--data.references", "0")
     assert code == 1 and "at least 1" in message
     message, code = failing(capsys, *fit, "--model.sampling.guidance_scale", ".nan")
     assert code in (1, 2) and "guidance_scale=nan is not finite" in message
-    message, code = failing(capsys, "fit", "--backbone", "no/such/backbone")
+    message, code = failing(capsys, "fit", "--backbone.path", "no/such/backbone")
     assert code == 1 and "no/such/backbone" in message
     message, code = failing(capsys, *fit, "--data.source", "Folder", "--data.source.path", "no/photos")
     assert code == 1 and "no/photos" in message
@@ -165,6 +168,57 @@ def test_wrong_values_are_one_line(here: Path, tiny_backbone: Path, capsys: pyte
     (here / "torn.ckpt").write_bytes(b"PK torn")
     message, code = failing(capsys, "test", *fit[1:], "--ckpt_path", "torn.ckpt")
     assert code == 1 and "checkpoint 'torn.ckpt' cannot be read" in message
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--model.backbone.path", "mini"],
+        ["--model.init_args.backbone.path=mini"],
+        ["--model.backbone=/nowhere"],
+        ["--model.image_encoder=/nowhere"],
+        ["--data.backbone=/nowhere"],
+        ["--data.backbone.path=mini"],
+        ["--backbone=mini"],
+        "model: {init_args: {backbone: {path: mini}}}",
+        "model: {init_args: {published_adapter: file}}",
+        "data: {backbone: {path: mini}}",
+        "data: {image_side: 64}",
+    ],
+)
+def test_a_backbone_that_model_and_data_would_not_share_is_refused(
+    here: Path, given: list[str] | str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if isinstance(given, str):
+        (here / "own.yaml").write_text(given)
+        given = ["--config", "own.yaml"]
+    message, code = failing(capsys, "fit", *given, "--trainer.max_steps", "0")
+    assert code == 2 and re.search("backbone|image_encoder|published_adapter|image_side", message)
+
+
+class HalfBackbone(Backbone):
+    """Another family: its images are half as large."""
+
+    @property
+    def image_side(self) -> int:
+        """Half of the miniature's."""
+        return super().image_side // 2
+
+
+def test_one_backbone_is_given_to_model_and_data_and_comes_back_from_the_saved_config(here: Path) -> None:
+    (here / "on.yaml").write_text("backbone: {path: mini, image_encoder: encoder}")
+    (here / "side.yaml").write_text("backbone: {image_side: 32}")
+    configs = ["--config", "side.yaml", "--config", "on.yaml", "--backbone.face_encoder.path", "faces.onnx"]
+    cli = make_cli([*configs, "--config", "side.yaml"], execute=False)
+    backbone = cli.model.backbone
+    assert backbone is cli.datamodule.backbone and backbone.path == "mini" and backbone.image_encoder == "encoder"
+    assert backbone.face_encoder == FaceEncoder("faces.onnx") and backbone.image_side == 32
+    saved = cli.parser.dump(cli.config, skip_none=False)
+    (here / "saved.yaml").write_text(saved)
+    again = make_cli(["--config", "saved.yaml", "--backbone.image_encoder", "null"], execute=False)
+    assert again.model.backbone.face_encoder == backbone.face_encoder and again.model.backbone.image_encoder is None
+    other = make_cli(["--backbone.class_path", f"{__name__}.HalfBackbone"], execute=False)
+    assert type(other.model.backbone).__name__ == "HalfBackbone" and other.model.backbone.image_side == 32
 
 
 def test_the_traceback_can_be_asked_for(

@@ -66,14 +66,16 @@ def test_a_backbone_data_and_a_method_in_any_order(
 ) -> None:
     backbone = tmp_path / "on.yaml"
     backbone.write_text(
-        "backbone: org/name\nimage_side: 512\ntrainer: {precision: 16-mixed}\n"
+        "backbone: {path: org/name, image_side: 512}\ntrainer: {precision: 16-mixed}\n"
         "model: {init_args: {frozen_dtype: bfloat16, gradient_checkpointing: true, sampling: {steps: 30}}}\n"
     )
     method = ROOT / "configs" / f"{stem}.yaml"
     orders = list(permutations([method, ROOT / "configs" / "data" / "folder.yaml", backbone]))
     results = [parsed(capsys, "fit", *order) for order in orders]
     assert all(result == results[0] for result in results)
-    assert results[0]["backbone"] == "org/name" and results[0]["data"]["source"]["class_path"].endswith("Folder")
+    assert results[0]["backbone"]["init_args"]["path"] == "org/name" and results[0]["data"]["source"][
+        "class_path"
+    ].endswith("Folder")
     # no class is named there: whichever method it is takes them
     model, own = results[0]["model"], yaml.safe_load(method.read_text())["model"]
     assert model["class_path"] == own["class_path"]

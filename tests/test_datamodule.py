@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import ColorJitter
 
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.people import Folder, MiniFaces
 from lit_multiip.data.photos import DataError
 from lit_multiip.datamodule import MultiPhotoData, PredictArgs
@@ -23,7 +24,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def made(backbone: Path, cache: str, stage: str, **options: Any) -> MultiPhotoData:
     options = {"source": MiniFaces(train=3, validation=2, test=2, photos=11), "batch_size": 8} | options
-    data = MultiPhotoData(str(backbone), cache_dir=cache, **options)
+    data = MultiPhotoData(Backbone(str(backbone)), cache_dir=cache, **options)
     data.prepare_data()
     data.setup(stage)
     return data

@@ -47,7 +47,7 @@ def trained(run: Path, scores: list[float], **options: Any) -> Path:
     trainer = L.Trainer(max_epochs=len(scores), accelerator="cpu", callbacks=[of_user, best, last], **quiet)
     loader = DataLoader([0])
     trainer.fit(Scores(scores), loader, loader)
-    (run / "config.yaml").write_text("backbone: mini\n")
+    (run / "config.yaml").write_text("backbone: {path: mini}\n")
     return run
 
 
@@ -94,7 +94,7 @@ def test_the_newest_run_is_the_one_saved_to_last_that_can_be_loaded(tmp_path: Pa
     for age, name in ((100, "old"), (50, "new"), (1, "torn"), (0, "empty")):
         run = tmp_path / name / "version_0"
         (run / "checkpoints").mkdir(parents=True)
-        (run / "config.yaml").write_text("backbone: mini\n")
+        (run / "config.yaml").write_text("backbone: {path: mini}\n")
         if name != "empty":
             torch.save({"callbacks": {}, "state_dict": {}}, path := run / "checkpoints" / "last.ckpt")
             if name == "torn":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from lit_multiip.backbone.faces import YUNET, FaceDetector, weights_file
 from lit_multiip.data.people import Person
 from lit_multiip.data.photos import MIN_SIDE, DataError, Photo
+from lit_multiip.files import hash_file, hash_text
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class CroppedPhoto(Photo):
 
     def content_key(self) -> str:
         """Return the SHA-256 of the photo's key and the box."""
-        return hashlib.sha256(f"{self.photo.content_key()} {self.box}".encode()).hexdigest()
+        return hash_text(f"{self.photo.content_key()} {self.box}")
 
     def original(self) -> Photo:
         """Return the whole photo."""
@@ -102,7 +102,7 @@ class FaceCrop:
         """Rows of ``box``, of every photo; those that the store lacks are looked for and kept in it."""
         from lit_multiip.backbone.store import SHARD_ROWS, Shards
 
-        digest = hashlib.sha256(weights_file(self.detector).read_bytes()).hexdigest()[:16]
+        digest = hash_file(weights_file(self.detector))[:16]
         store = Shards(Path(cache_dir) / f"faces-{digest}")
         store.refresh()
         by_key = {photo.content_key(): photo for photo in photos}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_multiip.backbone.ip_adapter import set_ip_scale
-from lit_multiip.backbone.pipeline import load_component, load_pipeline
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.pixels import to_pixels, to_signal
 
 SLICED = 512**2  # a batch of more pixels is decoded an image at a time: small ones take 50 % longer so, on a CPU
@@ -55,17 +55,17 @@ class Sampler:
     """A diffusers pipeline around a UNet, fed with embeddings only; the VAE is loaded when first needed.
 
     Args:
-        backbone: anything ``resolve_backbone`` takes.
+        backbone: whose pipeline, VAE and noise schedule draw.
         unet: with or without an IP-Adapter installed.
         sampling: scheduler and steps.
     """
 
-    def __init__(self, backbone: str, unet: nn.Module, sampling: Sampling) -> None:
+    def __init__(self, backbone: Backbone, unet: nn.Module, sampling: Sampling) -> None:
         self.sampling, self.unet = sampling, unet
-        scheduler = load_component(backbone, "scheduler")
+        scheduler = backbone.load("scheduler")
         cls = getattr(diffusers, sampling.scheduler)
-        vae = load_component(backbone, "vae")
-        self.pipe = load_pipeline(backbone, unet=unet, vae=vae, scheduler=cls.from_config(scheduler.config))
+        noise = cls.from_config(scheduler.config)
+        self.pipe = backbone.pipeline(unet=unet, vae=backbone.load("vae"), scheduler=noise)
         # The pipeline repeats the embeddings as often as the batch has images, as if all showed one person; attention
         # would then mix them across the batch. Ours are one set an image, and taken as they are.
         self.pipe.prepare_ip_adapter_image_embeds = lambda image, embeds, *_: embeds

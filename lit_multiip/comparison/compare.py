@@ -7,7 +7,6 @@ that its result depends on: configs, options, code, weights, photos and prompts.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 import json
 import logging
@@ -21,12 +20,13 @@ from typing import Any, Literal
 
 from jsonargparse.typing import PositiveInt
 
-from lit_multiip.backbone.encoders import FaceEncoder
-from lit_multiip.backbone.ip_adapter import find_ip_adapter
-from lit_multiip.backbone.pipeline import COMPONENTS, BackboneError, fingerprint, fingerprint_image_encoder
+from lit_multiip.backbone.components import COMPONENTS, BackboneError
+from lit_multiip.backbone.faces import FaceEncoder
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.comparison.steps import Step, run_steps
 from lit_multiip.evaluation.critic import shipped_critic
 from lit_multiip.evaluation.results import write_json
+from lit_multiip.files import LitMultiIPError, hash_file, hash_text
 from lit_multiip.runs import best_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ PRESENTATION = (
 )
 
 
-class CompareError(ValueError):
+class CompareError(LitMultiIPError):
     """A plan that cannot be carried out; the message names the remedy."""
 
 
@@ -220,43 +220,39 @@ def photos_fingerprint(configs: tuple[str, ...], source: tuple[tuple[str, str], 
 
 def combined_key(*parts: Any) -> str:
     """Hash of what a step depends on, JSON-able."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hash_text(json.dumps(parts, sort_keys=True))
 
 
 def _weights(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     """Fingerprints of the backbone, of its adapter, and of the user's own modules that the configs name."""
     import yaml
 
-    backbone, classes = "mini", set()
-    apart: dict[str, Any] = dict.fromkeys(("image_encoder", "published_adapter", "face_encoder"))
+    given: dict[str, Any] = {}
+    classes = set()
     for file in files:
         text = Path(file).read_text(encoding="utf-8")
         content = yaml.safe_load(text)
-        backbone = str((content or {}).get("backbone", backbone))
-        apart = {key: (content or {}).get(key, value) for key, value in apart.items()}
+        given |= (content or {}).get("backbone") or {}
         classes |= set(re.findall(r"class_path:\s*([\w.]+)", text))
-    backbone = str(options.get("backbone", backbone))
-    apart = {key: options.get(key, value) for key, value in apart.items()}
-    found = [*_components(backbone)]
-    if apart["image_encoder"] is not None:
-        found.append(fingerprint_image_encoder(backbone, apart["image_encoder"]))
-    face = {key.partition(".")[2]: value for key, value in options.items() if key.startswith("face_encoder.")}
-    if face or apart["face_encoder"] is not None:
-        found.append(FaceEncoder(**{**(apart["face_encoder"] or {}), **face}).fingerprint())
-    adapter: Any = apart["published_adapter"]
-    if adapter is not None and not Path(adapter).expanduser().is_file():
-        found.append(str(adapter))  # on the hub
-        adapter = None
-    elif adapter is None and (Path(backbone).is_dir() or backbone == "mini"):
-        adapter = find_ip_adapter(backbone)
-    if adapter is not None:
-        found.append(hashlib.sha256(Path(adapter).read_bytes()).hexdigest())
+    own = {key.removeprefix("backbone."): value for key, value in options.items() if key.startswith("backbone.")}
+    face = (given.pop("face_encoder", None) or {}) | {
+        key.partition(".")[2]: own.pop(key) for key in list(own) if key.startswith("face_encoder.")
+    }
+    backbone = Backbone(**given | own, face_encoder=FaceEncoder(**face) if face else None)
+    found = [*_components(backbone.path)]
+    if backbone.image_encoder is not None:
+        found.append(backbone.fingerprint_image_encoder())
+    if backbone.face_encoder is not None:
+        found.append(backbone.face_encoder.fingerprint())
+    if (adapter := backbone.adapter_file()) is not None:
+        path = Path(adapter).expanduser()
+        found.append(hash_file(path) if path.is_file() else adapter)  # else on the hub
     for module in sorted({name.rpartition(".")[0] for name in classes}):
         if module.split(".")[0] in ("lit_multiip", "torch", "lightning", "diffusers"):
             continue
         spec = importlib.util.find_spec(module) if module else None
         if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
-            found.append(hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest())
+            found.append(hash_file(Path(spec.origin)))
     return found
 
 
@@ -268,7 +264,7 @@ def _scorers(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     texts = set(_strings([[config.get("score") for config in named], list(options.values())]))
     critics = [str(shipped_critic(name) / "model.safetensors") for name in ("critic", "critic_b")]
     paths = [*critics, *(os.path.expanduser(text) for text in sorted(texts))]
-    return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths if os.path.isfile(path)]
+    return [hash_file(Path(path)) for path in paths if os.path.isfile(path)]
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -286,7 +282,7 @@ def _components(backbone: str) -> tuple[str, ...]:
     found = []
     for component in COMPONENTS:
         try:
-            found.append(fingerprint(backbone, component))
+            found.append(Backbone(backbone).fingerprint(component))
         except BackboneError:  # not every pipeline has every component
             continue
     return tuple(found)
@@ -296,7 +292,7 @@ def _checkpoint_hash(run: Path) -> str:
     checkpoint = best_checkpoint(run)
     if checkpoint is None:
         raise CompareError(f"run '{run}' has no checkpoint that can be loaded: train it first")
-    return hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    return hash_file(checkpoint)
 
 
 def _check_plan(

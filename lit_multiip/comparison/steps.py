@@ -19,12 +19,13 @@ from threading import Event
 from typing import Any, Literal, NamedTuple
 
 from lit_multiip.evaluation.results import write_json
+from lit_multiip.files import LitMultiIPError
 from lit_multiip.runs import best_checkpoint, newest_checkpoint
 
 LINES_SHOWN = 20  # of the log of a step that failed
 
 
-class StepError(ValueError):
+class StepError(LitMultiIPError):
     """A step that failed; the message names it, its command and the remedy."""
 
 

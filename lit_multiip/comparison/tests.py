@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from lit_multiip.evaluation.intervals import Score
 from lit_multiip.evaluation.results import TITLES, read_features
 from lit_multiip.evaluation.scores import ImageSet, summarise, summarise_difference, values_of_each
+from lit_multiip.files import LitMultiIPError
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 Scores = dict[str, Score]
 
 
-class ComparisonError(ValueError):
+class ComparisonError(LitMultiIPError):
     """Tests that cannot stand in one table, or a file that cannot be read; the message names it and the remedy."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_multiip.data.people import Person
+from lit_multiip.files import hash_text
 
 RECORD = "trained_on"  # key in a checkpoint
 
@@ -35,7 +35,7 @@ def training_record(people: Sequence[Person], earlier: Mapping[str, Tensor] | No
 
 
 def _name_digest(name: str) -> bytes:
-    return hashlib.sha256(unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")).digest()
+    return bytes.fromhex(hash_text(unicodedata.normalize("NFC", name)))
 
 
 def _digests(record: Mapping[str, Tensor] | None, key: str) -> set[bytes]:

@@ -24,6 +24,7 @@ from lit_multiip.data import mini_faces
 from lit_multiip.data.photos import DrawnPhoto, Photo
 from lit_multiip.data.record import RECORD, _digests, _name_digest, training_record
 from lit_multiip.data.tasks import Task
+from lit_multiip.files import LitMultiIPError
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ FloatArray = npt.NDArray[np.float64]
 Pairs = list[tuple[Photo, Photo]]
 
 
-class LeakError(ValueError):
+class LeakError(LitMultiIPError):
     """A held-out photo is among its references, or a test person was trained on; the message names them."""
 
 

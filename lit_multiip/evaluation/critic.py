@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 
 from lit_multiip.data import mini_faces
 from lit_multiip.evaluation.extractors import Extraction, Extractor
+from lit_multiip.files import package_file
 
 _COLOUR = f"({'|'.join(mini_faces.COLOUR_NAMES)})"
 _BACKGROUND, _SHIRT = re.compile(rf"\bin front of an? {_COLOUR} wall\b"), re.compile(rf"\bin an? {_COLOUR} shirt\b")
@@ -29,7 +29,7 @@ _COMPLETE = re.compile(
 
 def shipped_critic(name: str = "critic") -> Path:
     """Folder of a critic that ships with the miniature: `critic` or `critic_b`. It may not exist."""
-    return Path(str(resources.files("lit_multiip"))) / "mini" / "weights" / name
+    return package_file(f"mini/weights/{name}")
 
 
 class CriticExtractor(Extractor):

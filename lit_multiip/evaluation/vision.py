@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_multiip.backbone.pipeline import safe_config
+from lit_multiip.backbone.components import safe_config
 from lit_multiip.evaluation.extractors import Extraction, Extractor
+from lit_multiip.files import first_line
 
 
 class CLIP(Extractor):
@@ -137,10 +138,9 @@ def _load(auto: Any, model: str) -> Any:
             weights = {"use_safetensors": True, "dtype": torch.float32, "config": safe_config(place)}
         return auto.from_pretrained(place, **weights)
     except (OSError, ValueError, SafetensorError) as error:
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise OSError(
-            f"'{model}' cannot be loaded ({reason}): give a folder that save_pretrained wrote, with safetensors and "
-            "preprocessor_config.json, or a hub id that can be reached"
+            f"'{model}' cannot be loaded ({first_line(error)}): give a folder that save_pretrained wrote, with "
+            "safetensors and preprocessor_config.json, or a hub id that can be reached"
         ) from error
 
 

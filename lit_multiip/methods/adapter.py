@@ -14,17 +14,10 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from lit_multiip.backbone.encoders import (
-    FaceEncoder,
-    PhotoEncoder,
-    fingerprint_photo_encoder,
-    name_photo_encoder,
-    photo_embed_dim,
-    uses_clip,
-)
+from lit_multiip.backbone.components import BackboneError
+from lit_multiip.backbone.encoders import PhotoEncoder
 from lit_multiip.backbone.ip_adapter import (
     find_adapter_file,
-    find_ip_adapter,
     install_ip_adapter,
     ip_adapter_from_text,
     ip_adapter_parameters,
@@ -32,7 +25,7 @@ from lit_multiip.backbone.ip_adapter import (
     read_ip_adapter,
 )
 from lit_multiip.backbone.lora import LORA_FILE, add_lora, lora_disabled, read_lora, require_peft
-from lit_multiip.backbone.pipeline import BackboneError, load_component
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.methods.aggregators import Aggregator, SelfAttention
 from lit_multiip.methods.method import POOLED, Batch, Dtype, Method, References, text_time
@@ -44,23 +37,18 @@ class MultiIPAdapter(Method):
     """Trains the aggregator, Linear, LayerNorm, K' and V'; everything else is frozen (eq. 1/17, section 3.5).
 
     Args:
-        backbone: folder, hub id or ``mini``.
+        backbone: frozen; shared with the data.
         aggregator: G; gets the embedding width.
         optimizer: over the trained parameters.
         lr_schedule: a schedule of ``diffusers.optimization.get_scheduler``, stepped every optimiser step.
         lr_warmup_steps: of the schedule.
-        ip_adapter: ``auto`` (``published_adapter``, else the backbone's ip_adapter/, else ``text``), ``text`` (from the
+        ip_adapter: ``auto`` (the backbone's published adapter, else its ip_adapter/, else ``text``), ``text`` (from the
             text K and V), a file, or hub id and file. One exported with an aggregator's weights brings these too.
         trained: ``adapter``, or ``aggregator`` alone.
         sampling: how images are drawn.
-        image_side: of the images in px; None takes the backbone's own.
         frozen_dtype: of the UNet's frozen weights; trained ones are float32.
         gradient_checkpointing: trade 35 % more arithmetic for a fifth of the activations.
         lora_rank: of LoRA on all of the UNet's attention, trained with the adapter (needs peft); None adds none.
-        image_encoder: folder, or hub id and subfolder, of the CLIP vision model; None takes the backbone's own.
-        published_adapter: file, or hub id and file, where the backbone's adapter lies apart from it.
-        face_encoder: a face-recognition network in CLIP's place, where ``auto`` is ``text``, or beside CLIP, where an
-            adapter made for CLIP alone starts with zeros for the face.
         channels_last: of the UNet's convolutions; for GPUs (CPU: 15 % slower).
         compile_unet: by torch.compile; the first step, and each new size of a batch, then takes a minute or more.
     """
@@ -68,14 +56,14 @@ class MultiIPAdapter(Method):
     conditions: ClassVar[tuple[References, ...]] = ("right", "none", "zero", "other")
     must_agree: ClassVar[dict[str, str]] = {
         **Method.must_agree,
-        "image_encoder_content": "set image_encoder and face_encoder to what it was trained with",
+        "image_encoder_content": "set backbone.image_encoder and backbone.face_encoder to what it was trained with",
         "trained": "set model.trained likewise",
         "lora_rank": "set model.lora_rank likewise",
     }
 
     def __init__(
         self,
-        backbone: str = "mini",
+        backbone: Backbone | None = None,
         aggregator: Callable[[int], Aggregator] = SelfAttention,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=1e-2),
         lr_schedule: str = "constant_with_warmup",
@@ -84,12 +72,8 @@ class MultiIPAdapter(Method):
         trained: Literal["adapter", "aggregator"] = "adapter",
         lora_rank: int | None = None,
         sampling: Sampling | None = None,
-        image_side: int | None = None,
         frozen_dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
-        image_encoder: str | None = None,
-        published_adapter: str | None = None,
-        face_encoder: FaceEncoder | None = None,
         channels_last: bool = False,
         compile_unet: bool = False,
     ) -> None:
@@ -99,7 +83,6 @@ class MultiIPAdapter(Method):
             lr_schedule,
             lr_warmup_steps,
             sampling,
-            image_side,
             frozen_dtype,
             gradient_checkpointing,
             channels_last,
@@ -108,8 +91,6 @@ class MultiIPAdapter(Method):
         require_peft(lora_rank)
         self.make_aggregator, self.ip_adapter, self.trained = aggregator, ip_adapter, trained
         self.lora_rank = lora_rank
-        self.image_encoder, self.published_adapter = image_encoder, published_adapter
-        self.face_encoder = face_encoder
         self.aggregator: Any = None
         self._photos: list[str] = []  # targets since the last optimiser step
 
@@ -117,18 +98,15 @@ class MultiIPAdapter(Method):
 
     def build(self) -> None:
         """Load the UNet and install the adapter."""
-        self.unet = load_component(self.backbone, "unet", self.frozen_dtype)
-        encoder, face = (self.backbone, self.image_encoder), self.face_encoder
-        width = photo_embed_dim(*encoder, face)
-        path: str | None = self.ip_adapter
-        if path == "auto":
-            path = self.published_adapter or find_ip_adapter(self.backbone) if uses_clip(face) else None
+        self.unet = self.backbone.load("unet", self.frozen_dtype)
+        width, face = self.backbone.embed_dim, self.backbone.face_encoder
+        path = self.backbone.adapter_file() if self.ip_adapter == "auto" else self.ip_adapter
         if path is None or path == "text":
             state: Any = ip_adapter_from_text(self.unet, width)
         else:
             state = read_ip_adapter(path)
             if face is not None and face.beside_clip:
-                _widen(state["image_proj"], photo_embed_dim(*encoder), width)
+                _widen(state["image_proj"], self.backbone.clip_dim, width)
         install_ip_adapter(self.unet, state, width)
         self.aggregator = self.make_aggregator(width)
         if path is not None and "aggregator" in state:
@@ -199,7 +177,7 @@ class MultiIPAdapter(Method):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss at fixed noise a timestep bin, and the reference gap: what shuffling or dropping the photos costs."""
         mean, _ = batch["moments"].chunk(2, dim=1)
-        x = mean * self.scaling_factor
+        x = mean * self.backbone.scaling_factor
         weight = (~batch["repeated"]).float()  # (B,); whatever the number of ranks, every task counts once
         count = int(weight.sum())
         # Lightning averages these numbers over ranks as integers, so they are multiples of the number of ranks
@@ -265,15 +243,15 @@ class MultiIPAdapter(Method):
 
     def photo_encoder(self) -> PhotoEncoder:
         """Load what makes the embeddings of photos; it is no part of the module."""
-        return PhotoEncoder(self.backbone, self.image_encoder, self.face_encoder, self.device)
+        return PhotoEncoder(self.backbone, self.device)
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def method(self) -> str:
         """Name of the method: the aggregator's, and what is added to the plain one."""
         added = ["LoRA"] * (self.lora_rank is not None)
-        if self.face_encoder is not None:
-            added.append("face and CLIP" if self.face_encoder.beside_clip else "face")
+        if (face := self.backbone.face_encoder) is not None:
+            added.append("face and CLIP" if face.beside_clip else "face")
         return " + ".join([type(self.aggregator).__name__, *added])
 
     def settings(self) -> str:
@@ -283,20 +261,21 @@ class MultiIPAdapter(Method):
     def provenance(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the model that loads it."""
         return super().provenance() | {
-            "image_encoder": name_photo_encoder(self.backbone, self.image_encoder, self.face_encoder),
-            "image_encoder_content": fingerprint_photo_encoder(self.backbone, self.image_encoder, self.face_encoder),
+            "image_encoder": self.backbone.photo_encoder_name(),
+            "image_encoder_content": self.backbone.fingerprint_photo_encoder(),
             "trained": self.trained,
             "lora_rank": self.lora_rank,
         }
 
     def describe(self) -> dict[str, Any]:
         """Method, backbone, sampling and numbers of parameters, for a results file."""
+        face = self.backbone.face_encoder
         file = self.ip_adapter if self.ip_adapter in ("auto", "text") else "file"
         return super().describe() | {
             "aggregator": self.settings(),
             "ip_adapter": file,
-            "image_encoder": self.image_encoder,
-            "face_encoder": None if self.face_encoder is None else asdict(self.face_encoder),
+            "image_encoder": self.backbone.image_encoder,
+            "face_encoder": None if face is None else asdict(face),
         }
 
 

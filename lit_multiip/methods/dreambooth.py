@@ -8,7 +8,6 @@ same of images x_pr that the frozen backbone drew itself, with t' and eps' of th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -27,11 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lit_multiip.backbone.encoders import encode_prompts
 from lit_multiip.backbone.lora import add_lora, require_peft
-from lit_multiip.backbone.pipeline import fingerprint, load_component, load_text_pipeline, text_components
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.data.groups import stable_hash
+from lit_multiip.files import hash_text
 from lit_multiip.methods.method import POOLED, Batch, Dtype, Method, References
 from lit_multiip.runs import CheckpointError
 
@@ -68,7 +67,7 @@ class DreamBooth(Method):
     shirt" becomes "a photo of sks person in a red shirt". To a prompt that lacks the noun ", sks person" is appended.
 
     Args:
-        backbone: folder, hub id or ``mini``.
+        backbone: frozen but for what is tuned; shared with the data.
         optimizer: over the tuned parameters; each person has a new one.
         steps: of tuning, a person; ``trainer.max_steps`` has no part in it.
         lr_schedule: a schedule of ``diffusers.optimization.get_scheduler``, stepped every optimiser step.
@@ -83,7 +82,6 @@ class DreamBooth(Method):
         lora_rank: tune low-rank additions to the attention layers in place of the weights (needs peft).
         seed: of all draws.
         sampling: how images are drawn; ``ip_scale`` must stay 1, as there is no image attention.
-        image_side: of the images in px; None takes the backbone's own.
         frozen_dtype: of frozen weights; tuned ones are float32.
         gradient_checkpointing: trade 35 % more arithmetic for a fifth of the activations.
         channels_last: of the UNet's convolutions; for GPUs (CPU: 15 % slower).
@@ -94,7 +92,7 @@ class DreamBooth(Method):
 
     def __init__(
         self,
-        backbone: str = "mini",
+        backbone: Backbone | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=1e-2),
         steps: int = 800,
         lr_schedule: str = "constant_with_warmup",
@@ -109,7 +107,6 @@ class DreamBooth(Method):
         lora_rank: int | None = None,
         seed: int = 0,
         sampling: Sampling | None = None,
-        image_side: int | None = None,
         frozen_dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
         channels_last: bool = False,
@@ -121,7 +118,6 @@ class DreamBooth(Method):
             lr_schedule,
             lr_warmup_steps,
             sampling,
-            image_side,
             frozen_dtype,
             gradient_checkpointing,
             channels_last,
@@ -155,9 +151,9 @@ class DreamBooth(Method):
     def build(self) -> None:
         """Load UNet and text encoders, and keep a copy of what will be tuned."""
         whole = self.lora_rank is None
-        self.unet = load_component(self.backbone, "unet", torch.float32 if whole else self.frozen_dtype)
+        self.unet = self.backbone.load("unet", torch.float32 if whole else self.frozen_dtype)
         whole = whole and self.tuned == "unet+text"
-        self.texts = load_text_pipeline(self.backbone, torch.float32 if whole else self.frozen_dtype)
+        self.texts = self.backbone.text_pipeline(torch.float32 if whole else self.frozen_dtype)
         for name in self.text_encoders():
             setattr(self, name, getattr(self.texts, name))
         for name in self.tuned_modules():
@@ -173,7 +169,7 @@ class DreamBooth(Method):
 
     def text_encoders(self) -> list[str]:
         """Names of the text encoders: one, or SDXL's two."""
-        return [name for name in text_components(self.backbone) if name.startswith("text_encoder")]
+        return [name for name in self.backbone.text_components if name.startswith("text_encoder")]
 
     def tuned_modules(self) -> list[str]:
         """Names of what is tuned."""
@@ -240,7 +236,7 @@ class DreamBooth(Method):
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """Text states ``prompt_embeds``, (B, L, E), and of SDXL ``pooled_prompt_embeds``, (B, P)."""
-        return encode_prompts(self.texts, prompts)
+        return self.backbone.encode_prompts(self.texts, prompts)
 
     def _tuning_prompts(self) -> dict[str, Tensor]:
         """``encode`` of the person's and the class's prompt, (2, ...); once, where the text encoders are frozen."""
@@ -256,15 +252,15 @@ class DreamBooth(Method):
 
     def class_file(self) -> Path:
         """Where the class images lie, named by everything that decides them."""
-        parts = ("unet", "vae", *text_components(self.backbone), "scheduler")
+        parts = ("unet", "vae", *self.backbone.text_components, "scheduler")
         facts = {
-            "backbone": [fingerprint(self.backbone, name) for name in parts],
+            "backbone": [self.backbone.fingerprint(name) for name in parts],
             "prompt": self.class_prompt(),
             "count": self.class_images,
             "side": self.image_side,
             "sampling": self.sampling.describe(),
         }
-        name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        name = hash_text(json.dumps(facts))[:16]
         return Path(self.class_folder).expanduser() / f"class-{name}" / "images.safetensors"
 
     def prepare_class_images(self, draw: bool = True) -> None:
@@ -315,8 +311,7 @@ class DreamBooth(Method):
         generator = torch.Generator().manual_seed(stable_hash(self.seed, person, step, term) % 2**63)
         which = torch.randint(photos, (self.batch_size,), generator=generator)
         t = torch.randint(self.noise.config.num_train_timesteps, (self.batch_size,), generator=generator)
-        side = self.image_side // self.vae_scale
-        shape = (self.batch_size, self.unet.config.in_channels, side, side)
+        shape = (self.batch_size, *self.backbone.latent_shape)
         latent_noise, eps = (torch.randn(shape, generator=generator) for _ in range(2))
         return Draws(which, t, latent_noise, eps)
 

@@ -14,20 +14,23 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from lit_multiip.backbone.pipeline import BackboneError, fingerprint, load_component, load_vae_facts
+from lit_multiip.backbone.components import BackboneError
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampler, Sampling
+from lit_multiip.files import LitMultiIPError, shorten
 from lit_multiip.runs import CheckpointError
 
 Batch = dict[str, Any]
 References = Literal["right", "none", "other", "zero"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+WEIGHTS = {"state_dict", "current_model_state"}  # parts of a checkpoint; of an averaged method the first is the average
 LOOK_EVERY = 20  # values, two a step: how long NaN may go unseen on a GPU
 
 
 POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")  # of SDXL
 
 
-class NonFiniteLoss(ArithmeticError):
+class NonFiniteLoss(LitMultiIPError):
     """The loss became NaN or infinite; the last checkpoint holds the last good state."""
 
 
@@ -44,12 +47,11 @@ class Method(L.LightningModule):
     config changes the class, the command line keeps the values of equally named arguments.
 
     Args:
-        backbone: folder, hub id or ``mini``.
+        backbone: frozen; shared with the data.
         optimizer: over the trained parameters.
         lr_schedule: a schedule of ``diffusers.optimization.get_scheduler``, stepped every optimiser step.
         lr_warmup_steps: of the schedule.
         sampling: how images are drawn.
-        image_side: of the images in px; None takes the backbone's own.
         frozen_dtype: of frozen weights; trained ones are float32.
         gradient_checkpointing: trade 35 % more arithmetic for a fifth of the activations.
         channels_last: of the UNet's convolutions; for GPUs (CPU: 15 % slower).
@@ -63,21 +65,18 @@ class Method(L.LightningModule):
     # What a checkpoint's provenance must agree on with the model that loads it, and what to do otherwise.
     must_agree: ClassVar[dict[str, str]] = {
         "method": "use the config that the run was trained with",
-        "unet": "set backbone to the one it was trained on",
+        "unet": "set backbone.path to the one it was trained on",
     }
 
     noise: Any  # the training schedule, a DDPMScheduler
-    vae_scale: int  # px a latent
-    scaling_factor: float
 
     def __init__(
         self,
-        backbone: str = "mini",
+        backbone: Backbone | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=1e-2),
         lr_schedule: str = "constant_with_warmup",
         lr_warmup_steps: int = 20,
         sampling: Sampling | None = None,
-        image_side: int | None = None,
         frozen_dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
         channels_last: bool = False,
@@ -85,7 +84,7 @@ class Method(L.LightningModule):
     ) -> None:
         super().__init__()
         self.strict_loading = False  # a checkpoint holds only what was trained; on_load_checkpoint compares the keys
-        self.backbone, self.sampling, self._image_side = backbone, sampling or Sampling(), image_side
+        self.backbone, self.sampling = backbone or Backbone(), sampling or Sampling()
         self.make_optimizer, self.lr_schedule, self.lr_warmup_steps = optimizer, lr_schedule, lr_warmup_steps
         self.frozen_dtype, self.gradient_checkpointing = getattr(torch, frozen_dtype), gradient_checkpointing
         self.channels_last, self.compile_unet = channels_last, compile_unet
@@ -132,18 +131,17 @@ class Method(L.LightningModule):
             self.unet.to(memory_format=torch.channels_last)
         if self.compile_unet:
             self.unet.compile()  # in place: the names of the weights stay
-        self.noise = diffusers.DDPMScheduler.from_config(load_component(self.backbone, "scheduler").config)
+        self.noise = diffusers.DDPMScheduler.from_config(self.backbone.load("scheduler").config)
         kind = self.noise.config.prediction_type
         if kind not in ("epsilon", "v_prediction"):
             raise BackboneError(
-                f"backbone '{self.backbone}' predicts '{kind}': give one that predicts epsilon or v_prediction"
+                f"backbone '{self.backbone.path}' predicts '{kind}': give one that predicts epsilon or v_prediction"
             )
-        self.vae_scale, self.scaling_factor = load_vae_facts(self.backbone)
 
     @property
     def image_side(self) -> int:
         """Side of the images in px."""
-        return self._image_side or int(self.unet.config.sample_size) * self.vae_scale
+        return self.backbone.image_side
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Everything that the optimiser moves, by name."""
@@ -178,7 +176,7 @@ class Method(L.LightningModule):
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Sample scaled latents (B, C, h, w) from the VAE's posterior (B, 2C, h, w), by standard normal noise."""
         mean, logvar = moments.chunk(2, dim=1)
-        return (mean + (0.5 * logvar).exp() * noise) * self.scaling_factor
+        return (mean + (0.5 * logvar).exp() * noise) * self.backbone.scaling_factor
 
     def denoising_loss(
         self,
@@ -237,12 +235,12 @@ class Method(L.LightningModule):
         bad = [i for i, fine in enumerate(finite.expand(len(names)).tolist()) if not fine]
         stored = [key for key in ("references", "moments", "prompt_embeds") if key in batch]
         broken = {key: [i for i in bad if not batch[key][i].isfinite().all()] for key in stored}
-        value, of = float(loss[~finite].flatten()[0]), _some([names[i] for i in bad])
+        value, of = float(loss[~finite].flatten()[0]), shorten([names[i] for i in bad])
         for key, where in broken.items():
             if where:
                 raise NonFiniteLoss(
-                    f"the {name} is {value} at step {step}: the stored {key} of {_some([names[i] for i in where])} are "
-                    "not finite: delete data.cache_dir, or leave the photo out; the checkpoints hold the last good "
+                    f"the {name} is {value} at step {step}: the stored {key} of {shorten([names[i] for i in where])} "
+                    "are not finite: delete data.cache_dir, or leave the photo out; the checkpoints hold the last good "
                     "state"
                 )
         raise NonFiniteLoss(
@@ -266,7 +264,7 @@ class Method(L.LightningModule):
             for key, gradient in gradients.items():
                 if not gradient.isfinite().all():
                     raise NonFiniteLoss(
-                        f"the gradient of '{key}' is not finite at step {step}, in a batch of {_some(names)}: lower "
+                        f"the gradient of '{key}' is not finite at step {step}, in a batch of {shorten(names)}: lower "
                         "the learning rate, or look at these photos; the checkpoints hold the last good state"
                     )
 
@@ -329,7 +327,7 @@ class Method(L.LightningModule):
 
     def provenance(self) -> dict[str, Any]:
         """What a checkpoint says of itself; it must agree on ``must_agree`` with the model that loads it."""
-        return {"method": self.settings(), "backbone": self.backbone, "unet": fingerprint(self.backbone, "unet")}
+        return {"method": self.settings(), "backbone": self.backbone.path, "unet": self.backbone.fingerprint("unet")}
 
     def describe(self) -> dict[str, Any]:
         """Method, backbone, sampling and numbers of parameters, for a results file."""
@@ -346,7 +344,8 @@ class Method(L.LightningModule):
         """Keep what was trained, and what it was trained on."""
         self.look()
         trained = self.trained_parameters()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        for part in WEIGHTS & checkpoint.keys():
+            checkpoint[part] = {name: value for name, value in checkpoint[part].items() if name in trained}
         checkpoint["lit_multiip"] = self.provenance()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -364,8 +363,6 @@ class Method(L.LightningModule):
         missing = set(self.trained_parameters()) ^ set(checkpoint["state_dict"])
         if missing:
             raise CheckpointError(f"the checkpoint and the model differ in weights such as '{min(missing)}'")
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    names = list(dict.fromkeys(names))
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+        if checkpoint.keys() >= WEIGHTS:  # WeightAveraging wants the frozen ones too
+            for part in WEIGHTS:
+                checkpoint[part] = self.state_dict() | checkpoint[part]

@@ -68,7 +68,7 @@ def restoration_losses(model: Any, item: Mapping[str, Tensor], conditions: Tenso
     Returns:
         (K,), the mean over `VALIDATION_TIMES`; noise and times are the same for all K.
     """
-    x = item["moments"].chunk(2)[0][None] * model.scaling_factor  # (1, C, h, w)
+    x = item["moments"].chunk(2)[0][None] * model.backbone.scaling_factor  # (1, C, h, w)
     steps = model.noise.config.num_train_timesteps
     losses = torch.zeros(len(conditions), device=x.device)
     for number, time in enumerate(VALIDATION_TIMES):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_multiip.backbone.ip_adapter import ip_adapter_parameters
 from lit_multiip.backbone.lora import lora_parameters, read_lora, save_lora
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.runs import CheckpointError
 
@@ -18,7 +19,7 @@ pytest.importorskip("peft")
 
 
 def built(backbone: Path, **options: Any) -> MultiIPAdapter:
-    model = MultiIPAdapter(str(backbone), **options)
+    model = MultiIPAdapter(Backbone(str(backbone)), **options)
     model.configure_model()
     return model.eval()
 

@@ -20,7 +20,6 @@ from diffusers import StableDiffusionPipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lit_multiip.backbone.pipeline import resolve_backbone
 from lit_multiip.callbacks import SavePredictions
 
 
@@ -224,7 +223,7 @@ class BarePipeline(Reference):
         module.unet.register_forward_pre_hook(self._enter)
         module.unet.register_forward_hook(self._leave)
         self.pipe = StableDiffusionPipeline.from_pretrained(
-            resolve_backbone(module.backbone), unet=module.unet, text_encoder=None, tokenizer=None, image_encoder=None,
+            module.backbone.place, unet=module.unet, text_encoder=None, tokenizer=None, image_encoder=None,
             feature_extractor=None, safety_checker=None, requires_safety_checker=False,
         ).to(module.device)  # fmt: skip
         self.pipe.scheduler = module.sampler.pipe.scheduler

@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_multiip.backbone import sampler as sampling
-from lit_multiip.backbone.pipeline import load_component
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.datamodule import MultiPhotoData
@@ -31,7 +31,7 @@ Batch = dict[str, Tensor]
 @pytest.fixture(scope="module")
 def data(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> MultiPhotoData:
     data = MultiPhotoData(
-        str(tiny_backbone),
+        Backbone(str(tiny_backbone)),
         MiniFaces(train=3, validation=2, test=2, photos=11),
         batch_size=8,
         held_out=2,
@@ -53,7 +53,7 @@ def batch(data: MultiPhotoData) -> Batch:
 
 
 def built(backbone: Path, aggregator: Any = SelfAttention, steps: int = 3, **options: Any) -> MultiIPAdapter:
-    module = MultiIPAdapter(str(backbone), aggregator, sampling=Sampling(steps=steps), **options)
+    module = MultiIPAdapter(Backbone(str(backbone)), aggregator, sampling=Sampling(steps=steps), **options)
     module.configure_model()
     return module.eval()
 
@@ -112,7 +112,9 @@ def test_the_loss_is_the_epsilon_error_at_the_drawn_step(tiny_backbone: Path, ba
 def test_cached_and_online_features_give_the_same_loss(
     tiny_backbone: Path, data: MultiPhotoData, batch: Batch, tmp_path: Path
 ) -> None:
-    online = MultiPhotoData(str(tiny_backbone), data.source, batch_size=8, cache_dir=str(tmp_path), online=True)
+    online = MultiPhotoData(
+        Backbone(str(tiny_backbone)), data.source, batch_size=8, cache_dir=str(tmp_path), online=True
+    )
     online.setup("fit")
     module = built(tiny_backbone)
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
@@ -323,13 +325,13 @@ def test_decoding_is_the_vaes(tiny_backbone: Path, tasks: Batch) -> None:
     module = built(tiny_backbone)
     mean = tasks["moments"].chunk(2, dim=1)[0]
     with torch.no_grad():
-        expected = load_component(str(tiny_backbone), "vae").decode(mean).sample
+        expected = Backbone(str(tiny_backbone)).load("vae").decode(mean).sample
         decoded = module.decode(mean)
     assert (decoded.float() - ((expected + 1) * 127.5).clamp(0, 255)).abs().max() <= 0.51
 
 
 def test_without_guidance_the_text_alone_is_no_part(tiny_backbone: Path, tasks: Batch) -> None:
-    module = MultiIPAdapter(str(tiny_backbone), sampling=Sampling(steps=2, guidance_scale=1.0))
+    module = MultiIPAdapter(Backbone(str(tiny_backbone)), sampling=Sampling(steps=2, guidance_scale=1.0))
     module.configure_model()
     other = {**tasks, "negative_prompt_embeds": tasks["negative_prompt_embeds"] + 1}
     with torch.no_grad():

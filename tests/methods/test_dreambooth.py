@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny import make_tiny_backbone
 from torch import Tensor
 
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.data.photos import DataError
@@ -32,7 +33,7 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def faces(backbone: Path, features: str, **options: Any) -> MultiPhotoData:
     source = MiniFaces(train=2, validation=2, test=2, photos=11)
-    data = MultiPhotoData(str(backbone), source, cache_dir=features, **{"held_out": 2, **options})
+    data = MultiPhotoData(Backbone(str(backbone)), source, cache_dir=features, **{"held_out": 2, **options})
     data.per_person = True  # as setup finds out from the trainer's module
     return data
 
@@ -78,7 +79,7 @@ def dreambooth(backbone: Path, folder: str, **options: Any) -> DreamBooth:
         "class_images": 3,
         "sampling": Sampling(steps=2),
     } | options
-    return DreamBooth(str(backbone), class_folder=folder, **options)
+    return DreamBooth(Backbone(str(backbone)), class_folder=folder, **options)
 
 
 def built(backbone: Path, folder: str, **options: Any) -> DreamBooth:
@@ -270,7 +271,7 @@ def test_without_references_it_is_the_backbone_also_after_tuning(
     tiny_backbone: Path, features: str, tasks: dict[str, Any]
 ) -> None:
     module = built(tiny_backbone, features)
-    adapter = MultiIPAdapter(str(tiny_backbone), sampling=Sampling(steps=2))
+    adapter = MultiIPAdapter(Backbone(str(tiny_backbone)), sampling=Sampling(steps=2))
     adapter.configure_model()
     with torch.no_grad():
         plain, tuned, again = (module.generate(tasks, given) for given in ("none", "right", "none"))  # type: ignore[arg-type]
@@ -323,11 +324,10 @@ def test_another_identifier_and_noun_are_taken_as_they_are() -> None:
 def test_the_identifier_is_one_token_of_the_miniature_and_more_are_told(
     tiny_backbone: Path, features: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from lit_multiip.backbone.pipeline import load_component
     from lit_multiip.mini.tokenizer import IDENTIFIERS
 
     assert DreamBooth().identifier == IDENTIFIERS[0]
-    assert len(load_component("mini", "tokenizer")(IDENTIFIERS[0]).input_ids) == 3
+    assert len(Backbone("mini").load("tokenizer")(IDENTIFIERS[0]).input_ids) == 3
     built(tiny_backbone, features, prior_weight=0)  # whose tokens are letters
     assert "'sks' is 3 tokens" in caplog.text
 
@@ -462,7 +462,7 @@ def test_checkpoints_of_other_methods_and_other_tuning_are_refused(
     fitted: tuple[DreamBooth, Path], tiny_backbone: Path, features: str, tmp_path: Path
 ) -> None:
     checkpoint = torch.load(fitted[1], weights_only=True)
-    adapter = MultiIPAdapter(str(tiny_backbone))
+    adapter = MultiIPAdapter(Backbone(str(tiny_backbone)))
     adapter.configure_model()
     with pytest.raises(CheckpointError, match=r"another method: DreamBooth\(tuned=unet, lora_rank=None\).*Self"):
         adapter.on_load_checkpoint(checkpoint)
@@ -553,7 +553,7 @@ def test_a_fit_that_cannot_go_well_is_refused_before_work(
 def test_an_adapter_does_not_learn_one_person(tiny_backbone: Path, features: str, tmp_path: Path) -> None:
     data = faces(tiny_backbone, features, person=PEOPLE[0])
     with pytest.raises(DataError, match="is for methods that learn one person"):
-        trainer(tmp_path).fit(MultiIPAdapter(str(tiny_backbone)), datamodule=data)
+        trainer(tmp_path).fit(MultiIPAdapter(Backbone(str(tiny_backbone))), datamodule=data)
 
 
 def test_facts_for_a_results_file(tiny_backbone: Path, features: str, tasks: dict[str, Any]) -> None:

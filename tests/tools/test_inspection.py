@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data import mini_faces
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.data.photos import FilePhoto
@@ -36,7 +37,7 @@ WIDTH = 24  # of the tiny backbone's image embeddings
 
 
 def model(backbone: Path, aggregator: type[Aggregator]) -> MultiIPAdapter:
-    made = MultiIPAdapter(str(backbone), aggregator)
+    made = MultiIPAdapter(Backbone(str(backbone)), aggregator)
     made.configure_model()
     return made.eval()
 

@@ -248,8 +248,7 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
     from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-<<<<<<< HEAD
-    from lit_multiip.backbone.encoders import FaceEncoder
+    from lit_multiip.backbone.pipeline import Backbone
     from lit_multiip.callbacks import (
         AverageTrained,
         DescribeRun,
@@ -260,10 +259,6 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
         Trainer,
         ValidateAtEnd,
     )
-=======
-    from lit_multiip.backbone.pipeline import Backbone
-    from lit_multiip.callbacks import RecordPeople, SampleGrid, SavePredictions, ValidateAtEnd
->>>>>>> main
     from lit_multiip.datamodule import MultiPhotoData
     from lit_multiip.evaluation.callback import ScoreTest
     from lit_multiip.files import only_writer, write_durably

@@ -139,7 +139,6 @@ def newest_run(root: Path = Path("runs")) -> tuple[Path, Path] | None:
     return None
 
 
-<<<<<<< HEAD
 # ---- which checkpoint -----------------------------------------------------------------------------------------------
 
 
@@ -183,8 +182,5 @@ def newest_checkpoint(run: Path) -> Path | None:
     return max(readable)[2] if readable else None
 
 
-class CheckpointError(ValueError):
-=======
 class CheckpointError(LitMultiIPError):
->>>>>>> main
     """A checkpoint of another method or backbone; the message names both."""

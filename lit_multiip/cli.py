@@ -317,6 +317,7 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
             for target in BACKBONE_TARGETS:
                 parser.link_arguments("backbone", target, apply_on="instantiate")
             parser.set_defaults({"model": {"class_path": f"{methods[0].__module__}.{methods[0].__name__}"}})
+            parser.set_defaults({"data.source": {"class_path": "lit_multiip.data.MiniFaces"}})
             parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
             best = {"monitor": "val/loss", "mode": "min", "save_top_k": 1, "filename": "best-{step}"}
             parser.set_defaults({f"checkpoint.{key}": value for key, value in best.items()})

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from lit_multiip.cli import main
+from lit_multiip.data.captions import TEMPLATE
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.dreambooth import DreamBooth
 from lit_multiip.methods.method import Method
@@ -121,3 +122,17 @@ def test_methods_differ_in_what_distinguishes_them_alone() -> None:
         value["model"]["init_args"].pop("aggregator")
         shared.append(value)
     assert all(value == shared[0] for value in shared)
+
+
+def test_an_option_of_the_default_source_needs_no_class_path(capsys: pytest.CaptureFixture[str]) -> None:
+    def source(*args: str) -> dict[str, Any]:
+        with pytest.raises(SystemExit) as exit_:
+            main(["fit", *args, "--print_config"])
+        output = capsys.readouterr()
+        assert exit_.value.code == 0, output.err
+        return yaml.safe_load(output.out)["data"]["source"]
+
+    assert source()["class_path"] == "lit_multiip.data.MiniFaces"
+    assert source("--data.source.init_args.train", "20")["init_args"]["train"] == 20
+    folder = source("--data.source.init_args.train", "20", "--config", str(ROOT / "configs" / "data" / "folder.yaml"))
+    assert folder == {"class_path": "lit_multiip.data.Folder", "init_args": {"path": "photos", "template": TEMPLATE}}

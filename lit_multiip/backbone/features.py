@@ -178,19 +178,11 @@ class Features:
         kinds = {"prompt_embeds": "text"} | ({"pooled_prompt_embeds": "pooled"} if "pooled" in self.store else {})
         return {name: self.store[kind].get([prompt_key(prompt)])[0].float() for name, kind in kinds.items()}
 
-    def negative_text(self) -> dict[str, Tensor]:
-        """``text`` of the empty prompt, under the pipeline's names of what guidance leads away from."""
-        return {f"negative_{name}": value for name, value in self.text("").items()}
-
-    def time_ids(self, photo: Photo) -> dict[str, Tensor]:
-        """Of SDXL, ``time_ids`` (6,) float32: the photo's height and width, its square's top and left, and side twice.
-
-        As published: height and width are the file's, top and left those in the photo once its shorter side is the
-        square's.
-        """
+    def sizes(self, photo: Photo) -> dict[str, Tensor]:
+        """What the UNet is told of a photo's size besides the text; of most backbones nothing."""
         if "frame" not in self.store:
             return {}
-        return self.backbone.time_ids(self.store["frame"].get([photo.content_key()])[0].float())
+        return self.backbone.sizes(self.store["frame"].get([photo.content_key()])[0].float())
 
     def frames(self, photos: Sequence[Photo]) -> Tensor:
         """Height and width of photos, and top and left of their squares once scaled, (B, 4) float32."""
@@ -284,6 +276,6 @@ class Pixels:
         """What ``Features`` has of a prompt: pictures alone are augmented."""
         return self.features.text(prompt)
 
-    def time_ids(self, photo: Photo) -> dict[str, Tensor]:
-        """Of SDXL, ``time_ids`` (6,) float32, of the picture before augmentation."""
-        return self.features.backbone.time_ids(self.features.frames([photo])[0])
+    def sizes(self, photo: Photo) -> dict[str, Tensor]:
+        """What the UNet is told of the picture's size before augmentation."""
+        return self.features.backbone.sizes(self.features.frames([photo])[0])

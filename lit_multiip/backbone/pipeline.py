@@ -236,8 +236,8 @@ class Backbone:
             states = pipe.encode_prompt(list(prompts), device=pipe.text_encoder.device, **options)
         return {"prompt_embeds": states[0]} | ({"pooled_prompt_embeds": states[2]} if len(states) == 4 else {})
 
-    def time_ids(self, frame: Tensor) -> dict[str, Tensor]:
-        """Return what the UNet is told of a photo's size: of SDXL `time_ids` (6,), else nothing.
+    def sizes(self, frame: Tensor) -> dict[str, Tensor]:
+        """Return what the UNet is told of a photo's size besides the text: of SDXL `time_ids` (6,), else nothing.
 
         Args:
             frame: height and width of the photo's file, top and left of its square once the shorter side is the

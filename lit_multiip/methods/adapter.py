@@ -28,7 +28,7 @@ from lit_multiip.backbone.lora import LORA_FILE, add_lora, lora_disabled, read_l
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.methods.aggregators import Aggregator, SelfAttention
-from lit_multiip.methods.method import POOLED, Batch, Dtype, Method, References, text_time
+from lit_multiip.methods.method import Batch, Dtype, Method, References
 
 VALIDATION_TIMES = (0.125, 0.375, 0.625, 0.875)  # t / T, the centres of four bins
 
@@ -161,7 +161,7 @@ class MultiIPAdapter(Method):
         embeds = self.condition(batch["references"])  # (B, M, D)
         embeds = embeds * ~batch["drop_image"][:, None, None]  # zeros AFTER aggregation
         t = (batch["time"] * self.noise.config.num_train_timesteps).long()  # (B,)
-        error = self.denoising_loss(x, batch["eps"], t, batch["prompt_embeds"], embeds, **text_time(batch))  # (B,)
+        error = self.denoising_loss(x, batch["eps"], t, batch["text"], embeds)  # (B,)
         loss = error.mean()
         self.watch(error, "loss", self.global_step, batch)
         self._photos += batch.get("photo", [])
@@ -190,7 +190,7 @@ class MultiIPAdapter(Method):
             eps = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)
             t = torch.full((len(x),), int(time * self.noise.config.num_train_timesteps), device=x.device)
             for name, embeds in variants.items():
-                error = self.denoising_loss(x, eps, t, batch["prompt_embeds"], embeds, **text_time(batch))
+                error = self.denoising_loss(x, eps, t, batch["text"], embeds)
                 self.require_finite(error, "validation loss", self.global_step, batch)  # before a checkpoint is written
                 loss = (error * weight).sum() / max(count, 1)
                 sums[name] = sums[name] + loss / len(VALIDATION_TIMES)
@@ -217,13 +217,12 @@ class MultiIPAdapter(Method):
         alone = references == "none" and self.lora_rank is not None
         with lora_disabled(self.unet) if alone else nullcontext():
             return self.sampler(
-                batch["prompt_embeds"],
-                batch["negative_prompt_embeds"],
+                batch["text"],
+                batch["negative_text"],
                 embeds,
                 [int(seed) for seed in batch["seed"]],
                 self.image_side,
                 0.0 if references == "none" else ip_scale,
-                **{name: batch[name] for name in POOLED if name in batch},
             )
 
     def on_test_start(self) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.data.groups import stable_hash
 from lit_multiip.files import hash_text
-from lit_multiip.methods.method import POOLED, Batch, Dtype, Method, References
+from lit_multiip.methods.method import Batch, Dtype, Method, References
 from lit_multiip.runs import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ class Who(NamedTuple):
     person: str
     reference_set: str
     moments: Tensor  # of the VAE's posteriors of the references, (R, 2C, h, w)
-    time_ids: Tensor | None = None  # of SDXL, the references' sizes and crops, (R, 6)
+    sizes: Mapping[str, Tensor] = MappingProxyType(
+        {}
+    )  # what the UNet is told of theirs, (R, ...) each; of most nothing
 
 
 class DreamBooth(Method):
@@ -324,16 +327,16 @@ class DreamBooth(Method):
         draws = [self.draws(who.person, step, term, len(photos)) for term, photos in terms]
         moments = [photos.cpu()[one.which] for one, (_, photos) in zip(draws, terms, strict=True)]
         _, t, latent_noise, eps = (torch.cat(parts).to(self.device) for parts in zip(*draws, strict=True))
-        texts = {
+        text = {
             name: states[: len(terms)].repeat_interleave(self.batch_size, dim=0)
             for name, states in self._tuning_prompts().items()
         }
-        if who.time_ids is not None:  # a class image is a whole picture
-            side = float(self.image_side)
-            of_class = torch.tensor([side, side, 0, 0, side, side]).expand((len(terms) - 1) * self.batch_size, 6)
-            texts["time_ids"] = torch.cat([who.time_ids.cpu()[draws[0].which], of_class]).to(self.device)
+        whole = self.backbone.sizes(torch.tensor([self.image_side, self.image_side, 0.0, 0.0]))  # of a class image
+        for name, size in whole.items():
+            of_class = size.expand((len(terms) - 1) * self.batch_size, *size.shape)
+            text[name] = torch.cat([who.sizes[name].cpu()[draws[0].which], of_class]).to(self.device)
         x = self.latents(torch.cat(moments).to(self.device), latent_noise)
-        error = self.denoising_loss(x, eps, t, **texts)
+        error = self.denoising_loss(x, eps, t, text)
         own, prior = error[: self.batch_size].mean(), error[self.batch_size :]
         return own, prior.mean() if len(prior) else torch.zeros_like(own)
 
@@ -358,8 +361,8 @@ class DreamBooth(Method):
         start = time.perf_counter()
         self.forget()
         with torch.inference_mode(False), torch.enable_grad():
-            time_ids = None if who.time_ids is None else who.time_ids.cpu().clone()
-            who = who._replace(moments=who.moments.cpu().clone(), time_ids=time_ids)
+            sizes = {name: size.cpu().clone() for name, size in who.sizes.items()}
+            who = who._replace(moments=who.moments.cpu().clone(), sizes=sizes)
             optimizer, schedule = self.optimizer_and_schedule(self.steps)
             for step in tqdm(range(self.steps), f"tuning on {who.person}", delay=10, leave=False):
                 self._tuning_step(who, step, optimizer, schedule)
@@ -433,10 +436,8 @@ class DreamBooth(Method):
             raise ValueError(f"DreamBooth cannot be conditioned on references='{references}': {self.conditions}")
         seeds = [int(seed) for seed in batch["seed"]]
         if references == "none":
-            embeds, negative = batch["prompt_embeds"], batch["negative_prompt_embeds"]
-            pooled = {name: batch[name] for name in POOLED if name in batch}
             with self.pristine():
-                return self.sampler(embeds, negative, None, seeds, self.image_side, **pooled)
+                return self.sampler(batch["text"], batch["negative_text"], None, seeds, self.image_side)
         images = []
         for who, rows in _people(batch):
             self.personalise(who)
@@ -447,12 +448,7 @@ class DreamBooth(Method):
     def draw(self, prompts: list[str], seeds: list[int]) -> Tensor:
         """Draw an image a prompt and seed, with the weights as they are."""
         negative = {name: rows.expand(len(seeds), *rows.shape[1:]) for name, rows in self.encode([""]).items()}
-        texts: dict[str, Any] = {
-            **self.encode(prompts),
-            **{f"negative_{name}": rows for name, rows in negative.items()},
-        }
-        embeds, negative_embeds = texts.pop("prompt_embeds"), texts.pop("negative_prompt_embeds")
-        return self.sampler(embeds, negative_embeds, None, seeds, self.image_side, **texts)
+        return self.sampler(self.encode(prompts), negative, None, seeds, self.image_side)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -488,5 +484,5 @@ def _people(batch: Batch) -> Iterator[tuple[Who, list[int]]]:
     keys = list(zip(batch["person"], batch["reference_set"], strict=True))
     for (person, reference_set), rows in groupby(range(len(keys)), keys.__getitem__):
         own = list(rows)
-        time_ids = batch["reference_time_ids"][own[0]] if "reference_time_ids" in batch else None
-        yield Who(person, reference_set, batch["reference_moments"][own[0]], time_ids), own
+        sizes = {name: size[own[0]] for name, size in batch["reference_sizes"].items()}
+        yield Who(person, reference_set, batch["reference_moments"][own[0]], sizes), own

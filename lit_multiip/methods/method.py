@@ -27,16 +27,8 @@ WEIGHTS = {"state_dict", "current_model_state"}  # parts of a checkpoint; of an 
 LOOK_EVERY = 20  # values, two a step: how long NaN may go unseen on a GPU
 
 
-POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")  # of SDXL
-
-
 class NonFiniteLoss(LitMultiIPError):
     """The loss became NaN or infinite; the last checkpoint holds the last good state."""
-
-
-def text_time(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of a batch, what SDXL's UNet takes besides the text: ``pooled_prompt_embeds`` (B, P) and ``time_ids`` (B, 6)."""
-    return {name: batch[name] for name in ("pooled_prompt_embeds", "time_ids") if name in batch}
 
 
 class Method(L.LightningModule):
@@ -179,14 +171,7 @@ class Method(L.LightningModule):
         return (mean + (0.5 * logvar).exp() * noise) * self.backbone.scaling_factor
 
     def denoising_loss(
-        self,
-        x: Tensor,
-        eps: Tensor,
-        t: Tensor,
-        prompt_embeds: Tensor,
-        image_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
-        time_ids: Tensor | None = None,
+        self, x: Tensor, eps: Tensor, t: Tensor, text: Mapping[str, Tensor], image_embeds: Tensor | None = None
     ) -> Tensor:
         """Squared error of the UNet's prediction at step t, a value a sample (eq. 1/17).
 
@@ -194,24 +179,15 @@ class Method(L.LightningModule):
             x: scaled latents of the target, (B, C, h, w).
             eps: the noise, (B, C, h, w).
             t: timesteps, (B,) int64.
-            prompt_embeds: text states, (B, L, E).
+            text: what the UNet takes besides: `prompt_embeds`, text states (B, L, E), and of SDXL
+                `pooled_prompt_embeds` (B, P) and `time_ids` (B, 6), sizes and crop of the target.
             image_embeds: aggregated embeddings, (B, M, D), where an IP-Adapter is installed.
-            pooled_prompt_embeds: of SDXL, (B, P).
-            time_ids: of SDXL, sizes and crop of the target, (B, 6).
 
         Returns:
             (B,) float32.
         """
         noised = self.noise.add_noise(x, eps, t)  # eq. (8)
-        added: dict[str, Any] = {} if image_embeds is None else {"image_embeds": [image_embeds]}
-        if pooled_prompt_embeds is not None and time_ids is not None:
-            added |= {"text_embeds": pooled_prompt_embeds.to(self.unet.dtype), "time_ids": time_ids}
-        predicted = self.unet(
-            noised.to(self.unet.dtype),
-            t,
-            encoder_hidden_states=prompt_embeds.to(self.unet.dtype),
-            added_cond_kwargs=added or None,
-        ).sample
+        predicted = self.backbone.predict(self.unet, noised, t, text, image_embeds)
         velocity = self.noise.config.prediction_type == "v_prediction"
         target = self.noise.get_velocity(x, eps, t) if velocity else eps
         return F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
@@ -233,8 +209,8 @@ class Method(L.LightningModule):
             return
         names: list[str] = batch.get("photo") or batch.get("person") or [f"sample {i}" for i in range(finite.numel())]
         bad = [i for i, fine in enumerate(finite.expand(len(names)).tolist()) if not fine]
-        stored = [key for key in ("references", "moments", "prompt_embeds") if key in batch]
-        broken = {key: [i for i in bad if not batch[key][i].isfinite().all()] for key in stored}
+        stored = {key: batch[key] for key in ("references", "moments") if key in batch} | batch.get("text", {})
+        broken = {key: [i for i in bad if not rows[i].isfinite().all()] for key, rows in stored.items()}
         value, of = float(loss[~finite].flatten()[0]), shorten([names[i] for i in bad])
         for key, where in broken.items():
             if where:

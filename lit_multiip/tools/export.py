@@ -244,9 +244,8 @@ def compare_adapter(model: MultiIPAdapter, folder: Path, embeds: Tensor) -> int:
     """
     texts = model.backbone.text_pipeline().to(model.device)
     own, empty = (model.backbone.encode_prompts(texts, [prompt]) for prompt in (CHECK_PROMPT, ""))
-    states: dict[str, Any] = {**own, **{f"negative_{name}": rows for name, rows in empty.items()}}
     sampler = Sampler(model.backbone, model.unet, check_sampling(model))
-    [ours] = sampler(image_embeds=embeds[1:].to(model.device), seeds=[0], side=model.image_side, **states).cpu()
+    [ours] = sampler(own, empty, embeds[1:].to(model.device), [0], model.image_side).cpu()
 
     pipe = plain_pipeline(model)
     pipe.load_ip_adapter(str(folder), subfolder="", weight_name=ADAPTER, image_encoder_folder=None)
@@ -286,7 +285,7 @@ def export(args: Sequence[str]) -> None:
         f"--photos the embeddings of people; LoRA as {LORA_FILE}, and a wholly tuned DreamBooth as a pipeline folder. "
         "Nothing is left behind unless plain diffusers draws the same image from it as this package (at most "
         f"{TOLERANCE} of 255 grey levels apart).",
-        epilog="Bare, the newest run under runs/ is exported. All options of a config are taken, such as --backbone.path.",
+        epilog="Bare, the newest run under runs/ is exported. All options of a config are taken: --backbone.path, ...",
         allow_abbrev=False,
     )
     parser.add_argument("--run", help="folder of a run, such as runs/self_attn/version_0")

@@ -33,7 +33,6 @@ from lit_multiip.evaluation import results as report
 from lit_multiip.evaluation.intervals import FloatArray, Score, person_bootstrap
 from lit_multiip.evaluation.pictures import Bars, photos_with_bars, to_picture
 from lit_multiip.methods.adapter import VALIDATION_TIMES
-from lit_multiip.methods.method import text_time
 
 # What is measured of a photo -> how it is called.
 MEASURES = {
@@ -56,12 +55,12 @@ def leave_one_out(photos: Tensor) -> Tensor:
     return torch.stack([torch.cat([photos[:n], photos[n + 1 :]]) for n in range(len(photos))])
 
 
-def restoration_losses(model: Any, item: Mapping[str, Tensor], conditions: Tensor, batch_size: int = 16) -> Tensor:
+def restoration_losses(model: Any, item: Mapping[str, Any], conditions: Tensor, batch_size: int = 16) -> Tensor:
     """Denoising loss of one held-out photo under several conditions, at the noise and times that validation uses.
 
     Args:
         model: Has `denoising_loss`, `noise` and `scaling_factor`, as `MultiIPAdapter`.
-        item: Of `TaskDataset`: moments (2C, h, w), prompt_embeds (L, E), seed (), and what SDXL takes.
+        item: Of `TaskDataset`: moments (2C, h, w), text (what the UNet takes besides) and seed ().
         conditions: Aggregated embeddings, (K, M, D).
         batch_size: Conditions a pass of the UNet.
 
@@ -78,10 +77,8 @@ def restoration_losses(model: Any, item: Mapping[str, Tensor], conditions: Tenso
         for part in conditions.split(batch_size):
             k = len(part)
             t = torch.full((k,), int(time * steps), device=x.device)
-            text = item["prompt_embeds"].expand(k, -1, -1)  # (k, L, E)
-            more = {name: value.expand(k, -1) for name, value in text_time(item).items()}
-            at = (x.expand(k, -1, -1, -1), eps.expand(k, -1, -1, -1), t)
-            parts.append(model.denoising_loss(*at, text, part, **more))
+            text = {name: value.expand(k, *value.shape) for name, value in item["text"].items()}
+            parts.append(model.denoising_loss(x.expand(k, -1, -1, -1), eps.expand(k, -1, -1, -1), t, text, part))
         losses += torch.cat(parts) / len(VALIDATION_TIMES)
     return losses
 

@@ -197,7 +197,7 @@ class Floor(Reference):
                 x = module.latents(batch["moments"], batch["latent_noise"])
                 t = (batch["time"] * module.noise.config.num_train_timesteps).long()
                 noised = module.noise.add_noise(x, batch["eps"], t).to(module.unet.dtype)
-                text = batch["prompt_embeds"].to(module.unet.dtype)
+                text = batch["text"]["prompt_embeds"].to(module.unet.dtype)
                 embeds = module.condition(batch["references"])
             conditions = {"image_embeds": [embeds]}
 
@@ -254,8 +254,8 @@ class BarePipeline(Reference):
                     width=module.image_side,
                     num_inference_steps=module.sampling.steps,
                     guidance_scale=module.sampling.guidance_scale,
-                    prompt_embeds=batch["prompt_embeds"],
-                    negative_prompt_embeds=batch["negative_prompt_embeds"],
+                    prompt_embeds=batch["text"]["prompt_embeds"],
+                    negative_prompt_embeds=batch["negative_text"]["prompt_embeds"],
                     ip_adapter_image_embeds=[torch.cat([torch.zeros_like(embeds), embeds])],
                     generator=[torch.Generator().manual_seed(int(seed)) for seed in batch["seed"]],
                     output_type="pt",

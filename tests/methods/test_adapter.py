@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from lightning.fabric.utilities import move_data_to_device
 from tiny import make_tiny_backbone
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -59,7 +60,11 @@ def built(backbone: Path, aggregator: Any = SelfAttention, steps: int = 3, **opt
 
 
 def one(batch: Batch, index: int) -> Batch:
-    return default_collate([{name: values[index] for name, values in batch.items()}])
+    return default_collate([_row(batch, index)])
+
+
+def _row(batch: Batch, index: int) -> Batch:
+    return {name: _row(rows, index) if isinstance(rows, dict) else rows[index] for name, rows in batch.items()}
 
 
 # Training
@@ -97,13 +102,13 @@ def test_the_loss_is_the_epsilon_error_at_the_drawn_step(tiny_backbone: Path, ba
         expected = []
         for item in (one(batch, index) for index in range(len(batch["eps"]))):
             mean, logvar = item["moments"].chunk(2, dim=1)
-            x = (mean + (logvar / 2).exp() * item["latent_noise"]) * module.scaling_factor
+            x = (mean + (logvar / 2).exp() * item["latent_noise"]) * module.backbone.scaling_factor
             t = (item["time"] * 1000).long()
             alpha_bar = module.noise.alphas_cumprod[t]
             noised = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * item["eps"]  # eq. (8)
             embeds = module.aggregator(item["references"]) * (0.0 if item["drop_image"] else 1.0)
             predicted = module.unet(
-                noised, t, item["prompt_embeds"], added_cond_kwargs={"image_embeds": [embeds]}
+                noised, t, item["text"]["prompt_embeds"], added_cond_kwargs={"image_embeds": [embeds]}
             ).sample
             expected.append(((predicted - item["eps"]) ** 2).mean())
     assert loss == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
@@ -176,7 +181,7 @@ def test_a_step_never_waits_for_the_device_and_does_the_unets_arithmetic_alone(
     """A meta tensor has no values: whatever asked for one would raise. SD1.5 is counted in tests/benchmarks."""
     module = built(tiny_backbone).to("meta")
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
-    batch = {name: values.to("meta") if isinstance(values, Tensor) else values for name, values in batch.items()}
+    batch = move_data_to_device(batch, torch.device("meta"))
     with FlopCounterMode(display=False) as step:
         module.training_step(batch, 0).backward()
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
@@ -184,13 +189,14 @@ def test_a_step_never_waits_for_the_device_and_does_the_unets_arithmetic_alone(
     assert all(p.grad is not None for p in module.trained_parameters().values())
     embeds = module.condition(batch["references"]).detach().requires_grad_()
     t = torch.zeros(len(embeds), dtype=torch.long, device="meta")
+    text = batch["text"]["prompt_embeds"]
     with FlopCounterMode(display=False) as floor:
         conditions = {"image_embeds": [embeds]}
-        module.unet(batch["eps"], t, batch["prompt_embeds"], added_cond_kwargs=conditions).sample.sum().backward()
+        module.unet(batch["eps"], t, text, added_cond_kwargs=conditions).sample.sum().backward()
     assert step.get_total_flops() < 1.01 * floor.get_total_flops()
     with FlopCounterMode(display=False) as whole:
         module.unet.requires_grad_(True)
-        module.unet(batch["eps"], t, batch["prompt_embeds"], added_cond_kwargs=conditions).sample.sum().backward()
+        module.unet(batch["eps"], t, text, added_cond_kwargs=conditions).sample.sum().backward()
     assert whole.get_total_flops() > 1.2 * floor.get_total_flops()
 
 
@@ -289,8 +295,8 @@ def test_our_sampler_is_the_plain_pipeline_bit_for_bit(tiny_backbone: Path, task
             images = pipe(
                 num_inference_steps=3,
                 guidance_scale=3.0,
-                prompt_embeds=task["prompt_embeds"],
-                negative_prompt_embeds=task["negative_prompt_embeds"],
+                prompt_embeds=task["text"]["prompt_embeds"],
+                negative_prompt_embeds=task["negative_text"]["prompt_embeds"],
                 ip_adapter_image_embeds=[torch.cat([torch.zeros_like(positive), positive])],
                 generator=torch.Generator().manual_seed(int(task["seed"])),
                 output_type="np",
@@ -308,8 +314,8 @@ def test_zero_ip_scale_equals_the_plain_backbone(tiny_backbone: Path, tasks: Bat
         plain = pipe(
             num_inference_steps=3,
             guidance_scale=3.0,
-            prompt_embeds=tasks["prompt_embeds"],
-            negative_prompt_embeds=tasks["negative_prompt_embeds"],
+            prompt_embeds=tasks["text"]["prompt_embeds"],
+            negative_prompt_embeds=tasks["negative_text"]["prompt_embeds"],
             generator=[torch.Generator().manual_seed(int(seed)) for seed in tasks["seed"]],
             output_type="pt",
         ).images
@@ -333,7 +339,7 @@ def test_decoding_is_the_vaes(tiny_backbone: Path, tasks: Batch) -> None:
 def test_without_guidance_the_text_alone_is_no_part(tiny_backbone: Path, tasks: Batch) -> None:
     module = MultiIPAdapter(Backbone(str(tiny_backbone)), sampling=Sampling(steps=2, guidance_scale=1.0))
     module.configure_model()
-    other = {**tasks, "negative_prompt_embeds": tasks["negative_prompt_embeds"] + 1}
+    other = {**tasks, "negative_text": {"prompt_embeds": tasks["negative_text"]["prompt_embeds"] + 1}}
     with torch.no_grad():
         assert torch.equal(module.generate(tasks), module.generate(other))
 

@@ -129,7 +129,7 @@ def test_the_snr_as_weight_turns_equation_12_into_the_epsilon_error(tiny_backbon
         eps_hat = module.unet(x_t.float(), t, prompt_embeds).sample.double()
         x_hat = (x_t - sigma * eps_hat) / alpha
         equation_12 = (alpha**2 / sigma**2 * (x_hat - x) ** 2).mean(dim=(1, 2, 3))
-        ours = module.denoising_loss(x.float(), eps.float(), t, prompt_embeds)
+        ours = module.denoising_loss(x.float(), eps.float(), t, {"prompt_embeds": prompt_embeds})
     assert (equation_12 / ours - 1).abs().max() < 1e-4
 
 
@@ -146,10 +146,8 @@ def test_the_two_terms_are_of_the_persons_photos_and_of_class_images(
         for loss, (term, moments, prompt) in zip(module.losses(who, 7), terms, strict=True):
             draws = module.draws(who.person, 7, term, len(moments))
             mean, logvar = moments[draws.which].chunk(2, dim=1)
-            x = (mean + (logvar / 2).exp() * draws.latent_noise) * module.scaling_factor
-            expected = module.denoising_loss(
-                x, draws.eps, draws.t, module.encode([prompt, prompt])["prompt_embeds"]
-            ).mean()
+            x = (mean + (logvar / 2).exp() * draws.latent_noise) * module.backbone.scaling_factor
+            expected = module.denoising_loss(x, draws.eps, draws.t, module.encode([prompt, prompt])).mean()
             assert float(loss) == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -344,9 +342,8 @@ def test_class_images_are_drawn_once_and_by_the_backbone(
     assert stored["images"].shape == (5, 3, 32, 32) and stored["images"].dtype == torch.uint8
     assert stored["moments"].shape == (5, 8, 8, 8)
     assert [path.name for path in module.class_file().parent.iterdir()] == ["images.safetensors"]
-    embeds = module.encode(["a photo of a person", ""])["prompt_embeds"]
     with torch.no_grad():
-        plain = module.sampler(embeds[:1], embeds[1:], None, [3], 32)
+        plain = module.sampler(module.encode(["a photo of a person"]), module.encode([""]), None, [3], 32)
     assert (plain[0].int() - stored["images"][3].int()).abs().max() <= 1
 
     tuned = dreambooth(tiny_backbone, str(tmp_path / "again"), class_images=5)
@@ -493,12 +490,12 @@ def test_lora_keeps_and_saves_the_additions_alone(
     assert module.unet.conv_in.weight.dtype == torch.bfloat16
     again = built(tiny_backbone, features, **options)
     again.on_load_checkpoint(checkpoint)
-    embeds = tasks["prompt_embeds"], tasks["negative_prompt_embeds"]
+    texts = tasks["text"], tasks["negative_text"]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        before = again.sampler(*embeds, None, [0] * 4, 32)
+        before = again.sampler(*texts, None, [0] * 4, 32)
         again.load_state_dict(state, strict=False)
         torch.clear_autocast_cache()
-        after = again.sampler(*embeds, None, [0] * 4, 32)
+        after = again.sampler(*texts, None, [0] * 4, 32)
     assert not torch.equal(before, after)
     assert again.method() == "DreamBooth + LoRA"
     assert again.describe()["trained_parameters"] == sum(values.numel() for values in state.values())

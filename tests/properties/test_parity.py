@@ -14,7 +14,6 @@ from tiny import make_tiny_backbone
 from torch import Tensor, nn
 
 from lit_multiip.backbone.components import BackboneError
-from lit_multiip.backbone.encoders import encode_prompts
 from lit_multiip.backbone.ip_adapter import read_ip_adapter, text_kv
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
@@ -60,9 +59,9 @@ def test_a_batch_is_drawn_as_plain_diffusers_draws_each_of_its_images(
     folder = request.getfixturevalue(FIXTURES[kind])
     model = shaken(folder, sampling=Sampling(steps=4, guidance_scale=guidance, ip_scale=0.7))
     texts = Backbone(str(folder)).text_pipeline()
-    own, empty = encode_prompts(texts, PROMPTS), encode_prompts(texts, ["", ""])
+    own, empty = (Backbone(str(folder)).encode_prompts(texts, prompts) for prompts in (PROMPTS, ["", ""]))
     references = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0))
-    batch = {**own, **{f"negative_{name}": rows for name, rows in empty.items()}, "references": references}
+    batch = {"text": own, "negative_text": empty, "references": references}
     with torch.no_grad():
         ours = model.generate({**batch, "seed": torch.tensor([3, 4])})
         embeds = model.condition(references)
@@ -164,8 +163,8 @@ def test_the_loss_and_its_gradient_are_those_of_the_published_training_step(
     published = Published(folder)
     texts, vae = Backbone(str(folder)).text_pipeline(), Backbone(str(folder)).load("vae")
     noise_scheduler = DDPMScheduler.from_config(Backbone(str(folder)).load("scheduler").config)
-    empty = encode_prompts(texts, [""])["prompt_embeds"].half().float()
-    dropped = [bool((row - empty).abs().max() == 0) for row in batch["prompt_embeds"]]
+    empty = Backbone(str(folder)).encode_prompts(texts, [""])["prompt_embeds"].half().float()
+    dropped = [bool((row - empty).abs().max() == 0) for row in batch["text"]["prompt_embeds"]]
     assert any(dropped) and batch["drop_image"].any() and not all(dropped)
     captions = ["" if drop else photo.prompt for photo, drop in zip(photos, dropped, strict=True)]
     with torch.no_grad():
@@ -215,14 +214,14 @@ def test_where_the_unet_predicts_v_the_target_is_v(tiny_v: Path) -> None:
     model = DreamBooth(Backbone(str(tiny_v)))
     model.configure_model()
     with torch.no_grad():
-        ours = model.denoising_loss(x, eps, t, text)
+        ours = model.denoising_loss(x, eps, t, {"prompt_embeds": text})
         predicted = model.unet(noised, t, text).sample
     assert torch.allclose(ours, (predicted - v).square().mean(dim=(1, 2, 3)), rtol=1e-4)
     assert (ours - (predicted - eps).square().mean(dim=(1, 2, 3))).abs().max() > 0.01
 
 
 def test_a_unet_that_predicts_neither_noise_nor_v_is_refused(tmp_path: Path) -> None:
-    model = MultiIPAdapter(str(make_tiny_backbone(tmp_path, prediction_type="sample")))
+    model = MultiIPAdapter(Backbone(str(make_tiny_backbone(tmp_path, prediction_type="sample"))))
     with pytest.raises(BackboneError, match="predicts 'sample': give one that predicts epsilon or v_prediction"):
         model.configure_model()
 
@@ -238,7 +237,7 @@ def test_sdxl_is_told_the_size_of_the_file_and_the_crop_of_its_square(tiny_sdxl:
     features = Features(Backbone(str(tiny_sdxl)), tmp_path / "cache")
     features.build([], [photo], ["a"])
     # at 32 px a side it is 64 x 32, of which the square begins at x = 16
-    assert features.time_ids(photo)["time_ids"].tolist() == [50, 100, 0, 16, 32, 32]
+    assert features.sizes(photo)["time_ids"].tolist() == [50, 100, 0, 16, 32, 32]
     assert {name: tuple(rows.shape) for name, rows in features.text("a").items()} == {
         "prompt_embeds": (16, 32),
         "pooled_prompt_embeds": (16,),

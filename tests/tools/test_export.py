@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_multiip.backbone.components import BackboneError
-from lit_multiip.backbone.encoders import PhotoEncoder, encode_prompts
+from lit_multiip.backbone.encoders import PhotoEncoder
 from lit_multiip.backbone.ip_adapter import read_ip_adapter, text_kv
 from lit_multiip.backbone.lora import LORA_FILE
 from lit_multiip.backbone.pipeline import Backbone
@@ -122,7 +122,7 @@ def test_plain_diffusers_draws_the_same_image_from_a_persons_file(
     people = PhotoEncoder(Backbone(str(tiny_backbone)))(read_person(photos).photos)
     with torch.no_grad():
         assert torch.allclose(trained.condition(people[None])[0].sort(0)[0], embeds[1].sort(0)[0], atol=1e-5)
-        texts = [encode_prompts(pipe, [text])["prompt_embeds"] for text in ("a person", "")]
+        texts = [trained.backbone.encode_prompts(pipe, [text]) for text in ("a person", "")]
         sampler = trained.sampler
         sampler.sampling.steps, sampler.sampling.guidance_scale = 4, 3.0
         ours = sampler(texts[0], texts[1], embeds[1:], [3], 32)[0].permute(1, 2, 0)

@@ -69,7 +69,8 @@ class ExactResume(L.Callback):
             # Lightning's own handler makes the ranks speak to one another from within, whatever they are saying
             # The trainer puts back what was there before.
             signal.signal(signal.SIGTERM, self._stop)
-            signal.signal(signal.SIGINT, self._stop)
+            if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell's background jobs do
+                signal.signal(signal.SIGINT, self._stop)
 
     def _stop(self, number: int, _: Any = None) -> None:
         if number == signal.SIGINT and self.stopped_by == signal.SIGINT:

@@ -135,7 +135,7 @@ def _fit_again(args: list[str]) -> list[str]:
     if not re.search(r"--ckpt_path[ =]last\b", joined) or re.search(r"(^| )(-c|--config)[ =]", joined):
         return args
     run, _ = run_to_continue(Path("runs"), "*/*")
-    return ["fit", "--config", str(run / "config.yaml"), f"--trainer.logger.init_args.version={run.name}", *args[1:]]
+    return ["fit", "--config", str(run / "config.yaml"), *args[1:]]
 
 
 def _backbones_last(args: list[str]) -> list[str]:
@@ -340,6 +340,9 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
             path = config.get("ckpt_path")
             if path in ("last", "best"):
                 home, version = home_of_runs(config.trainer, config.model)
+                for given in (Path(str(file)) for file in config.config or []):
+                    if given.name == "config.yaml" and (given.parent / "checkpoints").is_dir():  # a run's own
+                        home, version = given.parent.parent, given.parent.name
                 run, checkpoint = run_to_continue(home, "*" if version is None else glob.escape(version))
                 if path == "best":
                     checkpoint = best_checkpoint(run) or checkpoint

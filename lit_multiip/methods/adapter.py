@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from lit_multiip.backbone.components import BackboneError
@@ -26,9 +25,8 @@ from lit_multiip.backbone.ip_adapter import (
 )
 from lit_multiip.backbone.lora import LORA_FILE, add_lora, lora_disabled, read_lora, require_peft
 from lit_multiip.backbone.pipeline import Backbone
-from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.methods.aggregators import Aggregator, SelfAttention
-from lit_multiip.methods.method import Batch, Dtype, Method, References
+from lit_multiip.methods.method import Batch, Method, References
 
 VALIDATION_TIMES = (0.125, 0.375, 0.625, 0.875)  # t / T, the centres of four bins
 
@@ -39,18 +37,14 @@ class MultiIPAdapter(Method):
     Args:
         backbone: frozen; shared with the data.
         aggregator: G; gets the embedding width.
-        optimizer: over the trained parameters.
-        lr_schedule: a schedule of ``diffusers.optimization.get_scheduler``, stepped every optimiser step.
-        lr_warmup_steps: of the schedule.
-        ip_adapter: ``auto`` (the backbone's published adapter, else its ip_adapter/, else ``text``), ``text`` (from the
-            text K and V), a file, or hub id and file. One exported with an aggregator's weights brings these too.
-        trained: ``adapter``, or ``aggregator`` alone.
-        sampling: how images are drawn.
-        frozen_dtype: of the UNet's frozen weights; trained ones are float32.
-        gradient_checkpointing: trade 35 % more arithmetic for a fifth of the activations.
+        ip_adapter: `auto` (the backbone's published adapter, else its ip_adapter/, else `text`), `text` (from the text
+            K and V), a file, or hub id and file. One exported with an aggregator's weights brings these too. Where a
+            face network stands in CLIP's place `auto` is `text`; where it stands beside CLIP, an adapter made for CLIP
+            alone starts with zeros for the face.
+        trained: `adapter`, or `aggregator` alone.
         lora_rank: of LoRA on all of the UNet's attention, trained with the adapter (needs peft); None adds none.
-        channels_last: of the UNet's convolutions; for GPUs (CPU: 15 % slower).
-        compile_unet: by torch.compile; the first step, and each new size of a batch, then takes a minute or more.
+        lr_schedule: a schedule of `diffusers.optimization.get_scheduler`, stepped every optimiser step.
+        kwargs: of `Method`.
     """
 
     conditions: ClassVar[tuple[References, ...]] = ("right", "none", "zero", "other")
@@ -65,29 +59,13 @@ class MultiIPAdapter(Method):
         self,
         backbone: Backbone | None = None,
         aggregator: Callable[[int], Aggregator] = SelfAttention,
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=1e-2),
-        lr_schedule: str = "constant_with_warmup",
-        lr_warmup_steps: int = 20,
         ip_adapter: str = "auto",
         trained: Literal["adapter", "aggregator"] = "adapter",
         lora_rank: int | None = None,
-        sampling: Sampling | None = None,
-        frozen_dtype: Dtype = "float32",
-        gradient_checkpointing: bool = False,
-        channels_last: bool = False,
-        compile_unet: bool = False,
+        lr_schedule: str = "cosine",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            backbone,
-            optimizer,
-            lr_schedule,
-            lr_warmup_steps,
-            sampling,
-            frozen_dtype,
-            gradient_checkpointing,
-            channels_last,
-            compile_unet,
-        )
+        super().__init__(backbone, lr_schedule=lr_schedule, **kwargs)
         require_peft(lora_rank)
         self.make_aggregator, self.ip_adapter, self.trained = aggregator, ip_adapter, trained
         self.lora_rank = lora_rank

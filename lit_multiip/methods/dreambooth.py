@@ -29,10 +29,9 @@ from tqdm.auto import tqdm
 
 from lit_multiip.backbone.lora import add_lora, require_peft
 from lit_multiip.backbone.pipeline import Backbone
-from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.data.groups import stable_hash
 from lit_multiip.files import hash_text
-from lit_multiip.methods.method import Batch, Dtype, Method, References
+from lit_multiip.methods.method import Batch, Method, References
 from lit_multiip.runs import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -72,9 +71,8 @@ class DreamBooth(Method):
     Args:
         backbone: frozen but for what is tuned; shared with the data.
         optimizer: over the tuned parameters; each person has a new one.
-        steps: of tuning, a person; ``trainer.max_steps`` has no part in it.
-        lr_schedule: a schedule of ``diffusers.optimization.get_scheduler``, stepped every optimiser step.
-        lr_warmup_steps: of the schedule.
+        lr_schedule: a schedule of `diffusers.optimization.get_scheduler`, stepped every optimiser step.
+        steps: of tuning, a person; `trainer.max_steps` has no part in it.
         batch_size: reference photos a step, and as many class images.
         prior_weight: lambda of eq. (13); 0 needs no class images.
         class_images: how many the backbone draws, once, from seeds 0, 1, ...
@@ -84,11 +82,7 @@ class DreamBooth(Method):
         tuned: the UNet, or the text encoder too.
         lora_rank: tune low-rank additions to the attention layers in place of the weights (needs peft).
         seed: of all draws.
-        sampling: how images are drawn; ``ip_scale`` must stay 1, as there is no image attention.
-        frozen_dtype: of frozen weights; tuned ones are float32.
-        gradient_checkpointing: trade 35 % more arithmetic for a fifth of the activations.
-        channels_last: of the UNet's convolutions; for GPUs (CPU: 15 % slower).
-        compile_unet: by torch.compile; the first step, and each new size of a batch, then takes a minute or more.
+        kwargs: of `Method`; `sampling.ip_scale` must stay 1, as there is no image attention.
     """
 
     per_person: ClassVar[bool] = True
@@ -97,35 +91,20 @@ class DreamBooth(Method):
         self,
         backbone: Backbone | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=1e-2),
-        steps: int = 800,
-        lr_schedule: str = "constant_with_warmup",
-        lr_warmup_steps: int = 20,
-        batch_size: int = 1,
+        lr_schedule: str = "constant",
+        steps: int = 50,
+        batch_size: int = 2,
         prior_weight: float = 1.0,
-        class_images: int = 200,
+        class_images: int = 50,
         class_folder: str = "runs/features",
         identifier: str = "sks",
         class_noun: str = "person",
         tuned: Literal["unet", "unet+text"] = "unet",
         lora_rank: int | None = None,
         seed: int = 0,
-        sampling: Sampling | None = None,
-        frozen_dtype: Dtype = "float32",
-        gradient_checkpointing: bool = False,
-        channels_last: bool = False,
-        compile_unet: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            backbone,
-            optimizer,
-            lr_schedule,
-            lr_warmup_steps,
-            sampling,
-            frozen_dtype,
-            gradient_checkpointing,
-            channels_last,
-            compile_unet,
-        )
+        super().__init__(backbone, optimizer, lr_schedule, **kwargs)
         if min(steps, batch_size, class_images) < 1 or not prior_weight >= 0:
             raise ValueError(
                 f"steps={steps}, batch_size={batch_size} and class_images={class_images} must be at least 1, and "

@@ -35,8 +35,8 @@ class Method(L.LightningModule):
     """Personalises the UNet of a backbone.
 
     A subclass makes ``unet`` in ``build``, trains, and draws in ``generate``. What requires grad after ``build`` is
-    trained, and is all that a checkpoint holds. Arguments that subclasses share have one default, this one's: where a
-    config changes the class, the command line keeps the values of equally named arguments.
+    trained, and is all that a checkpoint holds. Where a config changes the class, the command line keeps the values of
+    equally named arguments, defaults too: a config of a method whose defaults are others writes them out.
 
     Args:
         backbone: frozen; shared with the data.
@@ -46,7 +46,7 @@ class Method(L.LightningModule):
         sampling: how images are drawn.
         frozen_dtype: of frozen weights; trained ones are float32.
         gradient_checkpointing: trade 35 % more arithmetic for a fifth of the activations.
-        channels_last: of the UNet's convolutions; for GPUs (CPU: 15 % slower).
+        channels_last: of the UNet's convolutions; for GPUs, as a CPU is 15 % slower with it.
         compile_unet: by torch.compile; the first step, and each new size of a batch, then takes a minute or more.
     """
 
@@ -65,8 +65,8 @@ class Method(L.LightningModule):
     def __init__(
         self,
         backbone: Backbone | None = None,
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=1e-2),
-        lr_schedule: str = "constant_with_warmup",
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=1e-2),
+        lr_schedule: str = "cosine",
         lr_warmup_steps: int = 20,
         sampling: Sampling | None = None,
         frozen_dtype: Dtype = "float32",

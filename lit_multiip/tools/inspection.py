@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from PIL import Image
 from scipy import stats
 from torch import Tensor
@@ -283,7 +284,7 @@ def inspect(args: Sequence[str]) -> None:
             person = inspect_person(model, [tasks[number] for number in numbers.values()], items)
             people.append(person)
             if len(people) <= options.people:
-                [image] = model.generate({key: value[None] for key, value in items[0].items()})
+                [image] = model.generate(default_collate(items[:1]))
                 drawn = to_picture(image)
                 made = picture(person, weights_are, drawn, model.image_side, model.method())
                 slug = re.sub(r"[^\w-]+", "-", name)
@@ -335,8 +336,8 @@ def load(run: str | None, configs: Sequence[str], options: Sequence[str], split:
 
 
 def _to(item: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    tensors = {key: value for key, value in item.items() if isinstance(value, Tensor)}  # prompts are words
-    return {key: values[0].to(device) for key, values in default_collate([tensors]).items()}
+    numbers = {key: value for key, value in item.items() if not isinstance(value, str)}  # prompts are words
+    return move_data_to_device(numbers, device)
 
 
 def _facts(person: Inspected) -> dict[str, Any]:

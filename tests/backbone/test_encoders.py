@@ -125,7 +125,7 @@ def test_beside_clip_a_published_adapter_starts_as_it_is_and_then_learns_of_face
     clip = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0))
     both = torch.cat([clip, torch.randn(2, 9, E)], dim=-1)
     x, eps = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
-    at = (x, eps, torch.tensor([3, 700]), torch.randn(2, 16, 32))
+    at = (x, eps, torch.tensor([3, 700]), {"prompt_embeds": torch.randn(2, 16, 32)})
     ours, theirs = (m.denoising_loss(*at, m.condition(refs)) for m, refs in ((model, both), (plain, clip)))
     assert torch.allclose(ours, theirs, atol=1e-6)
     ours.mean().backward()

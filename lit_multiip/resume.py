@@ -3,6 +3,11 @@
 All draws are functions of (seed, epoch, index), so the number of optimiser steps taken says all: which epoch, which
 batch of it, and every counter of the loops. A checkpoint is therefore of a whole step; batches that were accumulated
 after it are drawn again.
+
+Lightning also saves and restores a DataLoader that has `state_dict` and `load_state_dict`. That would replace only the
+start of `EpochSampler`, by a state that is the same function of the steps, because workers read ahead of training. The
+counters of Lightning's loops, which differ inside an accumulation and between two saves of one step, would still have
+to be set by `loops_at`, so nothing here would become shorter.
 """
 
 from __future__ import annotations
@@ -66,8 +71,8 @@ class ExactResume(L.Callback):
             for log in trainer.loggers:
                 _purge(log, trainer.global_step)
         if threading.current_thread() is threading.main_thread():
-            # Lightning's own handler makes the ranks speak to one another from within, whatever they are saying
-            # The trainer puts back what was there before.
+            # Lightning's own handler makes the ranks speak to one another from within, whatever they are saying; the
+            # trainer puts back what was there before it
             signal.signal(signal.SIGTERM, self._stop)
             if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell's background jobs do
                 signal.signal(signal.SIGINT, self._stop)

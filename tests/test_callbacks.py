@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import yaml
-from resuming import METHOD, differences, write_config
+from lightning.pytorch.callbacks import TQDMProgressBar
+from resuming import METHOD, write_config
+from torch.utils.data import DataLoader
 
+from lit_multiip.callbacks import ProgressBar
 from lit_multiip.cli import main
 
 WANDB = {"class_path": "wandb_like.WandbLike", "init_args": {"save_dir": "runs", "project": "people"}}
 CSV = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "mine"}}
 TENSORBOARD = {**CSV, "class_path": "lightning.pytorch.loggers.TensorBoardLogger"}
 LOGGERS: dict[str, tuple[Any, str, set[str]]] = {  # as in a config, name of the run, files of the logger in its folder
-    "tensorboard": (TENSORBOARD, "mine", {"events.out.tfevents", "hparams.yaml"}),
-    "csv": (CSV, "mine", {"metrics.csv", "hparams.yaml"}),
     "wandb": (WANDB, "self_attn", set()),  # whose name is that of the method's config
-    "wandb, csv": ([WANDB, CSV], "self_attn", {"metrics.csv", "hparams.yaml"}),
     "csv, tensorboard": ([CSV, TENSORBOARD], "mine", {"metrics.csv", "events.out.tfevents", "hparams.yaml"}),
     "none": (False, "self_attention", set()),
 }
@@ -74,24 +78,55 @@ def test_all_of_a_run_is_in_one_folder_whatever_its_logger(
     # and bare `test` writes into it
     main(["test"])
     assert (run / "test" / "metrics.json").exists()
-    assert [path.parent for path in Path("runs").rglob("version_*/*")].count(run) >= len(own) + 1
     assert sorted(path.name for path in home.iterdir()) == ["version_0", "version_1"]
     if "csv" in kind:  # which Lightning's logger would have deleted
         first = (run / "metrics-1.csv").read_text().splitlines()
         assert "train/loss" in first[0] and len(first) >= 5
     assert {path.name for path in tmp_path.iterdir()} == {"logger.yaml", "runs"}
+    if kind == "wandb":
+        [sent] = Path("runs/wandb").iterdir()
+        check_what_a_service_was_sent([json.loads(line) for line in sent.read_text().splitlines()])
 
 
-def test_a_service_is_sent_the_pictures_and_what_the_method_is(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def check_what_a_service_was_sent(sent: list[dict[str, Any]]) -> None:
+    """Two fits of four steps, and two steps more."""
+    described = [message["config"] for message in sent if "config" in message]
+    assert len(described) == 3
+    assert described[0]["method"] == "SelfAttention" and described[0]["trained_parameters"] > 0
+    pictures = [message["step"] for message in sent if message.get("image") == "val/samples"]
+    assert pictures == [1, 3, 1, 3, 5]
+    assert [message["step"] for message in sent if "train/loss" in message] == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5]
+
+
+class Slow(L.LightningModule):
+    """Learns nothing, a step in an eighth of a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        time.sleep(0.125)
+        return self.weight * 0
+
+
+def test_the_bar_moves_from_the_first_step_over_epochs_and_reads_the_loss_once_a_second(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("logger.yaml").write_text(yaml.safe_dump({"trainer": {"logger": WANDB}}))
-    main(["fit", "--config", str(METHOD), "--config", str(config), "--config", "logger.yaml"])
-    [file] = Path("runs/wandb").iterdir()
-    sent = [json.loads(line) for line in file.read_text().splitlines()]
-    [described] = [message["config"] for message in sent if "config" in message]
-    assert described["method"] == "SelfAttention" and described["trained_parameters"] > 0
-    pictures = [(message["image"], message["step"]) for message in sent if "image" in message]
-    assert pictures == [("val/samples", 1), ("val/samples", 3)]
-    assert [message["step"] for message in sent if "train/loss" in message] == [0, 1, 2, 3]
+    plain, read = TQDMProgressBar.get_metrics, []
+
+    def counted(self: Any, *args: Any) -> Any:
+        read.append(time.monotonic())
+        return plain(self, *args)
+
+    monkeypatch.setattr(TQDMProgressBar, "get_metrics", counted)
+    quiet = {"enable_model_summary": False, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    trainer = L.Trainer(max_steps=12, callbacks=[ProgressBar()], **quiet)
+    trainer.fit(Slow(), DataLoader(range(4)))  # four steps an epoch
+    shown = re.findall(r"Training: .*?(\d+)/(\d+)", capsys.readouterr().out)
+    assert {total for _, total in shown if total != "?"} == {"12"}
+    assert [str(step) for step in range(1, 13)] == sorted({step for step, _ in shown if step != "0"}, key=int)
+    assert 1 <= len(read) <= 3 and all(later - earlier > 1 for earlier, later in pairwise(read))

@@ -105,7 +105,7 @@ def test_the_number_of_steps_says_where_training_is(
         pytest.param("plain", "renamed:4", marks=pytest.mark.slow),
         ("plain", "batch:9:TERM"),
         ("plain", "batch:7:TERM"),  # the last batch of an epoch
-        ("plain", "batch:5:INT"),
+        ("workers", "batch:5:INT"),
         ("workers", "batch:8"),
         pytest.param("accumulated", "batch:8", marks=pytest.mark.slow),
         ("accumulated", "batch:5:TERM"),  # inside an accumulation

@@ -123,7 +123,10 @@ def _arm(where: str, count: str = "1", sign: str = "KILL") -> None:
     def come() -> None:
         left[0] -= 1
         if left[0] == 0:
-            signal.raise_signal(getattr(signal, f"SIG{sign}"))  # to this very thread, at once
+            if sign == "INT":
+                os.killpg(0, signal.SIGINT)  # to its workers too, as a terminal does
+            else:
+                signal.raise_signal(getattr(signal, f"SIG{sign}"))  # to this very thread, at once
 
     def armed(owner: Any, name: str, after: bool = False) -> None:
         plain = getattr(owner, name)

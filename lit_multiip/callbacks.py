@@ -153,7 +153,7 @@ class DescribeRun(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say where the run lies and what to type next."""
         folder = run_folder(trainer)  # on every rank, or the first one waits for ever
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
         command = "predict" if getattr(pl_module, "per_person", False) else "test"
         # without --run it is the newest of runs/<name>/

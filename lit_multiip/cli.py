@@ -386,7 +386,7 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
             return next_run(home) if version is None else home / version
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:
-            trainer = super().instantiate_trainer(**kwargs)
+            trainer: Any = super().instantiate_trainer(**kwargs)
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
             trainer.write_into(self.run_folder)
             config = self.config[self.config.subcommand] if execute else self.config
@@ -396,7 +396,7 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
             return trainer
 
         def fit(self, **kwargs: Any) -> None:
-            alone = self.trainer.is_global_zero and not self.trainer.fast_dev_run
+            alone = self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False)
             with only_writer(self.run_folder) if alone else nullcontext():
                 try:
                     self.trainer.fit(**kwargs)

@@ -97,7 +97,8 @@ class ExactResume(L.Callback):
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             name = signal.Signals(number).name
-            logger.warning("%s: stopped after step %d, kept in %s", name, trainer.global_step, path)
+            what = "%s: stopped after step %d, saved in %s; fit --ckpt_path last goes on from there"
+            logger.warning(what, name, trainer.global_step, path)
         raise SIGTERMException(128 + number)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

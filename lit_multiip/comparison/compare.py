@@ -210,10 +210,10 @@ def photos_fingerprint(configs: tuple[str, ...], source: tuple[tuple[str, str], 
         configs: that name the source, laid over one another.
         source: options of it, and their values.
     """
-    from lit_multiip.cli import make_cli
+    from lit_multiip.cli import CLI
 
     files = [part for config in configs for part in ("--config", config)]
-    data: Any = make_cli([*files, *(f"--{key}={value}" for key, value in source)], execute=False).datamodule
+    data: Any = CLI([*files, *(f"--{key}={value}" for key, value in source)], run=False).datamodule
     people = data.source.people()
     return combined_key(*sorted((p.name, x.name, x.content_key(), x.prompt) for p in people for x in p.photos))
 

@@ -74,8 +74,8 @@ class Method(L.LightningModule):
     def __init__(
         self,
         backbone: str = "mini",
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=1e-2),
-        lr_schedule: str = "constant_with_warmup",
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=1e-2),
+        lr_schedule: str = "cosine",
         lr_warmup_steps: int = 20,
         sampling: Sampling | None = None,
         image_side: int | None = None,

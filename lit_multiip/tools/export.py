@@ -9,7 +9,6 @@ pipeline folder.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import logging
@@ -19,7 +18,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -38,6 +37,7 @@ from lit_multiip.files import LitMultiIPError, first_line, hash_file
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.dreambooth import DreamBooth
 from lit_multiip.methods.method import Method
+from lit_multiip.runs import load_trained
 
 logger = logging.getLogger(__name__)
 
@@ -278,58 +278,62 @@ def compare_dreambooth(model: DreamBooth, folder: Path) -> int:
 # ---- the command ------------------------------------------------------------------------------------------------
 
 
-def export(args: Sequence[str]) -> None:
-    """Write a run's adapter for plain diffusers: bare, that of the newest run; see `export --help`."""
-    parser = argparse.ArgumentParser(
-        "lit_multiip export",
-        description=f"Writes {ADAPTER}, which plain diffusers loads with load_ip_adapter, a model card, and with "
-        f"--photos the embeddings of people; LoRA as {LORA_FILE}, and a wholly tuned DreamBooth as a pipeline folder. "
-        "Nothing is left behind unless plain diffusers draws the same image from it as this package (at most "
-        f"{TOLERANCE} of 255 grey levels apart).",
-        epilog="Bare, the newest run under runs/ is exported. All options of a config are taken, such as --backbone.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--run", help="folder of a run, such as runs/self_attn/version_0")
-    parser.add_argument("--output", default="exported", help="folder")
-    parser.add_argument("--photos", nargs="+", default=[], help="folders with photos of one person each")
-    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the file's weights")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    parser.add_argument("--push_to_hub", metavar="ORG/NAME", help="upload what is of no one person, and the card")
-    options, rest = parser.parse_known_args(args)
+def export(
+    trainer: Any,
+    model: Any,
+    data: Any,
+    checkpoint: str | None,
+    output: str = "exported",
+    photos: Sequence[str] = (),
+    dtype: Literal["float32", "float16"] = "float32",
+    overwrite: bool = False,
+    push_to_hub: str | None = None,
+) -> None:
+    """Write a run's weights for plain diffusers, a model card, and with photos the embeddings of people.
 
-    output, names = Path(options.output), [Path(folder).resolve().name for folder in options.photos]
+    Nothing is left behind unless plain diffusers draws the same image from them, at most `TOLERANCE` of 255 grey levels
+    apart.
+
+    Args:
+        trainer: of one process.
+        model: not built yet.
+        data: reads people's photos.
+        checkpoint: file of the model's weights.
+        output: folder.
+        photos: folders with photos of one person each.
+        dtype: of the file's weights.
+        overwrite: replace files that are there.
+        push_to_hub: `ORG/NAME`; upload what is of no one person, and the card.
+    """
+    folder, names = Path(output), [Path(person).resolve().name for person in photos]
     if len(set(names)) < len(names):
         raise ExportError("two folders of --photos have one name, and their files would too: rename one")
     possible = (ADAPTER, LORA_FILE, "README.md", "model_index.json", *(f"embeds/{name}.safetensors" for name in names))
-    existing = [str(output / name) for name in possible if (output / name).exists()]
-    if existing and not options.overwrite and "--print_config" not in rest:
+    existing = [str(folder / name) for name in possible if (folder / name).exists()]
+    if existing and not overwrite:
         raise ExportError(f"'{existing[0]}' exists: give another --output, or --overwrite")
-
-    from lit_multiip.cli import build_run
-    from lit_multiip.runs import load_trained
-
-    cli, run, checkpoint = build_run("export", options.run, [], ["--model.frozen_dtype=float32", *rest])
-    model, data = cli.model, cli.datamodule
-    if isinstance(model, DreamBooth) and (options.photos or options.push_to_hub):
+    if checkpoint is None:
+        raise ExportError("nothing was trained that could be exported: give --run, or --ckpt_path beside the config")
+    if isinstance(model, DreamBooth) and (photos or push_to_hub):
         raise ExportError(
             "DreamBooth's weights are of the one person they were tuned on: leave --photos and --push_to_hub out; "
             "upload them by hand if that person agrees"
         )
-    assert run is not None and checkpoint is not None
+    run = Path(checkpoint).resolve().parent.parent
     model.configure_model()
-    step = load_trained(model, checkpoint).get("global_step")
-    model.to(cli.trainer.strategy.root_device).eval()
+    step = load_trained(model, Path(checkpoint)).get("global_step")
+    model.to(trainer.strategy.root_device).eval()
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        record = record_of(model, step, f"{run.resolve().parent.name}/{run.resolve().name}", options.dtype)
-        dtype = getattr(torch, options.dtype)
+        record = record_of(model, step, f"{run.parent.name}/{run.name}", dtype)
+        kept = getattr(torch, dtype)
         if isinstance(model, DreamBooth):
-            use, lines, difference = _write_dreambooth(model, record, dtype, part)
+            use, lines, difference = _write_dreambooth(model, record, kept, part)
         else:
-            people = list(zip(options.photos, names, strict=True))
-            use, lines, difference = _write_adapter(model, data, people, record, dtype, part)
+            people = list(zip(photos, names, strict=True))
+            use, lines, difference = _write_adapter(model, data, people, record, kept, part)
         if difference > TOLERANCE:
             raise ExportError(
                 f"plain diffusers draws another image from the exported files, up to {difference} of 255 grey levels "
@@ -338,17 +342,17 @@ def export(args: Sequence[str]) -> None:
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         (part / "README.md").write_text(card(record, config, use, lines, difference), encoding="utf-8")
         files = sorted(file.relative_to(part) for file in part.rglob("*") if file.is_file())
-        taken = [str(output / file) for file in files if (output / file).exists()]
-        if taken and not options.overwrite:
+        taken = [str(folder / file) for file in files if (folder / file).exists()]
+        if taken and not overwrite:
             raise ExportError(f"'{taken[0]}' exists: give another --output, or --overwrite")
         for file in files:
-            (output / file).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(part / file, output / file)
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(part / file, folder / file)
     finally:
         shutil.rmtree(part)
-    print("\n".join(["exported, and the same in plain diffusers:", *(f"  {output / file}" for file in files)]))
-    if options.push_to_hub:
-        _push(options.push_to_hub, [output / file for file in files if file.parent == Path()])
+    print("\n".join(["exported, and the same in plain diffusers:", *(f"  {folder / file}" for file in files)]))
+    if push_to_hub:
+        _push(push_to_hub, [folder / file for file in files if file.parent == Path()])
 
 
 def _write_adapter(

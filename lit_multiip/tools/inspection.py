@@ -7,14 +7,13 @@ shows, so that both can be held against the truth: do they go to photos that sho
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +31,10 @@ from lit_multiip.data.tasks import Task
 from lit_multiip.evaluation import results as report
 from lit_multiip.evaluation.intervals import FloatArray, Score, person_bootstrap
 from lit_multiip.evaluation.pictures import Bars, photos_with_bars, to_picture
+from lit_multiip.files import UsageError
 from lit_multiip.methods.adapter import VALIDATION_TIMES
 from lit_multiip.methods.method import text_time
+from lit_multiip.runs import load_trained
 
 # What is measured of a photo -> how it is called.
 MEASURES = {
@@ -232,109 +233,88 @@ def picture(person: Inspected, weights_are: str | None, generated: Image.Image, 
 # ---- the command ------------------------------------------------------------------------------------------------
 
 
-class Loaded(NamedTuple):
-    """A method and its data, ready to be looked at."""
+def inspect(
+    trainer: Any,
+    model: Any,
+    data: Any,
+    checkpoint: str | None,
+    split: Literal["test", "validation"] = "test",
+    people: int = 6,
+    measured: int = 50,
+    output: str | None = None,
+) -> None:
+    """Look at what a method sees in its references: write a picture a person, inspect.json and photos.csv.
 
-    model: Any
-    data: Any
-    device: torch.device
-    folder: Path  # of the run
-    checkpoint: Path | None
-
-
-def inspect(args: Sequence[str]) -> None:
-    """Look at what a method sees in its references: bare, the newest run; see `inspect --help`."""
-    parser = argparse.ArgumentParser(
-        "lit_multiip inspect",
-        description="What did the method look at? Attention (or dimensions won) of each reference photo, and what is "
-        "lost without it. Writes a picture a person, inspect.json and photos.csv.",
-        epilog="Bare, the newest run under runs/ is inspected. All options of a config are taken too, such as "
-        "--data.held_out 2.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--run", help="folder of a run, such as runs/self_attn/version_0")
-    parser.add_argument("--config", action="append", default=[], help="a config; without --run nothing is trained")
-    parser.add_argument("--split", choices=("test", "validation"), default="test", help="whose people")
-    parser.add_argument("--people", type=int, default=6, help="people with a picture")
-    parser.add_argument("--measured", type=int, default=50, help="people in the numbers, at least those with a picture")
-    parser.add_argument("--output", help="folder; inspect/ in the run's by default")
-    options, rest = parser.parse_known_args(args)
-    if options.people < 0 or options.measured < 1:
-        raise ValueError(f"people={options.people} and measured={options.measured}: give at least 0 and at least 1")
-    loaded = load(options.run, options.config, rest, options.split)
-    folder = Path(options.output) if options.output else loaded.folder / "inspect"
+    Args:
+        trainer: Of one process; says which device, and where the run lies.
+        model: Not built yet.
+        data: Whose people.
+        checkpoint: File of the model's weights; None looks at the untrained method.
+        split: Whose people.
+        people: Those with a picture.
+        measured: Those in the numbers, at least those with a picture.
+        output: Folder; None takes inspect/ in the run's.
+    """
+    if people < 0 or measured < 1:
+        raise UsageError(f"people={people} and measured={measured}: give at least 0 and at least 1")
+    load(trainer, model, data, checkpoint, split)
+    device = trainer.strategy.root_device
+    folder = Path(output) if output else Path(trainer.log_dir or trainer.default_root_dir) / "inspect"
     folder.mkdir(parents=True, exist_ok=True)
-    model, data = loaded.model, loaded.data
     if getattr(model, "aggregator", None) is None:
         raise ValueError(f"{type(model).__name__} has no aggregator: inspect a method that looks at reference photos")
 
-    tasks = data.tasks if options.split == "test" else data.validation_tasks
-    dataset = (data.test_dataloader() if options.split == "test" else data.val_dataloader()).dataset
+    tasks = data.tasks if split == "test" else data.validation_tasks
+    dataset = (data.test_dataloader() if split == "test" else data.val_dataloader()).dataset
     first: dict[str, dict[Photo, int]] = {}  # a task a held-out photo; its other seeds change the noise alone
     for number, task in enumerate(tasks):
         first.setdefault(task.person, {}).setdefault(task.held_out, number)
-    chosen = list(first.items())[: max(options.people, options.measured)]
+    chosen = list(first.items())[: max(people, measured)]
     # weights of 16 bits take autocast; a difference of losses deserves float32 where there is no need
     dtype = model.unet.dtype
-    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(loaded.device.type, dtype)
-    weights_are, people = model.aggregator.weights_are, []
+    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    weights_are, looked_at = model.aggregator.weights_are, list[Inspected]()
     for stale in folder.glob("*.png"):
         stale.unlink()
     with torch.no_grad(), autocast:
         for name, numbers in tqdm(chosen, "inspecting", unit="person", delay=3):
-            items = [_to(dataset[number], loaded.device) for number in numbers.values()]
+            items = [_to(dataset[number], device) for number in numbers.values()]
             person = inspect_person(model, [tasks[number] for number in numbers.values()], items)
-            people.append(person)
-            if len(people) <= options.people:
+            looked_at.append(person)
+            if len(looked_at) <= people:
                 [image] = model.generate({key: value[None] for key, value in items[0].items()})
                 drawn = to_picture(image)
                 made = picture(person, weights_are, drawn, model.image_side, model.method())
                 slug = re.sub(r"[^\w-]+", "-", name)
-                made.save(folder / f"{len(people):02d}_{slug}.png")
+                made.save(folder / f"{len(looked_at):02d}_{slug}.png")
 
-    scores = summarise(people[: options.measured])
-    report.write_csv(folder / "photos.csv", _rows(people))
+    scores = summarise(looked_at[:measured])
+    report.write_csv(folder / "photos.csv", _rows(looked_at))
     report.write_json(
         folder / "inspect.json",
         {
             "model": model.describe(),
-            "checkpoint": None if loaded.checkpoint is None else str(loaded.checkpoint),
-            "split": options.split,
+            "checkpoint": checkpoint,
+            "split": split,
             "weights_are": weights_are,
             "summary": {name: score._asdict() for name, score in scores.items()},
-            "people": [_facts(person) for person in people],
+            "people": [_facts(person) for person in looked_at],
             "versions": report.versions(),
             "commit": report.commit(),
         },
     )
-    print(
-        f"\n{_text(model.method(), weights_are, people[: options.measured], scores)}\n\nPictures and numbers: {folder}"
-    )
+    print(f"\n{_text(model.method(), weights_are, looked_at[:measured], scores)}\n\nPictures and numbers: {folder}")
 
 
-def load(run: str | None, configs: Sequence[str], options: Sequence[str], split: str) -> Loaded:
-    """Build a method from a run (the newest by default) or from configs, with the features of its people.
-
-    Args:
-        run: A folder; None takes the newest, or, where there are configs, a method of which nothing is trained.
-        configs: Laid over the run's own.
-        options: As on the command line, laid over all.
-        split: `test` or `validation`, whose features are made.
-    """
-    from lit_multiip.cli import build_run
-    from lit_multiip.runs import load_trained
-
-    cli, folder, checkpoint = build_run("inspect", run, configs, options)
-    model, data, trainer = cli.model, cli.datamodule, cli.trainer
+def load(trainer: Any, model: Any, data: Any, checkpoint: str | None, split: str) -> None:
+    """Build a method, with a checkpoint's weights where there is one, and make the features of a split's people."""
     data.trainer = trainer
     data.prepare_data()
     data.setup("test" if split == "test" else "validate")
     model.configure_model()
     if checkpoint is not None:
-        load_trained(model, checkpoint)
-    device = trainer.strategy.root_device
-    model.to(device).eval()
-    return Loaded(model, data, device, folder or Path(trainer.log_dir or trainer.default_root_dir), checkpoint)
+        load_trained(model, Path(checkpoint))
+    model.to(trainer.strategy.root_device).eval()
 
 
 def _to(item: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:

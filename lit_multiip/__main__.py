@@ -8,7 +8,7 @@ from argparse import RawDescriptionHelpFormatter
 from typing import Any, Literal
 
 import lightning as L
-from jsonargparse import DefaultHelpFormatter, auto_cli
+from jsonargparse import DefaultHelpFormatter, Namespace, auto_cli
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_multiip.cli import CLI
@@ -113,7 +113,7 @@ class Commands(CLI):
     def before_instantiate_classes(self) -> None:
         """Have one process do what shares no work."""
         if self.subcommand in ("inspect", "export"):
-            self.options.trainer.update({"devices": 1, "num_nodes": 1, "strategy": "auto"})
+            self.options.trainer.update(Namespace(devices=1, num_nodes=1, strategy="auto"))
         if self.subcommand == "export":
             self.options.model.init_args.frozen_dtype = "float32"
         super().before_instantiate_classes()

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQ
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lit_multiip.backbone.encoders import FaceEncoder
+from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.callbacks import RecordPeople, SampleGrid, SavePredictions, Summary, ValidateBySteps
 from lit_multiip.console import blame_config
-from lit_multiip.datamodule import MultiPhotoData
+from lit_multiip.datamodule import MultiPhotoData, PredictArgs
 from lit_multiip.evaluation import faces, vision  # noqa: F401  so that a config may call their extractors by name
 from lit_multiip.evaluation.callback import ScoreTest
 from lit_multiip.files import UsageError, only_writer, write_durably
@@ -32,26 +34,21 @@ logger = logging.getLogger(__name__)
 
 SECTIONS = ("trainer", "data", "checkpoint", "grid", "score")  # of a config
 
-# Short options: the commands that take them, the key that each one sets, its type and help.
-SHORT: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
-    "ip_scale": (
-        ("test", "predict"),
-        "model.init_args.sampling.ip_scale",
-        {"type": float, "help": "weight of the photos"},
-    ),
+# Short options: the commands that take them, where their value goes, their type and help.
+SAMPLING, PREDICT = "model.init_args.sampling", "data.predict"
+PLACES: dict[str, type[Any]] = {SAMPLING: Sampling, PREDICT: PredictArgs}
+SHORT: dict[str, tuple[tuple[str, ...], str, str, dict[str, Any]]] = {
+    "ip_scale": (("test", "predict"), SAMPLING, "ip_scale", {"type": float, "help": "weight of the photos"}),
     "guidance_scale": (
         ("test", "predict"),
-        "model.init_args.sampling.guidance_scale",
-        {"type": float, "help": "weight of the prompt; 1 draws without guidance"},
+        SAMPLING,
+        "guidance_scale",
+        {"type": float, "help": "weight of the text"},
     ),
-    "steps": (
-        ("test", "predict"),
-        "model.init_args.sampling.steps",
-        {"type": int, "help": "denoising steps"},
-    ),
-    "photos": (("predict",), "data.predict.photos", {"type": str, "help": "folder with photos of one person"}),
-    "prompts": (("predict",), "data.predict.prompts", {"type": str, "nargs": "+", "help": "what to draw"}),
-    "seeds": (("predict",), "data.predict.seeds", {"type": int, "nargs": "+", "help": "an image each per prompt"}),
+    "steps": (("test", "predict"), SAMPLING, "steps", {"type": int, "help": "denoising steps"}),
+    "photos": (("predict",), PREDICT, "photos", {"type": str, "help": "folder with photos of one person"}),
+    "prompts": (("predict",), PREDICT, "prompts", {"type": str, "nargs": "+", "help": "what to draw"}),
+    "seeds": (("predict",), PREDICT, "seeds", {"type": int, "nargs": "+", "help": "an image each per prompt"}),
 }
 
 
@@ -104,7 +101,7 @@ class CLI(LightningCLI):
         **parser_kwargs: Any,
     ) -> None:
         kwargs: dict[str, Any] = parser_kwargs | {name: {"command": name} for name in self.subcommands()}
-        self.chosen = choose_run(sys.argv[1:] if args is None else args) if run else None
+        self.chosen = choose_run(sys.argv[1:] if args is None else args, self.subcommands()) if run else None
         if self.chosen is not None:
             command, folder, _ = self.chosen
             kwargs[command]["default_config_files"] = [glob.escape(str(folder / "config.yaml"))]
@@ -159,9 +156,9 @@ class CLI(LightningCLI):
                 "folder of a run, such as runs/self_attn/version_0; without one, a config or a checkpoint: the newest"
             )
             parser.add_argument("--run", type=str | None, default=None, help=where)
-        for name, (commands, key, details) in SHORT.items():
+        for name, (commands, _, _, details) in SHORT.items():
             if command in commands:
-                parser.add_argument(f"--{name}", default=None, **details | {"help": f"{details['help']} ({key})"})
+                parser.add_argument(f"--{name}", default=None, **details)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, set what the short options stand for, and find the checkpoint that is meant."""
@@ -170,12 +167,11 @@ class CLI(LightningCLI):
             for section in SECTIONS:
                 if not isinstance(value := self.options.get(section), Namespace):
                     raise UsageError(f"'{section}' in a config is {value!r}: write its options below it, one a line")
-            given = {key: self.options.get(name) for name, (_, key, _) in SHORT.items() if name in self.options}
-            given = {f"{self.config.subcommand}.{key}": value for key, value in given.items() if value is not None}
-            if given:
-                values = Namespace()
-                values.update(given)
-                self.config = parser.parse_object(values, self.config)
+            for name, (_, place, key, _) in SHORT.items():
+                if (value := self.options.get(name)) is not None:
+                    if self.options.get(place) is None:
+                        self.options[place] = Namespace(asdict(PLACES[place]()))
+                    self.options[f"{place}.{key}"] = value
         if "subcommand" in self.config:
             self._find_checkpoint(self.config.subcommand, self.options)
 

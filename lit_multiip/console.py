@@ -68,15 +68,14 @@ def explain(error: Exception) -> str | None:
     causes = [error]
     while isinstance(cause := causes[-1].__cause__, Exception):
         causes.append(cause)
-    ours = [cause for cause in causes if isinstance(cause, LitMultiIPError)]
-    if ours and not isinstance(error, (OSError, MisconfigurationException)):
+    if isinstance(error, (OSError, MisconfigurationException)):
+        return str(error) or type(error).__name__
+    if ours := [cause for cause in causes if isinstance(cause, LitMultiIPError)]:  # jsonargparse wraps a constructor's
         return str(ours[0])
     if isinstance(error, argparse.ArgumentError):
         return _explain_parsing(causes)
-    if isinstance(error, (OSError, MisconfigurationException)):
-        return str(error) or type(error).__name__
     if isinstance(error, (ValueError, ArithmeticError)):
-        return f"{' '.join(str(error).split())[:1000]}; {DEBUG}=1 shows where"
+        return f"{' '.join(str(causes[-1]).split())[:1000]}; {DEBUG}=1 shows where"
     if isinstance(error, RuntimeError) and torch.distributed.is_available() and torch.distributed.is_initialized():
         return (
             f"another rank has died or cannot be reached ({first_line(error)}): what it said tells why; --ckpt_path "
@@ -94,7 +93,7 @@ def _explain_parsing(causes: Sequence[Exception]) -> str:
     for key, base in BY_NAME.items():
         if f'{key}"' in inner:
             message += f"; by name: {', '.join(cls.__name__ for cls in subclasses(base))}"
-    return f"{message}; all options: --help"
+    return f"{message}; see --help"
 
 
 def subclasses(base: type) -> list[type]:

@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +126,16 @@ def newest_run(root: Path = Path("runs")) -> tuple[Path, Path] | None:
     return None
 
 
-def choose_run(args: Sequence[str]) -> tuple[str, Path, Path] | None:
+def choose_run(args: Sequence[str], commands: Container[str]) -> tuple[str, Path, Path] | None:
     """Choose the run whose config a command line leaves out; None where it needs none.
 
     `fit --ckpt_path last` without a config takes the newest run. Another command takes `--run`, or the newest run where
     there is no config and no checkpoint either. Ranks that Lightning starts take what the process that started them
     took.
+
+    Args:
+        args: the command line, the command first.
+        commands: those that take a run.
 
     Returns:
         The subcommand, the run's folder and its checkpoint.
@@ -139,17 +143,17 @@ def choose_run(args: Sequence[str]) -> tuple[str, Path, Path] | None:
     Raises:
         UsageError: there is no such run.
     """
-    if not args or args[0].startswith("-") or {"-h", "--help", "--print_config"} & set(args):
+    if not args or args[0] not in commands or {"-h", "--help", "--print_config"} & set(args):
         return None
     look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     look.add_argument("-c", "--config", nargs="?", action="append")
     for name in ("--run", "--ckpt_path"):
-        look.add_argument(name, nargs="?")
+        look.add_argument(name, nargs="?", const="")
     command, (given, _) = args[0], look.parse_known_args(args[1:])
     if command == "fit":
         if given.ckpt_path != "last" or given.config:
             return None
-    elif given.run is None and (given.config or given.ckpt_path):
+    elif given.run is None and (given.config or given.ckpt_path is not None):
         return None
     starter, _, folder = os.environ.get(CHOSEN, "").partition(":")
     if "LOCAL_RANK" not in os.environ or starter != str(os.getppid()):
@@ -162,10 +166,10 @@ def choose_run(args: Sequence[str]) -> tuple[str, Path, Path] | None:
         run, checkpoint = Path(folder), best_checkpoint(Path(folder))
         if not (run / "config.yaml").is_file():
             raise UsageError(f"'{run}' is not a run: give a folder with config.yaml, such as runs/self_attn/version_0")
+    if checkpoint is None and folder:
+        raise UsageError(f"run '{run}' has no checkpoint that can be loaded: give another run, or {START}")
     if checkpoint is None:
-        none = f"no run under {run.resolve()}" if not folder else f"run '{run}' has no checkpoint that can be loaded"
-        what = f" has a checkpoint to {command}: first {START}" if not folder else f": give another run, or {START}"
-        raise UsageError(none + what)
+        raise UsageError(f"no run under {run.resolve()} has a checkpoint to {command}: first {START}")
     os.environ[CHOSEN] = f"{os.getpid()}:{run}"
     return command, run, checkpoint
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from lit_multiip.cli import main
+from lit_multiip.__main__ import main
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.dreambooth import DreamBooth
 from lit_multiip.methods.method import Method

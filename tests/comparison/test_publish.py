@@ -9,7 +9,7 @@ import pytest
 from comparing import write_comparison, write_plan, write_test
 from PIL import Image
 
-from lit_multiip.cli import main
+from lit_multiip.__main__ import main
 from lit_multiip.comparison.figures import figure6, marks, panels, tick_step
 from lit_multiip.comparison.report import latex, report
 from lit_multiip.comparison.tables import summary

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lit_multiip.cli import main
+from lit_multiip.__main__ import main
 from lit_multiip.comparison import sweep as module
 from lit_multiip.comparison.compare import CompareError, Row
 from lit_multiip.comparison.sweep import People, best_setting, pareto_front, read_plan, render, sweep

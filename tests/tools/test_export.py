@@ -25,12 +25,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lit_multiip.__main__ import main
 from lit_multiip.backbone.encoders import PhotoEncoder, encode_prompts
 from lit_multiip.backbone.ip_adapter import read_ip_adapter, text_kv
 from lit_multiip.backbone.lora import LORA_FILE
 from lit_multiip.backbone.pipeline import BackboneError, load_component
 from lit_multiip.backbone.sampler import Sampling
-from lit_multiip.cli import main
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.aggregators import AvgPool, SelfAttention
 from lit_multiip.methods.dreambooth import DreamBooth

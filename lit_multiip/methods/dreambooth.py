@@ -134,7 +134,7 @@ class DreamBooth(Method):
             )
         if lr_schedule != "constant" and steps <= lr_warmup_steps:
             raise LitMultiIPError(
-                f"model.steps={steps} end within the {lr_warmup_steps} steps of the warm-up, so that nothing is learnt: "
+                f"model.steps={steps} end within the {lr_warmup_steps} steps of the warm-up, and nothing is learnt: "
                 "over a backbone of configs/on/ lay its *_dreambooth.yaml, or set model.lr_warmup_steps"
             )
         require_peft(lora_rank)
@@ -197,7 +197,7 @@ class DreamBooth(Method):
             return
         if self.trainer.max_steps not in (-1, self.steps):
             raise LitMultiIPError(
-                f"trainer.max_steps is {self.trainer.max_steps} and model.steps {self.steps}, for which test would tune: "
+                f"trainer.max_steps is {self.trainer.max_steps} and model.steps {self.steps}, which test takes: "
                 "set model.steps, and leave trainer.max_steps at -1"
             )
         self.trainer.check_val_every_n_epoch = 1  # nothing is validated: checkpoints are saved when training ends

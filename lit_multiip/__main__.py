@@ -96,11 +96,10 @@ class Trainer(L.Trainer):
 class Commands(CLI):
     """The project's command line, with `inspect` and `export` beside Lightning's commands."""
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Name the Trainer's methods that are commands, and their arguments that are no options."""
-        own = {"inspect": {"model", "datamodule"}, "export": {"model", "datamodule", "photos", "overwrite"}}
-        return CLI.subcommands() | own
+    commands = CLI.commands | {
+        "inspect": {"model", "datamodule"},
+        "export": {"model", "datamodule", "photos", "overwrite"},
+    }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what is typed as `--photos a b` and `--overwrite`."""

@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from lit_multiip.backbone.encoders import FaceEncoder
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.callbacks import RecordPeople, SampleGrid, SavePredictions, Summary, ValidateBySteps
 from lit_multiip.console import blame_config
@@ -32,6 +32,7 @@ from lit_multiip.runs import best_checkpoint, choose_run, read_checkpoint, run_t
 
 logger = logging.getLogger(__name__)
 
+BACKBONE_TARGETS = ("model.init_args.backbone", "data.backbone")  # given the one backbone of the top-level key
 SECTIONS = ("trainer", "data", "checkpoint", "grid", "score")  # of a config
 
 # Short options: the commands that take them, where their value goes, their type and help.
@@ -86,10 +87,11 @@ class CLI(LightningCLI):
     Args:
         args: the command line; None takes that of the process.
         run: whether to run a subcommand; otherwise objects are built of a command line without one.
-        trainer_class: a subclass may have further commands as methods, named in a subclass's `subcommands`.
+        trainer_class: a subclass may have further commands as methods, named in a subclass's `commands`.
         **parser_kwargs: of the top-level parser, such as `description`.
     """
 
+    commands = LightningCLI.subcommands()  # by name, the arguments of the Trainer's method that are no options
     trainer: L.Trainer
     continued: Path | None = None  # the run that fit goes on with, in its own folder
 
@@ -100,8 +102,11 @@ class CLI(LightningCLI):
         trainer_class: type[L.Trainer] = L.Trainer,
         **parser_kwargs: Any,
     ) -> None:
-        kwargs: dict[str, Any] = parser_kwargs | {name: {"command": name} for name in self.subcommands()}
-        self.chosen = choose_run(sys.argv[1:] if args is None else args, self.subcommands()) if run else None
+        typed = sys.argv[1:] if args is None else args
+        if typed and typed[0] in self.commands:  # a parser takes 0.3 s, so no other one is built
+            self.commands = {typed[0]: self.commands[typed[0]]}
+        kwargs: dict[str, Any] = parser_kwargs | {name: {"command": name} for name in self.commands}
+        self.chosen = choose_run(typed, self.commands) if run else None
         if self.chosen is not None:
             command, folder, _ = self.chosen
             kwargs[command]["default_config_files"] = [glob.escape(str(folder / "config.yaml"))]
@@ -121,6 +126,10 @@ class CLI(LightningCLI):
             run=run,
         )
 
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Name the commands that parsers are built for."""
+        return self.commands
+
     @property
     def options(self) -> Namespace:
         """The parsed config, of the subcommand where there is one."""
@@ -130,20 +139,13 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the backbone, the callbacks that have options, and the short options of the parser's subcommand."""
-        parser.add_argument("--backbone", type=str, default="mini", help="mini, a diffusers folder, or a hub id")
-        parser.add_argument("--image_side", type=int | None, default=None, help="px; null: the backbone's own")
-        where = "folder, or hub id and subfolder; null: the backbone's own"
-        parser.add_argument("--image_encoder", type=str | None, default=None, help=where)
-        where = "file, or hub id and file; null: the backbone's ip_adapter/"
-        parser.add_argument("--published_adapter", type=str | None, default=None, help=where)
-        what = "a face-recognition network that conditions, in CLIP's place or beside it"
-        parser.add_argument("--face_encoder", type=FaceEncoder | None, default=None, help=what)
-        for key in ("backbone", "image_encoder", "face_encoder", "published_adapter", "image_side"):
-            parser.link_arguments(key, f"model.init_args.{key}")
-            if key != "published_adapter":
-                parser.link_arguments(key, f"data.{key}")
+        parser.add_subclass_arguments(Backbone, "backbone", help="the frozen pipeline and its encoders")
+        parser.set_defaults({"backbone": {"class_path": "lit_multiip.backbone.pipeline.Backbone"}})
+        for target in BACKBONE_TARGETS:
+            parser.link_arguments("backbone", target, apply_on="instantiate")
         # a config may set options that methods share without naming a method: --config configs/on/sd15.yaml
         parser.set_defaults({"model": {"class_path": f"{MultiIPAdapter.__module__}.{MultiIPAdapter.__name__}"}})
+        parser.set_defaults({"data.source": {"class_path": "lit_multiip.data.MiniFaces"}})
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         best = {"monitor": "val/loss", "mode": "min", "save_top_k": 1, "filename": "best-{step}"}
         parser.set_defaults({f"checkpoint.{key}": value for key, value in best.items()})
@@ -167,6 +169,9 @@ class CLI(LightningCLI):
             for section in SECTIONS:
                 if not isinstance(value := self.options.get(section), Namespace):
                     raise UsageError(f"'{section}' in a config is {value!r}: write its options below it, one a line")
+            for target in BACKBONE_TARGETS:  # which the link would replace without a word
+                if self.options.get(target) is not None:
+                    raise UsageError(f"{target} is set, and model and data share one backbone: set backbone.path")
             for name, (_, place, key, _) in SHORT.items():
                 if (value := self.options.get(name)) is not None:
                     if self.options.get(place) is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data import PeopleSource
 from lit_multiip.evaluation.extractors import Extractor
 from lit_multiip.files import LitMultiIPError, UsageError, first_line
@@ -22,6 +24,7 @@ from lit_multiip.methods.aggregators import Aggregator
 from lit_multiip.methods.method import Method
 
 DEBUG = "LIT_MULTIIP_DEBUG"
+BACKBONE = tuple(inspect.signature(Backbone).parameters)
 BY_NAME = {"model": Method, "aggregator": Aggregator, "source": PeopleSource, "extractors": Extractor}
 
 
@@ -85,15 +88,16 @@ def explain(error: Exception) -> str | None:
 
 
 def _explain_parsing(causes: Sequence[Exception]) -> str:
-    """Return what jsonargparse says of the innermost option, after the key of the outermost, and what may be given."""
-    outer, inner = (
-        str(error) for error in (causes[0], [e for e in causes if isinstance(e, argparse.ArgumentError)][-1])
-    )
-    message = " ".join((outer if outer == inner else f"{outer.splitlines()[0]} {inner}").split())
-    for key, base in BY_NAME.items():
-        if f'{key}"' in inner:
-            message += f"; by name: {', '.join(cls.__name__ for cls in subclasses(base))}"
-    return f"{message}; see --help"
+    """Return what jsonargparse says of the innermost option, after the keys that lead to it, and what may be given."""
+    message, innermost = "", " ".join(str(causes[-1]).split())
+    for text in (*(first_line(error) for error in causes if isinstance(error, argparse.ArgumentError)), innermost):
+        message += f" {text}" if text not in message else ""
+    named = [base for key, base in BY_NAME.items() if f'{key}":' in message]
+    if named and "import path" in innermost:
+        message += f"; by name: {', '.join(cls.__name__ for cls in subclasses(named[-1]))}"
+    if any(name in message for name in ("backbone", *BACKBONE[1:])):
+        message += f"; the backbone is set by {', '.join(f'--backbone.{name}' for name in BACKBONE)}"
+    return f"{message.strip()}; see --help"
 
 
 def subclasses(base: type) -> list[type]:

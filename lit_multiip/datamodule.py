@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from lit_multiip.backbone.encoders import Encoder, FaceEncoder, load_clip, load_latent_encoder
+from lit_multiip.backbone.encoders import Encoder, load_clip, load_latent_encoder
 from lit_multiip.backbone.face_crop import FaceCrop
 from lit_multiip.backbone.features import Features, Pixels
+from lit_multiip.backbone.pipeline import Backbone
+from lit_multiip.data.checking import check_photos
 from lit_multiip.data.groups import Balance, Target, draw_references, stable_hash
-from lit_multiip.data.people import MiniFaces, PeopleSource, Person, check_photos, read_person
-from lit_multiip.data.photos import DataError, Photo
+from lit_multiip.data.people import MiniFaces, PeopleSource, Person, read_person
+from lit_multiip.data.photos import DataError, Photo, distinct_photos
 from lit_multiip.data.split import Split, select_people, split_people
 from lit_multiip.datasets import (
     EpochSampler,
@@ -63,9 +65,8 @@ class MultiPhotoData(L.LightningDataModule):
     set that a test gives them, nothing held out, and no validation.
 
     Args:
-        backbone: folder, hub id or ``mini``; its frozen encoders make the features. Linked to the model's.
+        backbone: its frozen encoders make the features; shared with the model.
         source: where the people come from.
-        image_side: side of the target images in px; None takes the backbone's own.
         references: N - 1, photos that condition.
         min_photos: people with fewer are left out.
         max_people: keep a seeded subset of this many people.
@@ -99,16 +100,13 @@ class MultiPhotoData(L.LightningDataModule):
         training_seed: of the training groups alone, for several trainings on one protocol; None takes ``seed``.
         predict: what ``predict`` draws.
         person: whom fit learns, where the method learns one person; whom predict draws.
-        image_encoder: folder, or hub id and subfolder; None takes the backbone's own. Linked to the model's.
-        face_encoder: a face-recognition network in its place, or beside it. Linked to the model's.
         crop: cut every photo to a square at its face, for encoders and scores alike; None takes its central square.
     """
 
     def __init__(
         self,
-        backbone: str = "mini",
+        backbone: Backbone | None = None,
         source: PeopleSource | None = None,
-        image_side: int | None = None,
         references: int = 9,
         min_photos: int = 10,
         max_people: int | None = None,
@@ -136,8 +134,6 @@ class MultiPhotoData(L.LightningDataModule):
         training_seed: int | None = None,
         predict: PredictArgs | None = None,
         person: str | None = None,
-        image_encoder: str | None = None,
-        face_encoder: FaceEncoder | None = None,
         crop: FaceCrop | None = None,
         online: bool = False,
         augment: Callable[[Any], Any] | None = None,
@@ -145,7 +141,7 @@ class MultiPhotoData(L.LightningDataModule):
         super().__init__()
         if augment is not None and not online:
             raise DataError("data.augment changes photos at every step, and their features are kept: set data.online")
-        if online and face_encoder is not None:
+        if online and backbone is not None and backbone.face_encoder is not None:
             raise DataError("data.online encodes photos by CLIP alone: leave it out with a face_encoder")
         if min(batch_size, eval_batch_size, encode_batch_size, references, held_out, seeds, validation_held_out) < 1:
             raise DataError("batch sizes, references, held_out and seeds must be at least 1")
@@ -156,9 +152,8 @@ class MultiPhotoData(L.LightningDataModule):
                 raise DataError(f"data.{name} is {given}: it must not be negative")
         if min(drop) < 0 or sum(drop) > 1:
             raise DataError(f"data.drop={drop} are no probabilities: give three of at least 0 that add to at most 1")
-        self.backbone, self.source = backbone, source or MiniFaces()
-        self.image_encoder, self.face_encoder, self.crop = image_encoder, face_encoder, crop
-        self.image_side, self.references = image_side, references
+        self.backbone, self.source = backbone or Backbone(), source or MiniFaces()
+        self.crop, self.references = crop, references
         self.min_photos, self.max_people, self.training_people = min_photos, max_people, training_people
         self.balance, self.target, self.drop = balance, target, drop
         self.test_fraction, self.validation_fraction = test_fraction, validation_fraction
@@ -259,8 +254,7 @@ class MultiPhotoData(L.LightningDataModule):
     def _split(self) -> Split:
         people = select_people(self.source.people(), self.min_photos, self.max_people, self.seed)
         people = check_photos(people, self.on_unreadable)
-        for i, person in enumerate(people):
-            people[i] = _distinct(person)  # in place: the photos of a hundred thousand are not held twice
+        people = [_distinct(person) for person in people]
         people = self._cut(select_people(people, self.min_photos, None, self.seed))
         split = split_people(people, self.seed, self.test_fraction, self.validation_fraction, **self.names)
         if self.training_people is not None:
@@ -270,7 +264,7 @@ class MultiPhotoData(L.LightningDataModule):
         return split
 
     def _draw_references(self, person: Person) -> tuple[Photo, ...]:
-        photos, rng = tuple(person.photos), np.random.default_rng([self.seed, stable_hash(person.name)])
+        photos, rng = person.photos, np.random.default_rng([self.seed, stable_hash(person.name)])
         if len(photos) != self.references:
             what = "the surplus is dropped" if len(photos) > self.references else "missing ones are drawn again"
             logger.warning("%s has %d photos, %d are used: %s", person.name, len(photos), self.references, what)
@@ -291,15 +285,7 @@ class MultiPhotoData(L.LightningDataModule):
         strategy: Any = self.trainer.strategy if self.trainer is not None else None
         device = strategy.root_device if strategy else "cpu"
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-        self.features = Features(
-            self.backbone,
-            self.cache_dir,
-            self.image_side,
-            device,
-            self.encode_batch_size,
-            self.image_encoder,
-            self.face_encoder,
-        )
+        self.features = Features(self.backbone, self.cache_dir, device, self.encode_batch_size)
         self.features.build(photos, targets, prompts, rank, world)
         if strategy:
             strategy.barrier("features")
@@ -374,10 +360,10 @@ class MultiPhotoData(L.LightningDataModule):
 
     def _load_encoders(self) -> tuple[Any, Any]:
         assert self.features is not None
-        device, side = self.features.device, self.features.image_side
+        device = self.features.device
         self.encoders = {
-            "references": load_clip(self.backbone, self.image_encoder, device),
-            "moments": load_latent_encoder(self.backbone, side, device),
+            "references": load_clip(self.backbone, device),
+            "moments": load_latent_encoder(self.backbone, device),
         }
         return self.encoders["references"].read, self.encoders["moments"].read
 
@@ -414,7 +400,7 @@ class MultiPhotoData(L.LightningDataModule):
 
 
 class _PhotosOf:
-    """The photos of people, unpacked person by person each time they are gone through, and then further ones."""
+    """The photos of people, and then further ones, without a list of them all."""
 
     def __init__(self, people: Sequence[Person], further: Sequence[Photo]) -> None:
         self.people, self.further = people, further
@@ -426,12 +412,8 @@ class _PhotosOf:
 
 
 def _distinct(person: Person) -> Person:
-    """Keep one photo of those with equal content, so that a copy of a target is never among its references.
-
-    The contents of files that are read for it are packed with the photos, and not read again.
-    """
-    photos = {photo.content_key(): photo for photo in reversed(tuple(person.photos))}
-    kept = tuple(reversed(photos.values()))
+    """Keep one photo of those with equal content, so that a copy of a target is never among its references."""
+    kept = distinct_photos(person.photos)
     if len(kept) < len(person.photos):
         logger.warning("%s: %d photos are copies of others and left out", person.name, len(person.photos) - len(kept))
     return replace(person, photos=kept)

@@ -11,7 +11,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler, default_collate
 
 from lit_multiip.backbone.features import Features, Pixels
 from lit_multiip.data.groups import Balance, Group, Target, draw_references, held_out_group, stable_hash
@@ -56,7 +56,7 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         person_index = int(np.searchsorted(self.ends, index, side="right"))
         number = index - (int(self.ends[person_index - 1]) if person_index else 0)
         person = self.people[person_index]
-        photos = tuple(person.photos)
+        photos = person.photos
         rng = np.random.default_rng([self.seed, epoch, stable_hash(person.name)])
         if self.balance == "photo":
             others = [i for i in range(len(photos)) if i != number]
@@ -74,8 +74,8 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
             photo: the target, as ``person/name``.
             references: image embeddings, (R, D).
             moments: posterior mean and logvar of the target, (2C, h, w).
-            prompt_embeds: text states of the target's prompt, or of "" where text is dropped, (L, E); of SDXL also its
-                pooled_prompt_embeds (P,), and the target's time_ids (6,).
+            text: what the UNet takes besides: `prompt_embeds` of the target's prompt, or of "" where text is dropped,
+                (L, E); of SDXL also `pooled_prompt_embeds` (P,), and the target's `time_ids` (6,).
             drop_image: whether the image condition is dropped, () bool.
             time: t / T in [0, 1), () float64.
             latent_noise, eps: standard normal, (C, h, w); the posterior's and the diffusion's.
@@ -93,8 +93,7 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
             "photo": f"{target.person}/{target.name}",
             "references": self.features.embeds(references),
             "moments": moments,
-            **self.features.text("" if drop_text else target.prompt),
-            **self.features.time_ids(target),
+            "text": self.features.text("" if drop_text else target.prompt) | self.features.sizes(target),
             "drop_image": torch.tensor(drop_image),
             "time": torch.tensor(rng.random(), dtype=torch.float64),
             "latent_noise": torch.randn(shape, generator=generator),
@@ -189,25 +188,23 @@ def reference_set(person: str, references: Sequence[Photo], features: Features) 
         person: the name.
         reference_set: names the person and the photos' contents, so that a copy of another set is not taken for it.
         reference_moments: posterior means and logvars, (R, 2C, h, w).
-        reference_time_ids: of SDXL, (R, 6).
+        reference_sizes: what the UNet is told of their sizes, by name; of SDXL `time_ids` (R, 6).
     """
-    time_ids = [features.time_ids(photo) for photo in references]
     return {
-        **{f"reference_{name}": torch.stack([row[name] for row in time_ids]) for name in time_ids[0]},
         "person": person,
         "reference_set": f"{stable_hash(person, *(photo.content_key() for photo in references)):016x}",
         "reference_moments": torch.stack([features.moments(photo) for photo in references]),
+        "reference_sizes": default_collate([features.sizes(photo) for photo in references]),
     }
 
 
 class TaskDataset(Dataset[dict[str, Any]]):
     """Evaluation tasks (or requests, which have no held-out photo) with their features.
 
-    An item holds ``task`` (), ``repeated`` () bool, ``prompt``, ``prompt_embeds`` and ``negative_prompt_embeds``
-    (L, E), ``seed`` (), and ``moments`` (2C, h, w) and ``photo`` (person/name) of the held-out photo, where there is
-    one; of SDXL also ``pooled_prompt_embeds`` and ``negative_pooled_prompt_embeds`` (P,), and the held-out photo's
-    ``time_ids`` (6,). Of the references it holds their embeddings, ``references`` (R, D), and those of the next person,
-    ``other_references``; or, ``per_person``, a ``reference_set``.
+    An item holds `task` (), `repeated` () bool, `prompt`, `text` (what the UNet takes besides, as in `HeldOutGroups`),
+    `negative_text` (that of ""), `seed` (), and `moments` (2C, h, w) and `photo` (person/name) of the held-out photo,
+    where there is one. Of the references it holds their embeddings, `references` (R, D), and those of the next person,
+    `other_references`; or, `per_person`, a `reference_set`.
     """
 
     def __init__(self, tasks: Sequence[Task | Request], features: Features, per_person: bool = False) -> None:
@@ -222,12 +219,12 @@ class TaskDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         repeated, index = index >= len(self.tasks), min(index, len(self.tasks) - 1)
         task = self.tasks[index]
-        item = {
+        item: dict[str, Any] = {
             "task": torch.tensor(index),
             "repeated": torch.tensor(repeated),  # only so that all ranks have equally many
             "prompt": task.prompt,
-            **self.features.text(task.prompt),
-            **self.features.negative_text(),
+            "text": self.features.text(task.prompt),
+            "negative_text": self.features.text(""),
             "seed": torch.tensor(task.seed),
         }
         if self.per_person:
@@ -238,7 +235,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
         if not isinstance(task, Request):
             item["photo"] = f"{task.person}/{task.held_out.name}"
             item["moments"] = self.features.moments(task.held_out)
-            item |= self.features.time_ids(task.held_out)
+            item["text"] |= self.features.sizes(task.held_out)
         return item
 
 

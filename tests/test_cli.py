@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -14,6 +15,8 @@ import transformers
 import yaml
 
 from lit_multiip.__main__ import PLAIN, main
+from lit_multiip.backbone.faces import FaceEncoder
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.cli import CLI, SHORT
 from lit_multiip.runs import best_checkpoint, choose_run, newest_run, read_checkpoint
@@ -23,7 +26,7 @@ def write_run(root: Path, name: str, scores: dict[str, float] | None = None, las
     """A run with best-<k>.ckpt of the given validation losses and last.ckpt, `age` seconds old."""
     run = root / "runs" / name
     (run / "checkpoints").mkdir(parents=True)
-    (run / "config.yaml").write_text("backbone: mini\n")
+    (run / "config.yaml").write_text("backbone: {path: mini}\n")
     for stem, score in (scores or {}).items():
         state = {"ModelCheckpoint{}": {"monitor": "val/loss", "current_score": torch.tensor(score)}}
         torch.save({"callbacks": state, "state_dict": {}}, run / "checkpoints" / f"{stem}.ckpt")
@@ -177,7 +180,7 @@ def test_short_options_set_what_they_stand_for(here: Path, monkeypatch: pytest.M
     )
     assert config.model.init_args.sampling.guidance_scale == 5.0 and config.model.init_args.sampling.steps == 4
     assert config.model.init_args.aggregator.class_path.endswith("AvgPool")
-    (here / "empty.yaml").write_text("backbone: mini\n")
+    (here / "empty.yaml").write_text("backbone: {path: mini}\n")
     config = settled(monkeypatch, "test", "--config", "empty.yaml", "--ip_scale", "0.5")
     assert config.model.init_args.sampling.as_dict() == {**asdict(Sampling()), "ip_scale": 0.5}
     config = settled(monkeypatch, "test", "--model", "DreamBooth", "--config", "c.yaml", "--steps", "3")
@@ -205,7 +208,7 @@ def test_the_help_of_a_command_shows_its_short_options(capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("value", ["nan", ".nan", ".inf", "x"])
 def test_scales_must_be_finite(value: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (here / "c.yaml").write_text("backbone: mini\n")
+    (here / "c.yaml").write_text("backbone: {path: mini}\n")
     for option in ("ip_scale", "guidance_scale"):
         message, code = failing(capsys, "test", "--config", "c.yaml", f"--{option}", value)
         assert code in (1, 2) and option in message and value.strip(".") in message
@@ -248,12 +251,12 @@ def test_an_unknown_method_or_option_of_a_method_is_told_without_jsonargparses_t
 
 
 def test_wrong_values_are_one_line(here: Path, tiny_backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fit = ["fit", "--backbone", str(tiny_backbone)]
+    fit = ["fit", "--backbone.path", str(tiny_backbone)]
     message, code = failing(capsys, *fit, "--data.references", "0")
     assert code == 1 and "at least 1" in message
     message, code = failing(capsys, *fit, "--model.sampling.guidance_scale", ".nan")
     assert code in (1, 2) and "guidance_scale=nan is not finite" in message
-    message, code = failing(capsys, "fit", "--backbone", "no/such/backbone")
+    message, code = failing(capsys, "fit", "--backbone.path", "no/such/backbone")
     assert code == 1 and "no/such/backbone" in message
     message, code = failing(capsys, *fit, "--data.source", "Folder", "--data.source.path", "no/photos")
     assert code == 1 and "no/photos" in message
@@ -265,6 +268,57 @@ def test_wrong_values_are_one_line(here: Path, tiny_backbone: Path, capsys: pyte
     (here / "torn.ckpt").write_bytes(b"PK torn")
     message, code = failing(capsys, "test", *fit[1:], "--ckpt_path", "torn.ckpt")
     assert code == 1 and "checkpoint 'torn.ckpt' cannot be read" in message
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--model.backbone.path", "mini"],
+        ["--model.init_args.backbone.path=mini"],
+        ["--model.backbone=/nowhere"],
+        ["--model.image_encoder=/nowhere"],
+        ["--data.backbone=/nowhere"],
+        ["--data.backbone.path=mini"],
+        ["--backbone=mini"],
+        "model: {init_args: {backbone: {path: mini}}}",
+        "model: {init_args: {published_adapter: file}}",
+        "data: {backbone: {path: mini}}",
+        "data: {image_side: 64}",
+    ],
+)
+def test_a_backbone_that_model_and_data_would_not_share_is_refused(
+    here: Path, given: list[str] | str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if isinstance(given, str):
+        (here / "own.yaml").write_text(given)
+        given = ["--config", "own.yaml"]
+    message, code = failing(capsys, "fit", *given, "--trainer.max_steps", "0")
+    assert code == 2 and re.search("backbone|image_encoder|published_adapter|image_side", message)
+
+
+class HalfBackbone(Backbone):
+    """Another family: its images are half as large."""
+
+    @property
+    def image_side(self) -> int:
+        """Half of the miniature's."""
+        return super().image_side // 2
+
+
+def test_one_backbone_is_given_to_model_and_data_and_comes_back_from_the_saved_config(here: Path) -> None:
+    (here / "on.yaml").write_text("backbone: {path: mini, image_encoder: encoder}")
+    (here / "side.yaml").write_text("backbone: {image_side: 32}")
+    configs = ["--config", "side.yaml", "--config", "on.yaml", "--backbone.face_encoder.path", "faces.onnx"]
+    cli = CLI([*configs, "--config", "side.yaml"], run=False)
+    backbone = cli.model.backbone
+    assert backbone is cli.datamodule.backbone and backbone.path == "mini" and backbone.image_encoder == "encoder"
+    assert backbone.face_encoder == FaceEncoder("faces.onnx") and backbone.image_side == 32
+    saved = cli.parser.dump(cli.config, skip_none=False)
+    (here / "saved.yaml").write_text(saved)
+    again = CLI(["--config", "saved.yaml", "--backbone.image_encoder", "null"], run=False)
+    assert again.model.backbone.face_encoder == backbone.face_encoder and again.model.backbone.image_encoder is None
+    other = CLI(["--backbone.class_path", f"{__name__}.HalfBackbone"], run=False)
+    assert type(other.model.backbone).__name__ == "HalfBackbone" and other.model.backbone.image_side == 32
 
 
 def test_the_traceback_can_be_asked_for(

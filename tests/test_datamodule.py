@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from batches import equal
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import ColorJitter
 
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.people import Folder, MiniFaces
 from lit_multiip.data.photos import DataError
 from lit_multiip.datamodule import MultiPhotoData, PredictArgs
@@ -23,7 +25,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def made(backbone: Path, cache: str, stage: str, **options: Any) -> MultiPhotoData:
     options = {"source": MiniFaces(train=3, validation=2, test=2, photos=11), "batch_size": 8} | options
-    data = MultiPhotoData(str(backbone), cache_dir=cache, **options)
+    data = MultiPhotoData(Backbone(str(backbone)), cache_dir=cache, **options)
     data.prepare_data()
     data.setup(stage)
     return data
@@ -43,11 +45,13 @@ def test_fit_batches_have_what_training_takes(tiny_backbone: Path, cache: str) -
     batches = list(data.train_dataloader())
     assert len(batches) == 3 * 10 // 8  # three people, ten targets each, and no part of a batch
     assert all(name.startswith("train_") and name.endswith(".png") for name in batches[0].pop("photo"))
+    assert {name: tuple(values.shape) for name, values in batches[0].pop("text").items()} == {
+        "prompt_embeds": (8, 16, 32)
+    }
     shapes = {name: tuple(values.shape) for name, values in batches[0].items()}
     assert shapes == {
         "references": (8, 9, 24),
         "moments": (8, 8, 8, 8),
-        "prompt_embeds": (8, 16, 32),
         "drop_image": (8,),
         "time": (8,),
         "latent_noise": (8, 4, 8, 8),
@@ -60,8 +64,7 @@ def test_fit_batches_have_what_training_takes(tiny_backbone: Path, cache: str) -
 def test_training_batches_are_equal_with_no_and_two_workers(tiny_backbone: Path, cache: str) -> None:
     one, two = (list(made(tiny_backbone, cache, "fit", num_workers=n).train_dataloader()) for n in (0, 2))
     for a, b in zip(one, two, strict=True):
-        assert a.pop("photo") == b.pop("photo")
-        assert all(torch.equal(a[name], b[name]) for name in a)
+        assert equal(a, b)
 
 
 @pytest.mark.parametrize("backbone", ["tiny_backbone", "tiny_sdxl"])
@@ -78,6 +81,7 @@ def test_online_batches_are_the_cached_ones_and_no_training_photo_is_stored(
         assert batch["references"].shape == (8, 9, 3, 32, 32) and batch["moments"].shape == (8, 3, 32, 32)
         batch = online.on_after_batch_transfer(batch, 0)
         assert set(batch) == set(expected) and batch.pop("photo") == expected["photo"]
+        assert equal(batch.pop("text"), expected["text"])
         for name, values in batch.items():  # convolutions differ in the last bits by the size of a batch
             assert torch.allclose(values.float(), expected[name].float(), atol=2e-3 if name == "moments" else 1e-5)
 

@@ -28,7 +28,7 @@ def tiny_config(tiny_backbone: Path, random_critic: Path, tmp_path_factory: pyte
         "init_args": {"folder": str(random_critic)},
     }
     config = {
-        "backbone": str(tiny_backbone),
+        "backbone": {"path": str(tiny_backbone)},
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1},
         "model": {"init_args": {"sampling": {"steps": 2}}},
         "data": {

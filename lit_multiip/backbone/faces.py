@@ -6,9 +6,11 @@ They run on the CPU whatever the device of the images, so that the same image gi
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_multiip.files import first_line, hash_file
+from lit_multiip.files import first_line, hash_file, hash_text
 
 YUNET = "opencv/face_detection_yunet/face_detection_yunet_2023mar.onnx"
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
@@ -193,6 +195,58 @@ class FaceNetwork:
             output = self._session.run(None, {name: np.ascontiguousarray(padded, dtype=np.float32)})[0]
             parts.append(np.asarray(output, dtype=np.float32).reshape(size, -1)[: len(part)])
         return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class FaceEncoder:
+    """A face-recognition network whose embedding conditions. It sees the largest face of a photo; see FaceNetwork.
+
+    Args:
+        path: its ONNX file, (B, 3, S, S) -> (B, E), or ``org/repository/file.onnx`` on the hub.
+        beside_clip: join its embedding to CLIP's, (D + E,), rather than take its place.
+        detector: of YuNet, by whose landmarks faces are aligned; None shows the network ``crop`` of every photo.
+        side: px of the network's input; None reads it from the file.
+        mean: of each colour channel in 0..1, subtracted before the division by ``std``.
+        std: of each colour channel.
+        colours: order of the channels, ``rgb`` or ``bgr``.
+        crop: centre and side of the square that is seen without a detector, as shares of the photo.
+    """
+
+    path: str
+    beside_clip: bool = False
+    detector: str | None = YUNET
+    side: int | None = None
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    colours: str = "rgb"
+    crop: tuple[float, float, float] = (0.5, 0.5, 1.0)
+
+    def load(self) -> FaceNetwork:
+        """Load the network, and the detector.
+
+        Raises:
+            FileNotFoundError: there is no such file, here or on the hub.
+            ValueError: onnxruntime or OpenCV is not installed, or the file is no such network.
+        """
+        detector = None if self.detector is None else FaceDetector(self.detector)
+        return FaceNetwork(
+            self.path,
+            side=self.side,
+            mean=self.mean,
+            std=self.std,
+            colours=self.colours,
+            crop=self.crop,
+            detector=detector,
+        )
+
+    def sha256(self) -> str:
+        """Of the network's file."""
+        return hash_file(weights_file(self.path))
+
+    def fingerprint(self) -> str:
+        """Name the network's content and what is shown to it; 16 hexadecimal digits."""
+        facts = asdict(self) | {"path": self.sha256()}
+        return hash_text(json.dumps(facts, sort_keys=True))[:16]
 
 
 def aligned(pixels: Pixels, landmarks: Landmarks, side: int = TEMPLATE_SIDE) -> Pixels:

@@ -36,23 +36,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lit_multiip.backbone.encoders import (
-    Encoder,
-    FaceEncoder,
-    PhotoEncoder,
-    encode_prompts,
-    fingerprint_photo_encoder,
-    load_latent_encoder,
-    photo_embed_dim,
-)
-from lit_multiip.backbone.pipeline import (
-    fingerprint,
-    load_feature_shapes,
-    load_native_side,
-    load_text_pipeline,
-    takes_text_time,
-    text_components,
-)
+from lit_multiip.backbone.encoders import Encoder, PhotoEncoder, load_latent_encoder
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.store import SHARD_ROWS, SHARD_SECONDS, Shards, digests_of
 from lit_multiip.data.photos import DataError, Photo
 from lit_multiip.files import hash_text
@@ -99,37 +84,24 @@ class Features:
     """What the backbone's frozen encoders make of photos and prompts, from disk.
 
     Args:
-        backbone: anything ``resolve_backbone`` takes.
+        backbone: whose encoders they are.
         cache: folder of the store; shared by all methods, runs and processes.
-        image_side: side of the square target image in px; None reads it from the UNet and VAE.
         device: where the encoders run.
         batch_size: photos a forward pass of an encoder.
-        image_encoder: anything ``load_image_encoder`` takes; None is the backbone's own.
-        face_encoder: a face-recognition network in its place, or beside it.
     """
 
     def __init__(
-        self,
-        backbone: str,
-        cache: str | Path,
-        image_side: int | None = None,
-        device: torch.device | str = "cpu",
-        batch_size: int = 32,
-        image_encoder: str | None = None,
-        face_encoder: FaceEncoder | None = None,
+        self, backbone: Backbone, cache: str | Path, device: torch.device | str = "cpu", batch_size: int = 32
     ) -> None:
         self.backbone, self.device, self.batch_size = backbone, device, batch_size
-        self.image_encoder, self.face_encoder = image_encoder, face_encoder
-        self.image_side = image_side or load_native_side(backbone)
-        text = "".join(fingerprint(backbone, name) for name in text_components(backbone))
+        text = "".join(map(backbone.fingerprint, backbone.text_components))
         names = {
-            "embeds": fingerprint_photo_encoder(backbone, image_encoder, face_encoder),
-            "latent": f"{fingerprint(backbone, 'vae')}-{self.image_side}px",
+            "embeds": backbone.fingerprint_photo_encoder(),
+            "latent": f"{backbone.fingerprint('vae')}-{backbone.image_side}px",
             "text": text,
         }
-        self.text_time = takes_text_time(backbone)
-        if self.text_time:
-            names |= {"pooled": text, "frame": f"{self.image_side}px"}
+        if backbone.takes_sizes:
+            names |= {"pooled": text, "frame": f"{backbone.image_side}px"}
         self.store = {kind: Shards(Path(cache) / f"{kind}-{name}") for kind, name in names.items()}
         for shards in self.store.values():
             shards.refresh()
@@ -156,7 +128,7 @@ class Features:
             "latent": self._latent_encoder,
             "text": lambda: self._text_encoder("prompt_embeds"),
         }
-        if self.text_time:
+        if self.backbone.takes_sizes:
             items |= {"pooled": items["text"], "frame": items["latent"]}
             encoders |= {
                 "pooled": lambda: self._text_encoder("pooled_prompt_embeds"),
@@ -168,16 +140,9 @@ class Features:
         for kind, load in encoders.items():
             self._fill(kind, items[kind], load, rank, world)
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of a latent."""
-        channels, height, width = load_feature_shapes(self.backbone, self.image_side)["latent"]
-        return channels // 2, height, width
-
     def row_bytes(self) -> dict[str, int]:
         """What a row of each kind takes on disk, by the encoders' configurations."""
-        embeds = (photo_embed_dim(self.backbone, self.image_encoder, self.face_encoder),)
-        shapes = load_feature_shapes(self.backbone, self.image_side) | {"embeds": embeds}
+        shapes = self.backbone.feature_shapes()
         return {kind: math.prod(shape) * (4 if kind in FLOAT32 else 2) for kind, shape in shapes.items()}
 
     def _require_space(self, missing: dict[str, int], rank: int) -> None:
@@ -210,35 +175,21 @@ class Features:
 
     def text(self, prompt: str) -> dict[str, Tensor]:
         """A prompt's ``prompt_embeds``, text states (L, E), and of SDXL ``pooled_prompt_embeds`` (P,); float32."""
-        kinds = {"prompt_embeds": "text"} | ({"pooled_prompt_embeds": "pooled"} if self.text_time else {})
+        kinds = {"prompt_embeds": "text"} | ({"pooled_prompt_embeds": "pooled"} if "pooled" in self.store else {})
         return {name: self.store[kind].get([prompt_key(prompt)])[0].float() for name, kind in kinds.items()}
 
-    def negative_text(self) -> dict[str, Tensor]:
-        """``text`` of the empty prompt, under the pipeline's names of what guidance leads away from."""
-        return {f"negative_{name}": value for name, value in self.text("").items()}
-
-    def time_ids(self, photo: Photo) -> dict[str, Tensor]:
-        """Of SDXL, ``time_ids`` (6,) float32: the photo's height and width, its square's top and left, and side twice.
-
-        As published: height and width are the file's, top and left those in the photo once its shorter side is the
-        square's.
-        """
-        if not self.text_time:
+    def sizes(self, photo: Photo) -> dict[str, Tensor]:
+        """What the UNet is told of a photo's size besides the text; of most backbones nothing."""
+        if "frame" not in self.store:
             return {}
-        return self.time_ids_of(self.store["frame"].get([photo.content_key()])[0].float())
-
-    def time_ids_of(self, frame: Tensor) -> dict[str, Tensor]:
-        """``time_ids`` of one row of ``frames``, (4,)."""
-        return {"time_ids": torch.cat([frame, torch.full((2,), float(self.image_side))])}
+        return self.backbone.sizes(self.store["frame"].get([photo.content_key()])[0].float())
 
     def frames(self, photos: Sequence[Photo]) -> Tensor:
         """Height and width of photos, and top and left of their squares once scaled, (B, 4) float32."""
-        rows = []
+        rows, side = [], self.backbone.image_side
         for photo in photos:
             width, height = photo.image().size
-            top, left = (
-                (edge * self.image_side // min(width, height) - self.image_side) // 2 for edge in (height, width)
-            )
+            top, left = ((edge * side // min(width, height) - side) // 2 for edge in (height, width))
             rows.append([height, width, top, left])
         return torch.tensor(rows, dtype=torch.float32)
 
@@ -276,16 +227,17 @@ class Features:
         shards.refresh()
 
     def _embedder(self) -> Encoder:
-        encoder = PhotoEncoder(self.backbone, self.image_encoder, self.face_encoder, self.device)
+        encoder = PhotoEncoder(self.backbone, self.device)
         return Encoder(encoder.read, encoder.encode)
 
     def _latent_encoder(self) -> Encoder:
-        read, encode = load_latent_encoder(self.backbone, self.image_side, self.device)
+        read, encode = load_latent_encoder(self.backbone, self.device)
         return Encoder(lambda photos: read([photo.image() for photo in photos]), encode)
 
     def _text_encoder(self, part: str) -> Encoder:
-        pipe = load_text_pipeline(self.backbone).to(self.device)
-        return Encoder(list, lambda prompts: encode_prompts(pipe, prompts)[part].half())  # (B, L, E) or (B, P)
+        pipe = self.backbone.text_pipeline().to(self.device)
+        encode = self.backbone.encode_prompts
+        return Encoder(list, lambda prompts: encode(pipe, prompts)[part].half())  # (B, L, E) or (B, P)
 
 
 class Pixels:
@@ -306,7 +258,7 @@ class Pixels:
         augment: Callable[[Image.Image], Image.Image] | None = None,
     ) -> None:
         self.features, self.read_embeds, self.read_latent, self.augment = features, read_embeds, read_latent, augment
-        self.latent_shape = features.latent_shape
+        self.latent_shape = features.backbone.latent_shape
 
     def _image(self, photo: Photo) -> Image.Image:
         image = photo.image()
@@ -324,6 +276,6 @@ class Pixels:
         """What ``Features`` has of a prompt: pictures alone are augmented."""
         return self.features.text(prompt)
 
-    def time_ids(self, photo: Photo) -> dict[str, Tensor]:
-        """Of SDXL, ``time_ids`` (6,) float32, of the picture before augmentation."""
-        return self.features.time_ids_of(self.features.frames([photo])[0]) if self.features.text_time else {}
+    def sizes(self, photo: Photo) -> dict[str, Tensor]:
+        """What the UNet is told of the picture's size before augmentation."""
+        return self.features.backbone.sizes(self.features.frames([photo])[0])

@@ -1,4 +1,9 @@
-"""The IP-Adapter's states: read, made, installed and taken out, by diffusers' own loader."""
+"""The IP-Adapter's states: read, made, installed and taken out, by diffusers' own public `load_ip_adapter`.
+
+Their published names, used throughout, are `image_proj.proj.{weight,bias}` (Linear), `image_proj.norm.{weight,bias}`
+(LayerNorm) and `ip_adapter.{1,3,5,...}.to_{k,v}_ip.weight` (K', V'), the odd numbers being the cross-attention layers'
+places among all of `unet.attn_processors`.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +23,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lit_multiip.backbone.pipeline import BackboneError, _hub_place, resolve_backbone
+from lit_multiip.backbone.components import BackboneError, hub_place
 from lit_multiip.files import first_line
 
-if TYPE_CHECKING:  # diffusers and transformers load a class when it is first used: a command line is parsed without any
+if TYPE_CHECKING:  # diffusers loads a class when it is first used: a command line is parsed without any
     from diffusers.models import UNet2DConditionModel
     from diffusers.models.embeddings import ImageProjection
 
-
 RECORD = "lit_multiip"  # key of a safetensors file's metadata
-
-
 TOKENS = 4  # image tokens per embedding; diffusers' loader knows no other number for this layout
-
 
 # A key that only the image projection of another adapter family has -> that family's name. The order matters.
 _OTHER_LAYOUTS = {
@@ -39,7 +40,6 @@ _OTHER_LAYOUTS = {
     "proj.3.weight": "IP-Adapter Full Face",
     "proj.0.weight": "IP-Adapter FaceID",
 }
-
 
 State = dict[str, dict[str, Tensor]]
 
@@ -118,7 +118,7 @@ def find_adapter_file(path: str) -> Path:
     file = Path(path).expanduser()
     if file.is_file():
         return file
-    place = _hub_place(path)
+    place = hub_place(path)
     if place is None or Path(place[1]).suffix not in (".safetensors", ".bin"):
         raise BackboneError(
             f"there is no IP-Adapter file '{path}': give a .safetensors or .bin file, or hub id and file, such as "
@@ -145,21 +145,6 @@ def read_adapter_record(path: str) -> dict[str, Any]:
     except (SafetensorError, json.JSONDecodeError) as error:
         raise BackboneError(f"IP-Adapter file '{path}' is broken ({first_line(error)}): fetch it again") from error
     return record if isinstance(record, dict) else {}
-
-
-def find_ip_adapter(backbone: str) -> str | None:
-    """Path of the one .safetensors file in a local backbone's ip_adapter/; None if there is none (or for a hub id).
-
-    Raises:
-        BackboneError: there are several to choose from.
-    """
-    found = sorted(Path(resolve_backbone(backbone), "ip_adapter").glob("*.safetensors"))
-    if len(found) > 1:
-        names = ", ".join(file.name for file in found)
-        raise BackboneError(
-            f"backbone '{backbone}' has several adapters in ip_adapter/ ({names}): name one by its path"
-        )
-    return str(found[0]) if found else None
 
 
 def ip_adapter_state(unet: UNet2DConditionModel) -> State:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_multiip.backbone.ip_adapter import set_ip_scale
-from lit_multiip.backbone.pipeline import load_component, load_pipeline
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.pixels import to_pixels, to_signal
 
 SLICED = 512**2  # a batch of more pixels is decoded an image at a time: small ones take 50 % longer so, on a CPU
@@ -55,54 +56,52 @@ class Sampler:
     """A diffusers pipeline around a UNet, fed with embeddings only; the VAE is loaded when first needed.
 
     Args:
-        backbone: anything ``resolve_backbone`` takes.
+        backbone: whose pipeline, VAE and noise schedule draw.
         unet: with or without an IP-Adapter installed.
         sampling: scheduler and steps.
     """
 
-    def __init__(self, backbone: str, unet: nn.Module, sampling: Sampling) -> None:
+    def __init__(self, backbone: Backbone, unet: nn.Module, sampling: Sampling) -> None:
         self.sampling, self.unet = sampling, unet
-        scheduler = load_component(backbone, "scheduler")
+        scheduler = backbone.load("scheduler")
         cls = getattr(diffusers, sampling.scheduler)
-        vae = load_component(backbone, "vae")
-        self.pipe = load_pipeline(backbone, unet=unet, vae=vae, scheduler=cls.from_config(scheduler.config))
+        noise = cls.from_config(scheduler.config)
+        self.pipe = backbone.pipeline(unet=unet, vae=backbone.load("vae"), scheduler=noise)
         # The pipeline repeats the embeddings as often as the batch has images, as if all showed one person; attention
         # would then mix them across the batch. Ours are one set an image, and taken as they are.
         self.pipe.prepare_ip_adapter_image_embeds = lambda image, embeds, *_: embeds
         self.pipe.set_progress_bar_config(disable=True)
+        self._taken = inspect.signature(self.pipe.__call__).parameters
 
     def __call__(
         self,
-        prompt_embeds: Tensor,
-        negative_prompt_embeds: Tensor,
+        text: Mapping[str, Tensor],
+        negative_text: Mapping[str, Tensor],
         image_embeds: Tensor | None,
         seeds: list[int],
         side: int,
         ip_scale: float | None = None,
-        **pooled: Any,
     ) -> Tensor:
         """Draw a batch; the seed of an image decides its noise, its place in the batch does not.
 
         Args:
-            prompt_embeds: text states, (B, L, E).
-            negative_prompt_embeds: text states of "", (B, L, E); not used where the pipeline takes zeros for these, as
-                SDXL's.
+            text: `prompt_embeds`, text states (B, L, E), and of SDXL `pooled_prompt_embeds` (B, P). What it holds
+                besides, such as sizes of a photo, is the pipeline's own matter: it draws a whole picture of this side.
+            negative_text: likewise of ""; not used where the pipeline takes zeros for these, as SDXL's.
             image_embeds: aggregated image embeddings, (B, M, D); the negative ones are zeros. None for a UNet without
                 IP-Adapter.
             seeds: one an image.
             side: of the image in px.
             ip_scale: overrides ``sampling.ip_scale``.
-            pooled: of SDXL, ``pooled_prompt_embeds`` and ``negative_pooled_prompt_embeds``, (B, P). Its time ids are
-                the pipeline's own, of a whole picture of this side.
 
         Returns:
             RGB, (B, 3, side, side) uint8.
         """
         guided = self.sampling.guidance_scale > 1
-        texts = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds, **pooled}
-        if not guided or getattr(self.pipe.config, "force_zeros_for_empty_prompt", False):
-            texts = {name: value for name, value in texts.items() if not name.startswith("negative")}
-        self.pipe.vae.to(prompt_embeds.device)
+        texts = {name: value for name, value in text.items() if name in self._taken}
+        if guided and not getattr(self.pipe.config, "force_zeros_for_empty_prompt", False):
+            texts |= {f"negative_{name}": negative_text[name] for name in texts}
+        self.pipe.vae.to(text["prompt_embeds"].device)
         slices = len(seeds) * side**2 > SLICED
         (self.pipe.vae.enable_slicing if slices else self.pipe.vae.disable_slicing)()
         with self._image_attention(self.sampling.ip_scale if ip_scale is None else ip_scale, image_embeds):

@@ -20,9 +20,9 @@ from typing import Any, Literal
 
 from jsonargparse.typing import PositiveInt
 
-from lit_multiip.backbone.encoders import FaceEncoder
-from lit_multiip.backbone.ip_adapter import find_ip_adapter
-from lit_multiip.backbone.pipeline import COMPONENTS, BackboneError, fingerprint, fingerprint_image_encoder
+from lit_multiip.backbone.components import COMPONENTS, BackboneError
+from lit_multiip.backbone.faces import FaceEncoder
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.comparison.steps import Step, run_steps
 from lit_multiip.evaluation.critic import shipped_critic
 from lit_multiip.evaluation.results import write_json
@@ -227,30 +227,26 @@ def _weights(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     """Fingerprints of the backbone, of its adapter, and of the user's own modules that the configs name."""
     import yaml
 
-    backbone, classes = "mini", set()
-    apart: dict[str, Any] = dict.fromkeys(("image_encoder", "published_adapter", "face_encoder"))
+    given: dict[str, Any] = {}
+    classes = set()
     for file in files:
         text = Path(file).read_text(encoding="utf-8")
         content = yaml.safe_load(text)
-        backbone = str((content or {}).get("backbone", backbone))
-        apart = {key: (content or {}).get(key, value) for key, value in apart.items()}
+        given |= (content or {}).get("backbone") or {}
         classes |= set(re.findall(r"class_path:\s*([\w.]+)", text))
-    backbone = str(options.get("backbone", backbone))
-    apart = {key: options.get(key, value) for key, value in apart.items()}
-    found = [*_components(backbone)]
-    if apart["image_encoder"] is not None:
-        found.append(fingerprint_image_encoder(backbone, apart["image_encoder"]))
-    face = {key.partition(".")[2]: value for key, value in options.items() if key.startswith("face_encoder.")}
-    if face or apart["face_encoder"] is not None:
-        found.append(FaceEncoder(**{**(apart["face_encoder"] or {}), **face}).fingerprint())
-    adapter: Any = apart["published_adapter"]
-    if adapter is not None and not Path(adapter).expanduser().is_file():
-        found.append(str(adapter))  # on the hub
-        adapter = None
-    elif adapter is None and (Path(backbone).is_dir() or backbone == "mini"):
-        adapter = find_ip_adapter(backbone)
-    if adapter is not None:
-        found.append(hash_file(Path(adapter)))
+    own = {key.removeprefix("backbone."): value for key, value in options.items() if key.startswith("backbone.")}
+    face = (given.pop("face_encoder", None) or {}) | {
+        key.partition(".")[2]: own.pop(key) for key in list(own) if key.startswith("face_encoder.")
+    }
+    backbone = Backbone(**given | own, face_encoder=FaceEncoder(**face) if face else None)
+    found = [*_components(backbone.path)]
+    if backbone.image_encoder is not None:
+        found.append(backbone.fingerprint_image_encoder())
+    if backbone.face_encoder is not None:
+        found.append(backbone.face_encoder.fingerprint())
+    if (adapter := backbone.adapter_file()) is not None:
+        path = Path(adapter).expanduser()
+        found.append(hash_file(path) if path.is_file() else adapter)  # else on the hub
     for module in sorted({name.rpartition(".")[0] for name in classes}):
         if module.split(".")[0] in ("lit_multiip", "torch", "lightning", "diffusers"):
             continue
@@ -286,7 +282,7 @@ def _components(backbone: str) -> tuple[str, ...]:
     found = []
     for component in COMPONENTS:
         try:
-            found.append(fingerprint(backbone, component))
+            found.append(Backbone(backbone).fingerprint(component))
         except BackboneError:  # not every pipeline has every component
             continue
     return tuple(found)

@@ -1,9 +1,11 @@
-"""People and their photos: sources, choice, split. Importing this loads neither torch nor scikit-learn."""
+"""Photos, people and tasks: what they are, where they come from, who trains and who tests. Loads no torch."""
 
+from lit_multiip.data.checking import check_photos
 from lit_multiip.data.lfw import LFW
-from lit_multiip.data.people import Folder, MiniFaces, PeopleSource, Person, Unreadable, check_photos, read_person
+from lit_multiip.data.people import Folder, MiniFaces, PeopleSource, Person, read_person
 from lit_multiip.data.photos import DataError, DrawnPhoto, FilePhoto, Photo
 from lit_multiip.data.split import Split, select_people, split_people
+from lit_multiip.data.tasks import Task, make_tasks
 
 __all__ = [
     "LFW",
@@ -16,8 +18,9 @@ __all__ = [
     "Person",
     "Photo",
     "Split",
-    "Unreadable",
+    "Task",
     "check_photos",
+    "make_tasks",
     "read_person",
     "select_people",
     "split_people",

@@ -1,15 +1,12 @@
-"""Photos: where their pixels are, what names their content, and how a person's are kept in memory."""
+"""Photos: where their pixels come from, and what identifies their content."""
 
 from __future__ import annotations
 
-import pickle
-import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -24,14 +21,14 @@ class DataError(LitMultiIPError):
     """Photos, captions or lists of people that cannot be used; the message names the value and the remedy."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Photo(ABC):
     """One captioned photo. Cheap and picklable: pixels are read when asked for.
 
     Attributes:
-        person: Name of the person shown.
-        name: Unique among the person's photos, such as ``Ann_Lee_0001.jpg``.
-        prompt: What the photo shows, for the text encoder.
+        person: name of the person shown.
+        name: unique among the person's photos, such as `Ann_Lee_0001.jpg`.
+        prompt: what the photo shows, for the text encoder.
     """
 
     person: str
@@ -43,7 +40,7 @@ class Photo(ABC):
         """Return the picture, decoded in full, as RGB.
 
         Raises:
-            DataError: It cannot be read, or is smaller than 16 px on a side.
+            DataError: it cannot be read, or is smaller than 16 px on a side.
         """
 
     @abstractmethod
@@ -55,24 +52,25 @@ class Photo(ABC):
         return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FilePhoto(Photo):
     """A photo in a JPEG, PNG, WebP or BMP file; EXIF rotation is applied and transparency laid over white."""
 
     path: Path
+    _digest: bytes | None = field(default=None, init=False, repr=False, compare=False)  # of the file, once read
 
     def image(self) -> Image.Image:
-        """Decode the file in full; see :meth:`Photo.image`."""
+        """Decode the file in full; see `Photo.image`."""
         try:
             if not self.path.is_file():  # opening a FIFO would wait for ever
-                raise DataError("there is no such file")
+                raise DataError("it is not a file" if self.path.exists() else "it does not exist")
             if self.path.stat().st_size == 0:
                 raise DataError("the file is empty")
             with Image.open(self.path, formats=("JPEG", "PNG", "WEBP", "BMP")) as file:
                 file.load()
                 image = _to_rgb(ImageOps.exif_transpose(file))
             if min(image.size) < MIN_SIDE:
-                raise DataError(f"{image.width} x {image.height} px, and {MIN_SIDE} px a side are the least")
+                raise DataError(f"it has {image.width} x {image.height} px, and each side needs at least {MIN_SIDE} px")
             return image
         except UnidentifiedImageError:
             raise DataError(f"{self.path}: not a JPEG, PNG, WebP or BMP picture") from None
@@ -80,15 +78,14 @@ class FilePhoto(Photo):
             raise DataError(f"{self.path}: {error}") from error
 
     def content_key(self) -> str:
-        """Return the SHA-256 of the file's bytes, which are read once."""
+        """Return the SHA-256 (hex) of the file's bytes, which are read once."""
+        if self._digest is None:
+            object.__setattr__(self, "_digest", bytes.fromhex(hash_file(self.path)))
+        assert self._digest is not None
         return self._digest.hex()
 
-    @cached_property
-    def _digest(self) -> bytes:
-        return bytes.fromhex(hash_file(self.path))
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DrawnPhoto(Photo):
     """A drawn portrait: a pure function of (seed, index of the person, number of the photo)."""
 
@@ -101,14 +98,20 @@ class DrawnPhoto(Photo):
         return Image.fromarray(mini_faces.photo(self.seed, self.index, self.number))
 
     def content_key(self) -> str:
-        """Return the SHA-256 of the recipe, the drawing code included: an edited drawing is another picture."""
-        recipe = f"mini_faces {_drawing_code()} seed={self.seed} index={self.index} number={self.number}"
+        """Return the SHA-256 (hex) of the recipe and the drawing code: an edited drawing is another picture."""
+        recipe = f"mini_faces {_hash_of_drawing_code()} seed={self.seed} index={self.index} number={self.number}"
         return hash_text(recipe)
 
 
 @cache
-def _drawing_code() -> str:
+def _hash_of_drawing_code() -> str:
     return hash_file(Path(mini_faces.__file__))
+
+
+def distinct_photos(photos: Sequence[Photo]) -> tuple[Photo, ...]:
+    """Return the photos less copies: of several with equal content the first, in the place of the last."""
+    by_content = {photo.content_key(): photo for photo in reversed(photos)}
+    return tuple(reversed(by_content.values()))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -119,42 +122,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image.convert("RGB")
-
-
-class Photos(Sequence[Photo]):
-    """A tuple of photos, packed: they are unpacked when asked for, so that a million take 50 to 100 MB of memory.
-
-    A loop that asks for several by number unpacks them once, ``tuple(person.photos)``.
-    """
-
-    __slots__ = ("_count", "_packed")
-
-    def __init__(self, photos: Iterable[Photo]) -> None:
-        photos = tuple(photos)
-        self._count, self._packed = len(photos), zlib.compress(pickle.dumps(photos, pickle.HIGHEST_PROTOCOL), 1)
-
-    def _unpacked(self) -> tuple[Photo, ...]:
-        photos: tuple[Photo, ...] = pickle.loads(zlib.decompress(self._packed))  # of this process
-        return photos
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[Photo]:
-        return iter(self._unpacked())
-
-    @overload
-    def __getitem__(self, index: int) -> Photo: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Photo, ...]: ...
-    def __getitem__(self, index: int | slice) -> Photo | tuple[Photo, ...]:
-        return self._unpacked()[index]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, (tuple, Photos)) and tuple(self) == tuple(other)
-
-    def __hash__(self) -> int:
-        return hash(self._unpacked())
-
-    def __repr__(self) -> str:
-        return repr(self._unpacked())

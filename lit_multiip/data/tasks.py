@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lit_multiip.data.captions import natural
+from lit_multiip.data.names import natural_key
 from lit_multiip.data.people import Person
-from lit_multiip.data.photos import DataError, Photo
+from lit_multiip.data.photos import DataError, Photo, distinct_photos
 from lit_multiip.files import hash_text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Task:
     """One image to make: this person, known from the references, as the held-out photo's prompt says."""
 
@@ -47,18 +47,18 @@ def make_tasks(
     up by draws with replacement where they are fewer.
 
     Args:
-        people: Whom to test.
+        people: whom to test.
         references: R, the number of references of a task.
-        held_out: The most held-out photos of a person.
-        seeds: Images per held-out photo: how many, or the numbers k that, with `seed`, the person and the photo,
+        held_out: the most held-out photos of a person.
+        seeds: images per held-out photo: how many, or the numbers k that, with `seed`, the person and the photo,
             determine each image's noise. A count n stands for 0 .. n - 1.
-        seed: Of all draws.
+        seed: of all draws.
 
     Returns:
         The tasks by person, held-out photo (both in natural order) and k.
 
     Raises:
-        DataError: A person has a single distinct photo, or a number is out of range.
+        DataError: a person has a single distinct photo, or a number is out of range.
     """
     ks = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     for name, count in (("references", references), ("held_out", held_out), ("seeds", len(ks))):
@@ -67,7 +67,7 @@ def make_tasks(
     if len(set(ks)) < len(ks):
         raise DataError(f"seeds are {ks}: name each once, or the same image is scored twice")
     tasks = []
-    for person in tqdm(sorted(people, key=lambda person: natural(person.name)), "drawing test tasks", delay=3):
+    for person in tqdm(sorted(people, key=lambda person: natural_key(person.name)), "drawing test tasks", delay=3):
         chosen, targets = _draw(person, references, held_out, seed)
         tasks += [
             Task(person.name, chosen, photo, photo.prompt, _noise_seed(seed, photo, k)) for photo in targets for k in ks
@@ -76,13 +76,13 @@ def make_tasks(
 
 
 def _draw(person: Person, references: int, held_out: int, seed: int) -> tuple[tuple[Photo, ...], list[Photo]]:
-    """The person's references, R of them, and held-out photos."""
-    distinct = list({photo.content_key(): photo for photo in reversed(tuple(person.photos))}.values())[::-1]
+    """Return the person's references, R of them, and their held-out photos."""
+    distinct = distinct_photos(person.photos)
     n = len(distinct)
     if n < 2:
         raise DataError(
-            f"person {person.name!r} has {len(person.photos)} photos and {n} distinct: a test holds one out and needs "
-            "another as its reference: add photos, or leave the person out (data.min_photos)"
+            f"person {person.name!r} has {len(person.photos)} photos and {n} distinct, and a test needs 2, one to hold "
+            "out and one as its reference: add photos, or leave the person out (data.min_photos)"
         )
     rng = np.random.default_rng(_hash(seed, person.name))
     shuffled = [distinct[i] for i in rng.permutation(n)]
@@ -90,7 +90,7 @@ def _draw(person: Person, references: int, held_out: int, seed: int) -> tuple[tu
     chosen = shuffled[: min(references, n - n_held_out)]
     targets = shuffled[len(chosen) :][:n_held_out]
     extra = rng.integers(len(chosen), size=references - len(chosen))
-    return (*chosen, *(chosen[i] for i in extra)), sorted(targets, key=lambda photo: natural(photo.name))
+    return (*chosen, *(chosen[i] for i in extra)), sorted(targets, key=lambda photo: natural_key(photo.name))
 
 
 def _noise_seed(seed: int, photo: Photo, k: int) -> int:
@@ -98,23 +98,20 @@ def _noise_seed(seed: int, photo: Photo, k: int) -> int:
 
 
 def _hash(*parts: str | int) -> int:
-    """The same on every machine and in every process, unlike Python's own."""
+    """Hash to an integer, the same on every machine and in every process, unlike Python's own."""
     return int(hash_text(json.dumps(parts)), 16)
 
 
 def protocol(tasks: Sequence[Task]) -> dict[str, Any]:
-    """What was tested: counts, and a fingerprint by which scores of different protocols are told apart.
+    """Return what is tested: counts, and a fingerprint that differs between different protocols.
 
     Returns:
         JSON-able: `people`, `tasks`, `held_out` (photos, of all people), `references` (photos of a task), `seeds`
         (images of a held-out photo) and `sha256`, over each task's person, contents of its photos, prompt and seed.
         Two lists of the same tasks in another order are one protocol.
-
-    Raises:
-        ValueError: There are no tasks.
     """
     if not tasks:
-        raise ValueError("there are no tasks: give at least one person to test")
+        raise DataError("there are no tasks: give at least one person to test")
     keys: dict[Photo, str] = {}
     for task in tasks:
         for photo in (*task.references, task.held_out):
@@ -133,7 +130,7 @@ def protocol(tasks: Sequence[Task]) -> dict[str, Any]:
 
 
 def image_files(tasks: Sequence[Task]) -> list[str]:
-    """A file name for each task's image, `<person>/<held-out photo's stem>_s<k>.png`, k counting its seeds.
+    """Return a file name for each task's image, `<person>/<held-out photo's stem>_s<k>.png`, k counting its seeds.
 
     Photos of one person that differ in their suffix alone (`1.jpg`, `1.png`) keep it.
     """

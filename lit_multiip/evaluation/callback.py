@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.people import Person
 from lit_multiip.data.photos import Photo
 from lit_multiip.data.tasks import Task, image_files, protocol
@@ -48,6 +49,7 @@ class Scored(Protocol):
 
     image_side: int  # px
     conditions: Sequence[References]  # what `generate` can be conditioned on: of the anchors, those are made
+    backbone: Backbone  # whose image encoder conditions
     spent: dict[str, float]  # wall seconds of this test that are not drawing: `personalise`, and others by name
 
     def generate(self, batch: Any, references: References = "right") -> Tensor:
@@ -167,10 +169,7 @@ class ScoreTest(L.Callback):
         assert self.extractors is not None
         module: Any = pl_module
         for extractor in self.extractors:
-            facts = module.describe()
-            _refuse_if_it_conditions(
-                extractor, str(facts["backbone"]), facts.get("image_encoder"), facts.get("face_encoder")
-            )
+            _refuse_if_it_conditions(extractor, module.backbone)
         self._output = self._output_folder(trainer)
         self._folder = self._output / UNFINISHED
         try:
@@ -406,28 +405,20 @@ def _write_photos(
     return names
 
 
-def _refuse_if_it_conditions(
-    extractor: Extractor,
-    backbone: str,
-    image_encoder: str | None = None,
-    face_encoder: Mapping[str, Any] | None = None,
-) -> None:
-    from lit_multiip.backbone.encoders import FaceEncoder, uses_clip
-    from lit_multiip.backbone.pipeline import find_image_encoder, resolve_backbone
-
+def _refuse_if_it_conditions(extractor: Extractor, backbone: Backbone) -> None:
     if extractor.source is None:
         return
-    face = None if face_encoder is None else FaceEncoder(**face_encoder)
+    face = backbone.face_encoder
     if face is not None and (extractor.source == face.path or extractor.sha256 == face.sha256()):
         raise ValueError(
             f"extractor {extractor.name!r} is the face network that conditions ({face.path}), and would score its own "
             "work: take another extractor"
         )
-    if not uses_clip(face):
+    if not backbone.uses_clip:
         return
-    encoder, weights = find_image_encoder(backbone, image_encoder)
+    encoder, weights = backbone.image_encoder_file()
     source = os.path.realpath(extractor.source)
-    places = (backbone, resolve_backbone(backbone), encoder)
+    places = (backbone.path, backbone.place, encoder)
     same = [place for place in places if extractor.source == place or source == os.path.realpath(place)]
     if weights is not None and weights.is_file() and extractor.shares_weights(weights):
         same.append(encoder)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_multiip.backbone.pipeline import safe_config
+from lit_multiip.backbone.components import safe_config
 from lit_multiip.evaluation.extractors import Extraction, Extractor
 from lit_multiip.files import first_line
 

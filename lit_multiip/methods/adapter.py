@@ -11,20 +11,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from lit_multiip.backbone.encoders import (
-    FaceEncoder,
-    PhotoEncoder,
-    fingerprint_photo_encoder,
-    name_photo_encoder,
-    photo_embed_dim,
-    uses_clip,
-)
+from lit_multiip.backbone.components import BackboneError
+from lit_multiip.backbone.encoders import PhotoEncoder
 from lit_multiip.backbone.ip_adapter import (
     find_adapter_file,
-    find_ip_adapter,
     install_ip_adapter,
     ip_adapter_from_text,
     ip_adapter_parameters,
@@ -32,10 +24,9 @@ from lit_multiip.backbone.ip_adapter import (
     read_ip_adapter,
 )
 from lit_multiip.backbone.lora import LORA_FILE, add_lora, lora_disabled, read_lora, require_peft
-from lit_multiip.backbone.pipeline import BackboneError, load_component
-from lit_multiip.backbone.sampler import Sampling
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.methods.aggregators import Aggregator, SelfAttention
-from lit_multiip.methods.method import POOLED, Batch, Dtype, Method, References, text_time
+from lit_multiip.methods.method import Batch, Method, References
 
 VALIDATION_TIMES = (0.125, 0.375, 0.625, 0.875)  # t / T, the centres of four bins
 
@@ -44,72 +35,40 @@ class MultiIPAdapter(Method):
     """Trains the aggregator, Linear, LayerNorm, K' and V'; everything else is frozen (eq. 1/17, section 3.5).
 
     Args:
-        backbone: folder, hub id or ``mini``.
+        backbone: frozen; shared with the data.
         aggregator: G; gets the embedding width.
-        optimizer: over the trained parameters.
-        lr_schedule: a schedule of ``diffusers.optimization.get_scheduler``, stepped every optimiser step.
-        lr_warmup_steps: of the schedule.
-        ip_adapter: ``auto`` (``published_adapter``, else the backbone's ip_adapter/, else ``text``), ``text`` (from the
-            text K and V), a file, or hub id and file. One exported with an aggregator's weights brings these too.
-        trained: ``adapter``, or ``aggregator`` alone.
-        sampling: how images are drawn.
-        image_side: of the images in px; None takes the backbone's own.
-        frozen_dtype: of the UNet's frozen weights; trained ones are float32.
-        gradient_checkpointing: trade 35 % more arithmetic for a fifth of the activations.
+        ip_adapter: `auto` (the backbone's published adapter, else its ip_adapter/, else `text`), `text` (from the text
+            K and V), a file, or hub id and file. One exported with an aggregator's weights brings these too. Where a
+            face network stands in CLIP's place `auto` is `text`; where it stands beside CLIP, an adapter made for CLIP
+            alone starts with zeros for the face.
+        trained: `adapter`, or `aggregator` alone.
         lora_rank: of LoRA on all of the UNet's attention, trained with the adapter (needs peft); None adds none.
-        image_encoder: folder, or hub id and subfolder, of the CLIP vision model; None takes the backbone's own.
-        published_adapter: file, or hub id and file, where the backbone's adapter lies apart from it.
-        face_encoder: a face-recognition network in CLIP's place, where ``auto`` is ``text``, or beside CLIP, where an
-            adapter made for CLIP alone starts with zeros for the face.
-        channels_last: of the UNet's convolutions; for GPUs (CPU: 15 % slower).
-        compile_unet: by torch.compile; the first step, and each new size of a batch, then takes a minute or more.
+        lr_schedule: a schedule of `diffusers.optimization.get_scheduler`, stepped every optimiser step.
+        kwargs: of `Method`.
     """
 
     conditions: ClassVar[tuple[References, ...]] = ("right", "none", "zero", "other")
     must_agree: ClassVar[dict[str, str]] = {
         **Method.must_agree,
-        "image_encoder_content": "set image_encoder and face_encoder to what it was trained with",
+        "image_encoder_content": "set backbone.image_encoder and backbone.face_encoder to what it was trained with",
         "trained": "set model.trained likewise",
         "lora_rank": "set model.lora_rank likewise",
     }
 
     def __init__(
         self,
-        backbone: str = "mini",
+        backbone: Backbone | None = None,
         aggregator: Callable[[int], Aggregator] = SelfAttention,
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=1e-2),
-        lr_schedule: str = "cosine",
-        lr_warmup_steps: int = 20,
         ip_adapter: str = "auto",
         trained: Literal["adapter", "aggregator"] = "adapter",
         lora_rank: int | None = None,
-        sampling: Sampling | None = None,
-        image_side: int | None = None,
-        frozen_dtype: Dtype = "float32",
-        gradient_checkpointing: bool = False,
-        image_encoder: str | None = None,
-        published_adapter: str | None = None,
-        face_encoder: FaceEncoder | None = None,
-        channels_last: bool = False,
-        compile_unet: bool = False,
+        lr_schedule: str = "cosine",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            backbone,
-            optimizer,
-            lr_schedule,
-            lr_warmup_steps,
-            sampling,
-            image_side,
-            frozen_dtype,
-            gradient_checkpointing,
-            channels_last,
-            compile_unet,
-        )
+        super().__init__(backbone, lr_schedule=lr_schedule, **kwargs)
         require_peft(lora_rank)
         self.make_aggregator, self.ip_adapter, self.trained = aggregator, ip_adapter, trained
         self.lora_rank = lora_rank
-        self.image_encoder, self.published_adapter = image_encoder, published_adapter
-        self.face_encoder = face_encoder
         self.aggregator: Any = None
         self._photos: list[str] = []  # targets since the last optimiser step
 
@@ -117,18 +76,15 @@ class MultiIPAdapter(Method):
 
     def build(self) -> None:
         """Load the UNet and install the adapter."""
-        self.unet = load_component(self.backbone, "unet", self.frozen_dtype)
-        encoder, face = (self.backbone, self.image_encoder), self.face_encoder
-        width = photo_embed_dim(*encoder, face)
-        path: str | None = self.ip_adapter
-        if path == "auto":
-            path = self.published_adapter or find_ip_adapter(self.backbone) if uses_clip(face) else None
+        self.unet = self.backbone.load("unet", self.frozen_dtype)
+        width, face = self.backbone.embed_dim, self.backbone.face_encoder
+        path = self.backbone.adapter_file() if self.ip_adapter == "auto" else self.ip_adapter
         if path is None or path == "text":
             state: Any = ip_adapter_from_text(self.unet, width)
         else:
             state = read_ip_adapter(path)
             if face is not None and face.beside_clip:
-                _widen(state["image_proj"], photo_embed_dim(*encoder), width)
+                _widen(state["image_proj"], self.backbone.clip_dim, width)
         install_ip_adapter(self.unet, state, width)
         self.aggregator = self.make_aggregator(width)
         if path is not None and "aggregator" in state:
@@ -183,7 +139,7 @@ class MultiIPAdapter(Method):
         embeds = self.condition(batch["references"])  # (B, M, D)
         embeds = embeds * ~batch["drop_image"][:, None, None]  # zeros AFTER aggregation
         t = (batch["time"] * self.noise.config.num_train_timesteps).long()  # (B,)
-        error = self.denoising_loss(x, batch["eps"], t, batch["prompt_embeds"], embeds, **text_time(batch))  # (B,)
+        error = self.denoising_loss(x, batch["eps"], t, batch["text"], embeds)  # (B,)
         loss = error.mean()
         self.watch(error, "loss", self.global_step, batch)
         self._photos += batch.get("photo", [])
@@ -199,7 +155,7 @@ class MultiIPAdapter(Method):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss at fixed noise a timestep bin, and the reference gap: what shuffling or dropping the photos costs."""
         mean, _ = batch["moments"].chunk(2, dim=1)
-        x = mean * self.scaling_factor
+        x = mean * self.backbone.scaling_factor
         weight = (~batch["repeated"]).float()  # (B,); whatever the number of ranks, every task counts once
         count = int(weight.sum())
         # Lightning averages these numbers over ranks as integers, so they are multiples of the number of ranks
@@ -212,7 +168,7 @@ class MultiIPAdapter(Method):
             eps = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)
             t = torch.full((len(x),), int(time * self.noise.config.num_train_timesteps), device=x.device)
             for name, embeds in variants.items():
-                error = self.denoising_loss(x, eps, t, batch["prompt_embeds"], embeds, **text_time(batch))
+                error = self.denoising_loss(x, eps, t, batch["text"], embeds)
                 self.require_finite(error, "validation loss", self.global_step, batch)  # before a checkpoint is written
                 loss = (error * weight).sum() / max(count, 1)
                 sums[name] = sums[name] + loss / len(VALIDATION_TIMES)
@@ -239,13 +195,12 @@ class MultiIPAdapter(Method):
         alone = references == "none" and self.lora_rank is not None
         with lora_disabled(self.unet) if alone else nullcontext():
             return self.sampler(
-                batch["prompt_embeds"],
-                batch["negative_prompt_embeds"],
+                batch["text"],
+                batch["negative_text"],
                 embeds,
                 [int(seed) for seed in batch["seed"]],
                 self.image_side,
                 0.0 if references == "none" else ip_scale,
-                **{name: batch[name] for name in POOLED if name in batch},
             )
 
     def on_test_start(self) -> None:
@@ -265,15 +220,15 @@ class MultiIPAdapter(Method):
 
     def photo_encoder(self) -> PhotoEncoder:
         """Load what makes the embeddings of photos; it is no part of the module."""
-        return PhotoEncoder(self.backbone, self.image_encoder, self.face_encoder, self.device)
+        return PhotoEncoder(self.backbone, self.device)
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def method(self) -> str:
         """Name of the method: the aggregator's, and what is added to the plain one."""
         added = ["LoRA"] * (self.lora_rank is not None)
-        if self.face_encoder is not None:
-            added.append("face and CLIP" if self.face_encoder.beside_clip else "face")
+        if (face := self.backbone.face_encoder) is not None:
+            added.append("face and CLIP" if face.beside_clip else "face")
         return " + ".join([type(self.aggregator).__name__, *added])
 
     def settings(self) -> str:
@@ -283,20 +238,21 @@ class MultiIPAdapter(Method):
     def provenance(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the model that loads it."""
         return super().provenance() | {
-            "image_encoder": name_photo_encoder(self.backbone, self.image_encoder, self.face_encoder),
-            "image_encoder_content": fingerprint_photo_encoder(self.backbone, self.image_encoder, self.face_encoder),
+            "image_encoder": self.backbone.photo_encoder_name(),
+            "image_encoder_content": self.backbone.fingerprint_photo_encoder(),
             "trained": self.trained,
             "lora_rank": self.lora_rank,
         }
 
     def describe(self) -> dict[str, Any]:
         """Method, backbone, sampling and numbers of parameters, for a results file."""
+        face = self.backbone.face_encoder
         file = self.ip_adapter if self.ip_adapter in ("auto", "text") else "file"
         return super().describe() | {
             "aggregator": self.settings(),
             "ip_adapter": file,
-            "image_encoder": self.image_encoder,
-            "face_encoder": None if self.face_encoder is None else asdict(self.face_encoder),
+            "image_encoder": self.backbone.image_encoder,
+            "face_encoder": None if face is None else asdict(face),
         }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ class Aggregator(nn.Module, ABC):
             embeds: image embeddings, (B, N, D), N >= 1. Dropped or negative conditions are zeros AFTER aggregation.
 
         Returns:
-            (B, M, D); M is 1 for First, MaxPool and AvgPool, and N for Concat and SelfAttention.
+            (B, M, D); M is 1 for First and what pools, and N for Concat and SelfAttention.
 
         Raises:
             ValueError: ``embeds`` is not (B, N, D) with this aggregator's D, or N is 0.
@@ -112,12 +113,75 @@ class AvgPool(Aggregator):
         return embeds.mean(dim=1, keepdim=True)  # (B, 1, D)
 
 
-class Concat(Aggregator):
-    """Identity, (B, N, D) -> (B, N, D): every photo brings its own tokens, as diffusers does with several photos."""
+class NormAvgPool(Aggregator):
+    """Mean of the photos' directions at their mean norm, (B, N, D) -> (B, 1, D): a longer photo counts no more."""
 
     def aggregate(self, embeds: Tensor) -> Tensor:
-        """Return the embeddings as they are."""
-        return embeds  # (B, N, D)
+        """Average unit vectors, and give the result the mean norm of the photos."""
+        norms = embeds.norm(dim=2, keepdim=True)  # (B, N, 1)
+        direction = F.normalize(F.normalize(embeds, dim=2).mean(dim=1, keepdim=True), dim=2)  # (B, 1, D)
+        return direction * norms.mean(dim=1, keepdim=True)  # (B, 1, D)
+
+
+class WeightedSum(Aggregator):
+    """Sum of the photos, weighted by how well each agrees with the others, (B, N, D) -> (B, 1, D).
+
+    Weights are softmax_n(mean_m cos(x_n, x_m) / temperature): a photo of somebody else counts less.
+
+    Args:
+        dim: width D of an embedding.
+        temperature: the smaller, the less odd photos count; large values give `AvgPool`.
+
+    Raises:
+        ValueError: `temperature` is not positive.
+    """
+
+    weights_are = "agreement with the others"
+
+    def __init__(self, dim: int, temperature: float = 0.05) -> None:
+        super().__init__(dim)
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature} must be above 0: 0.05 is the default, 1 is nearly AvgPool")
+        self.temperature = temperature
+
+    def aggregate(self, embeds: Tensor) -> Tensor:
+        """Weigh and add."""
+        return (self.photo_weights(embeds)[:, :, None] * embeds).sum(dim=1, keepdim=True)  # (B, 1, D)
+
+    def photo_weights(self, embeds: Tensor) -> Tensor:
+        """Return the weights, (B, N)."""
+        self._check(embeds)
+        unit = F.normalize(embeds, dim=2)  # (B, N, D)
+        agreement = (unit @ unit.transpose(1, 2)).mean(dim=2)  # (B, N, N) => (B, N)
+        return torch.softmax(agreement / self.temperature, dim=1)
+
+    def extra_repr(self) -> str:
+        """Show the options in `print(module)`."""
+        return f"dim={self.dim}, temperature={self.temperature}"
+
+
+class Concat(Aggregator):
+    """Every photo brings its own tokens, (B, N, D) -> (B, N, D), as diffusers does with several photos.
+
+    Args:
+        dim: width D of an embedding.
+        linear: return x W_v, which starts at W_v = I, in place of x: the control for what attention adds, since
+            `SelfAttention` has this matrix too.
+    """
+
+    def __init__(self, dim: int, linear: bool = False) -> None:
+        super().__init__(dim)
+        self.to_v = nn.Linear(dim, dim, bias=False) if linear else None
+        if self.to_v is not None:
+            nn.init.eye_(self.to_v.weight)
+
+    def aggregate(self, embeds: Tensor) -> Tensor:
+        """Return the embeddings as they are, or x W_v."""
+        return embeds if self.to_v is None else self.to_v(embeds)  # (B, N, D)
+
+    def extra_repr(self) -> str:
+        """Show the options in `print(module)`."""
+        return f"dim={self.dim}" + (", linear=True" if self.to_v is not None else "")
 
 
 class SelfAttention(Aggregator):
@@ -137,6 +201,10 @@ class SelfAttention(Aggregator):
         heads: number of heads; d = D / heads. The paper uses one.
         residual: add the input, x + Z.
         query_scale: s, before training.
+        pool: `mean` averages the N rows into one embedding, 4 tokens (the other reading of section 3.5); `none` keeps
+            the rows.
+        attend: false takes Z = x W_v in place of softmax(Q K^T / sqrt(d)) V. No checkpoint records it, so a trained
+            model can be drawn without its attention.
 
     Raises:
         ValueError: ``heads`` is not a positive divisor of ``dim``, or ``query_scale`` is negative or not finite.
@@ -144,14 +212,21 @@ class SelfAttention(Aggregator):
 
     weights_are = "attention"
 
-    def __init__(self, dim: int, heads: int = 1, residual: bool = False, query_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 1,
+        residual: bool = False,
+        query_scale: float = 1.0,
+        pool: Literal["none", "mean"] = "none",
+        attend: bool = True,
+    ) -> None:
         super().__init__(dim)
         if heads < 1 or dim % heads:
             raise ValueError(f"heads={heads} does not divide the embedding width {dim}: choose a divisor of {dim}")
         if not 0 <= query_scale < math.inf:
-            raise ValueError(f"query_scale={query_scale} is no scale of weights: give a finite number of 0 or more")
-        self.heads = heads
-        self.residual = residual
+            raise ValueError(f"query_scale must be finite and at least 0, got {query_scale}")
+        self.heads, self.residual, self.pool, self.attend = heads, residual, pool, attend
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(dim, dim, bias=False)
         self.to_v = nn.Linear(dim, dim, bias=False)
@@ -164,11 +239,13 @@ class SelfAttention(Aggregator):
             nn.init.eye_(self.to_v.weight)
 
     def aggregate(self, embeds: Tensor) -> Tensor:
-        """Attend: row n of the (B, N, D) result is what photo n takes from all N."""
-        query, key, value = (self._split(layer(embeds)) for layer in (self.to_q, self.to_k, self.to_v))  # (B, h, N, d)
-        mixed = F.scaled_dot_product_attention(query, key, value)  # (B, h, N, d)
-        mixed = mixed.transpose(1, 2).flatten(2)  # (B, N, D)
-        return embeds + mixed if self.residual else mixed  # (B, N, D)
+        """Attend: row n of (B, N, D) is what photo n takes from all N; M = N rows, or their mean, M = 1."""
+        mixed = self.to_v(embeds)  # (B, N, D)
+        if self.attend:
+            query, key, value = map(self._split, (self.to_q(embeds), self.to_k(embeds), mixed))  # (B, h, N, d)
+            mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # (B, N, D)
+        rows = embeds + mixed if self.residual else mixed  # (B, N, D)
+        return rows.mean(dim=1, keepdim=True) if self.pool == "mean" else rows  # (B, M, D)
 
     def attention_weights(self, embeds: Tensor) -> Tensor:
         """Weights softmax(Q K^T / sqrt(d)) for inspection.
@@ -193,4 +270,5 @@ class SelfAttention(Aggregator):
 
     def extra_repr(self) -> str:
         """Show the options in ``print(module)``."""
-        return f"dim={self.dim}, heads={self.heads}, residual={self.residual}"
+        pool = f", pool={self.pool}" if self.pool != "none" else ""
+        return f"dim={self.dim}, heads={self.heads}, residual={self.residual}{pool}"

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -26,13 +27,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lit_multiip.backbone.encoders import encode_prompts
 from lit_multiip.backbone.lora import add_lora, require_peft
-from lit_multiip.backbone.pipeline import fingerprint, load_component, load_text_pipeline, text_components
-from lit_multiip.backbone.sampler import Sampling
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.groups import stable_hash
 from lit_multiip.files import LitMultiIPError, hash_text
-from lit_multiip.methods.method import POOLED, Batch, Dtype, Method, References
+from lit_multiip.methods.method import Batch, Method, References
 from lit_multiip.runs import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -55,7 +54,9 @@ class Who(NamedTuple):
     person: str
     reference_set: str
     moments: Tensor  # of the VAE's posteriors of the references, (R, 2C, h, w)
-    time_ids: Tensor | None = None  # of SDXL, the references' sizes and crops, (R, 6)
+    sizes: Mapping[str, Tensor] = MappingProxyType(
+        {}
+    )  # what the UNet is told of theirs, (R, ...) each; of most nothing
 
 
 class DreamBooth(Method):
@@ -68,11 +69,10 @@ class DreamBooth(Method):
     shirt" becomes "a photo of sks person in a red shirt". To a prompt that lacks the noun ", sks person" is appended.
 
     Args:
-        backbone: folder, hub id or ``mini``.
+        backbone: frozen but for what is tuned; shared with the data.
         optimizer: over the tuned parameters; each person has a new one.
+        lr_schedule: a schedule of `diffusers.optimization.get_scheduler`, stepped every optimiser step.
         steps: of tuning, a person; `trainer.max_steps` is -1, or the same.
-        lr_schedule: a schedule of ``diffusers.optimization.get_scheduler``, stepped every optimiser step.
-        lr_warmup_steps: of the schedule.
         batch_size: reference photos a step, and as many class images.
         prior_weight: lambda of eq. (13); 0 needs no class images.
         class_images: how many the backbone draws, once, from seeds 0, 1, ...
@@ -82,23 +82,17 @@ class DreamBooth(Method):
         tuned: the UNet, or the text encoder too.
         lora_rank: tune low-rank additions to the attention layers in place of the weights (needs peft).
         seed: of all draws.
-        sampling: how images are drawn; ``ip_scale`` must stay 1, as there is no image attention.
-        image_side: of the images in px; None takes the backbone's own.
-        frozen_dtype: of frozen weights; tuned ones are float32.
-        gradient_checkpointing: trade 35 % more arithmetic for a fifth of the activations.
-        channels_last: of the UNet's convolutions; for GPUs (CPU: 15 % slower).
-        compile_unet: by torch.compile; the first step, and each new size of a batch, then takes a minute or more.
+        kwargs: of `Method`; `sampling.ip_scale` must stay 1, as there is no image attention.
     """
 
     per_person: ClassVar[bool] = True
 
     def __init__(
         self,
-        backbone: str = "mini",
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=1e-2),
+        backbone: Backbone | None = None,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=1e-2),
+        lr_schedule: str = "constant",
         steps: int = 50,
-        lr_schedule: str = "cosine",
-        lr_warmup_steps: int = 20,
         batch_size: int = 2,
         prior_weight: float = 1.0,
         class_images: int = 50,
@@ -108,33 +102,17 @@ class DreamBooth(Method):
         tuned: Literal["unet", "unet+text"] = "unet",
         lora_rank: int | None = None,
         seed: int = 0,
-        sampling: Sampling | None = None,
-        image_side: int | None = None,
-        frozen_dtype: Dtype = "float32",
-        gradient_checkpointing: bool = False,
-        channels_last: bool = False,
-        compile_unet: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            backbone,
-            optimizer,
-            lr_schedule,
-            lr_warmup_steps,
-            sampling,
-            image_side,
-            frozen_dtype,
-            gradient_checkpointing,
-            channels_last,
-            compile_unet,
-        )
+        super().__init__(backbone, optimizer, lr_schedule, **kwargs)
         if min(steps, batch_size, class_images) < 1 or not prior_weight >= 0:
             raise ValueError(
                 f"steps={steps}, batch_size={batch_size} and class_images={class_images} must be at least 1, and "
                 f"prior_weight={prior_weight} at least 0"
             )
-        if lr_schedule != "constant" and steps <= lr_warmup_steps:
+        if lr_schedule != "constant" and steps <= self.lr_warmup_steps:
             raise LitMultiIPError(
-                f"model.steps={steps} end within the {lr_warmup_steps} steps of the warm-up, and nothing is learnt: "
+                f"model.steps={steps} end within the {self.lr_warmup_steps} steps of the warm-up and learn nothing: "
                 "over a backbone of configs/on/ lay its *_dreambooth.yaml, or set model.lr_warmup_steps"
             )
         require_peft(lora_rank)
@@ -160,9 +138,9 @@ class DreamBooth(Method):
     def build(self) -> None:
         """Load UNet and text encoders, and keep a copy of what will be tuned."""
         whole = self.lora_rank is None
-        self.unet = load_component(self.backbone, "unet", torch.float32 if whole else self.frozen_dtype)
+        self.unet = self.backbone.load("unet", torch.float32 if whole else self.frozen_dtype)
         whole = whole and self.tuned == "unet+text"
-        self.texts = load_text_pipeline(self.backbone, torch.float32 if whole else self.frozen_dtype)
+        self.texts = self.backbone.text_pipeline(torch.float32 if whole else self.frozen_dtype)
         for name in self.text_encoders():
             setattr(self, name, getattr(self.texts, name))
         for name in self.tuned_modules():
@@ -178,7 +156,7 @@ class DreamBooth(Method):
 
     def text_encoders(self) -> list[str]:
         """Names of the text encoders: one, or SDXL's two."""
-        return [name for name in text_components(self.backbone) if name.startswith("text_encoder")]
+        return [name for name in self.backbone.text_components if name.startswith("text_encoder")]
 
     def tuned_modules(self) -> list[str]:
         """Names of what is tuned."""
@@ -245,7 +223,7 @@ class DreamBooth(Method):
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """Text states ``prompt_embeds``, (B, L, E), and of SDXL ``pooled_prompt_embeds``, (B, P)."""
-        return encode_prompts(self.texts, prompts)
+        return self.backbone.encode_prompts(self.texts, prompts)
 
     def _tuning_prompts(self) -> dict[str, Tensor]:
         """``encode`` of the person's and the class's prompt, (2, ...); once, where the text encoders are frozen."""
@@ -261,9 +239,9 @@ class DreamBooth(Method):
 
     def class_file(self) -> Path:
         """Where the class images lie, named by everything that decides them."""
-        parts = ("unet", "vae", *text_components(self.backbone), "scheduler")
+        parts = ("unet", "vae", *self.backbone.text_components, "scheduler")
         facts = {
-            "backbone": [fingerprint(self.backbone, name) for name in parts],
+            "backbone": [self.backbone.fingerprint(name) for name in parts],
             "prompt": self.class_prompt(),
             "count": self.class_images,
             "side": self.image_side,
@@ -320,8 +298,7 @@ class DreamBooth(Method):
         generator = torch.Generator().manual_seed(stable_hash(self.seed, person, step, term) % 2**63)
         which = torch.randint(photos, (self.batch_size,), generator=generator)
         t = torch.randint(self.noise.config.num_train_timesteps, (self.batch_size,), generator=generator)
-        side = self.image_side // self.vae_scale
-        shape = (self.batch_size, self.unet.config.in_channels, side, side)
+        shape = (self.batch_size, *self.backbone.latent_shape)
         latent_noise, eps = (torch.randn(shape, generator=generator) for _ in range(2))
         return Draws(which, t, latent_noise, eps)
 
@@ -334,16 +311,16 @@ class DreamBooth(Method):
         draws = [self.draws(who.person, step, term, len(photos)) for term, photos in terms]
         moments = [photos.cpu()[one.which] for one, (_, photos) in zip(draws, terms, strict=True)]
         _, t, latent_noise, eps = (torch.cat(parts).to(self.device) for parts in zip(*draws, strict=True))
-        texts = {
+        text = {
             name: states[: len(terms)].repeat_interleave(self.batch_size, dim=0)
             for name, states in self._tuning_prompts().items()
         }
-        if who.time_ids is not None:  # a class image is a whole picture
-            side = float(self.image_side)
-            of_class = torch.tensor([side, side, 0, 0, side, side]).expand((len(terms) - 1) * self.batch_size, 6)
-            texts["time_ids"] = torch.cat([who.time_ids.cpu()[draws[0].which], of_class]).to(self.device)
+        whole = self.backbone.sizes(torch.tensor([self.image_side, self.image_side, 0.0, 0.0]))  # of a class image
+        for name, size in whole.items():
+            of_class = size.expand((len(terms) - 1) * self.batch_size, *size.shape)
+            text[name] = torch.cat([who.sizes[name].cpu()[draws[0].which], of_class]).to(self.device)
         x = self.latents(torch.cat(moments).to(self.device), latent_noise)
-        error = self.denoising_loss(x, eps, t, **texts)
+        error = self.denoising_loss(x, eps, t, text)
         own, prior = error[: self.batch_size].mean(), error[self.batch_size :]
         return own, prior.mean() if len(prior) else torch.zeros_like(own)
 
@@ -368,8 +345,8 @@ class DreamBooth(Method):
         start = time.perf_counter()
         self.forget()
         with torch.inference_mode(False), torch.enable_grad():
-            time_ids = None if who.time_ids is None else who.time_ids.cpu().clone()
-            who = who._replace(moments=who.moments.cpu().clone(), time_ids=time_ids)
+            sizes = {name: size.cpu().clone() for name, size in who.sizes.items()}
+            who = who._replace(moments=who.moments.cpu().clone(), sizes=sizes)
             optimizer, schedule = self.optimizer_and_schedule(self.steps)
             for step in tqdm(range(self.steps), f"tuning on {who.person}", delay=10, leave=False):
                 self._tuning_step(who, step, optimizer, schedule)
@@ -443,10 +420,8 @@ class DreamBooth(Method):
             raise ValueError(f"DreamBooth cannot be conditioned on references='{references}': {self.conditions}")
         seeds = [int(seed) for seed in batch["seed"]]
         if references == "none":
-            embeds, negative = batch["prompt_embeds"], batch["negative_prompt_embeds"]
-            pooled = {name: batch[name] for name in POOLED if name in batch}
             with self.pristine():
-                return self.sampler(embeds, negative, None, seeds, self.image_side, **pooled)
+                return self.sampler(batch["text"], batch["negative_text"], None, seeds, self.image_side)
         images = []
         for who, rows in _people(batch):
             self.personalise(who)
@@ -457,12 +432,7 @@ class DreamBooth(Method):
     def draw(self, prompts: list[str], seeds: list[int]) -> Tensor:
         """Draw an image a prompt and seed, with the weights as they are."""
         negative = {name: rows.expand(len(seeds), *rows.shape[1:]) for name, rows in self.encode([""]).items()}
-        texts: dict[str, Any] = {
-            **self.encode(prompts),
-            **{f"negative_{name}": rows for name, rows in negative.items()},
-        }
-        embeds, negative_embeds = texts.pop("prompt_embeds"), texts.pop("negative_prompt_embeds")
-        return self.sampler(embeds, negative_embeds, None, seeds, self.image_side, **texts)
+        return self.sampler(self.encode(prompts), negative, None, seeds, self.image_side)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -498,5 +468,5 @@ def _people(batch: Batch) -> Iterator[tuple[Who, list[int]]]:
     keys = list(zip(batch["person"], batch["reference_set"], strict=True))
     for (person, reference_set), rows in groupby(range(len(keys)), keys.__getitem__):
         own = list(rows)
-        time_ids = batch["reference_time_ids"][own[0]] if "reference_time_ids" in batch else None
-        yield Who(person, reference_set, batch["reference_moments"][own[0]], time_ids), own
+        sizes = {name: size[own[0]] for name, size in batch["reference_sizes"].items()}
+        yield Who(person, reference_set, batch["reference_moments"][own[0]], sizes), own

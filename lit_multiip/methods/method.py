@@ -14,7 +14,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from lit_multiip.backbone.pipeline import BackboneError, fingerprint, load_component, load_vae_facts
+from lit_multiip.backbone.components import BackboneError
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampler, Sampling
 from lit_multiip.files import LitMultiIPError, shorten
 from lit_multiip.runs import CheckpointError
@@ -25,35 +26,26 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 LOOK_EVERY = 20  # values, two a step: how long NaN may go unseen on a GPU
 
 
-POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")  # of SDXL
-
-
 class NonFiniteLoss(LitMultiIPError):
     """The loss became NaN or infinite; the last checkpoint holds the last good state."""
-
-
-def text_time(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of a batch, what SDXL's UNet takes besides the text: ``pooled_prompt_embeds`` (B, P) and ``time_ids`` (B, 6)."""
-    return {name: batch[name] for name in ("pooled_prompt_embeds", "time_ids") if name in batch}
 
 
 class Method(L.LightningModule):
     """Personalises the UNet of a backbone.
 
     A subclass makes ``unet`` in ``build``, trains, and draws in ``generate``. What requires grad after ``build`` is
-    trained, and is all that a checkpoint holds. Arguments that subclasses share have one default, this one's: where a
-    config changes the class, the command line keeps the values of equally named arguments.
+    trained, and is all that a checkpoint holds. Where a config changes the class, the command line keeps the values of
+    equally named arguments, defaults too: a config of a method whose defaults are others writes them out.
 
     Args:
-        backbone: folder, hub id or ``mini``.
+        backbone: frozen; shared with the data.
         optimizer: over the trained parameters.
         lr_schedule: a schedule of ``diffusers.optimization.get_scheduler``, stepped every optimiser step.
         lr_warmup_steps: of the schedule.
         sampling: how images are drawn.
-        image_side: of the images in px; None takes the backbone's own.
         frozen_dtype: of frozen weights; trained ones are float32.
         gradient_checkpointing: trade 35 % more arithmetic for a fifth of the activations.
-        channels_last: of the UNet's convolutions; for GPUs (CPU: 15 % slower).
+        channels_last: of the UNet's convolutions; for GPUs, as a CPU is 15 % slower with it.
         compile_unet: by torch.compile; the first step, and each new size of a batch, then takes a minute or more.
     """
 
@@ -64,21 +56,18 @@ class Method(L.LightningModule):
     # What a checkpoint's provenance must agree on with the model that loads it, and what to do otherwise.
     must_agree: ClassVar[dict[str, str]] = {
         "method": "use the config that the run was trained with",
-        "unet": "set backbone to the one it was trained on",
+        "unet": "set backbone.path to the one it was trained on",
     }
 
     noise: Any  # the training schedule, a DDPMScheduler
-    vae_scale: int  # px a latent
-    scaling_factor: float
 
     def __init__(
         self,
-        backbone: str = "mini",
+        backbone: Backbone | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=1e-2),
         lr_schedule: str = "cosine",
         lr_warmup_steps: int = 20,
         sampling: Sampling | None = None,
-        image_side: int | None = None,
         frozen_dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
         channels_last: bool = False,
@@ -86,7 +75,7 @@ class Method(L.LightningModule):
     ) -> None:
         super().__init__()
         self.strict_loading = False  # a checkpoint holds only what was trained; on_load_checkpoint compares the keys
-        self.backbone, self.sampling, self._image_side = backbone, sampling or Sampling(), image_side
+        self.backbone, self.sampling = backbone or Backbone(), sampling or Sampling()
         self.make_optimizer, self.lr_schedule, self.lr_warmup_steps = optimizer, lr_schedule, lr_warmup_steps
         self.frozen_dtype, self.gradient_checkpointing = getattr(torch, frozen_dtype), gradient_checkpointing
         self.channels_last, self.compile_unet = channels_last, compile_unet
@@ -133,18 +122,17 @@ class Method(L.LightningModule):
             self.unet.to(memory_format=torch.channels_last)
         if self.compile_unet:
             self.unet.compile()  # in place: the names of the weights stay
-        self.noise = diffusers.DDPMScheduler.from_config(load_component(self.backbone, "scheduler").config)
+        self.noise = diffusers.DDPMScheduler.from_config(self.backbone.load("scheduler").config)
         kind = self.noise.config.prediction_type
         if kind not in ("epsilon", "v_prediction"):
             raise BackboneError(
-                f"backbone '{self.backbone}' predicts '{kind}': give one that predicts epsilon or v_prediction"
+                f"backbone '{self.backbone.path}' predicts '{kind}': give one that predicts epsilon or v_prediction"
             )
-        self.vae_scale, self.scaling_factor = load_vae_facts(self.backbone)
 
     @property
     def image_side(self) -> int:
         """Side of the images in px."""
-        return self._image_side or int(self.unet.config.sample_size) * self.vae_scale
+        return self.backbone.image_side
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Everything that the optimiser moves, by name."""
@@ -179,17 +167,10 @@ class Method(L.LightningModule):
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Sample scaled latents (B, C, h, w) from the VAE's posterior (B, 2C, h, w), by standard normal noise."""
         mean, logvar = moments.chunk(2, dim=1)
-        return (mean + (0.5 * logvar).exp() * noise) * self.scaling_factor
+        return (mean + (0.5 * logvar).exp() * noise) * self.backbone.scaling_factor
 
     def denoising_loss(
-        self,
-        x: Tensor,
-        eps: Tensor,
-        t: Tensor,
-        prompt_embeds: Tensor,
-        image_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
-        time_ids: Tensor | None = None,
+        self, x: Tensor, eps: Tensor, t: Tensor, text: Mapping[str, Tensor], image_embeds: Tensor | None = None
     ) -> Tensor:
         """Squared error of the UNet's prediction at step t, a value a sample (eq. 1/17).
 
@@ -197,24 +178,15 @@ class Method(L.LightningModule):
             x: scaled latents of the target, (B, C, h, w).
             eps: the noise, (B, C, h, w).
             t: timesteps, (B,) int64.
-            prompt_embeds: text states, (B, L, E).
+            text: what the UNet takes besides: `prompt_embeds`, text states (B, L, E), and of SDXL
+                `pooled_prompt_embeds` (B, P) and `time_ids` (B, 6), sizes and crop of the target.
             image_embeds: aggregated embeddings, (B, M, D), where an IP-Adapter is installed.
-            pooled_prompt_embeds: of SDXL, (B, P).
-            time_ids: of SDXL, sizes and crop of the target, (B, 6).
 
         Returns:
             (B,) float32.
         """
         noised = self.noise.add_noise(x, eps, t)  # eq. (8)
-        added: dict[str, Any] = {} if image_embeds is None else {"image_embeds": [image_embeds]}
-        if pooled_prompt_embeds is not None and time_ids is not None:
-            added |= {"text_embeds": pooled_prompt_embeds.to(self.unet.dtype), "time_ids": time_ids}
-        predicted = self.unet(
-            noised.to(self.unet.dtype),
-            t,
-            encoder_hidden_states=prompt_embeds.to(self.unet.dtype),
-            added_cond_kwargs=added or None,
-        ).sample
+        predicted = self.backbone.predict(self.unet, noised, t, text, image_embeds)
         velocity = self.noise.config.prediction_type == "v_prediction"
         target = self.noise.get_velocity(x, eps, t) if velocity else eps
         return F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
@@ -236,8 +208,8 @@ class Method(L.LightningModule):
             return
         names: list[str] = batch.get("photo") or batch.get("person") or [f"sample {i}" for i in range(finite.numel())]
         bad = [i for i, fine in enumerate(finite.expand(len(names)).tolist()) if not fine]
-        stored = [key for key in ("references", "moments", "prompt_embeds") if key in batch]
-        broken = {key: [i for i in bad if not batch[key][i].isfinite().all()] for key in stored}
+        stored = {key: batch[key] for key in ("references", "moments") if key in batch} | batch.get("text", {})
+        broken = {key: [i for i in bad if not rows[i].isfinite().all()] for key, rows in stored.items()}
         value, of = float(loss[~finite].flatten()[0]), shorten([names[i] for i in bad])
         for key, where in broken.items():
             if where:
@@ -330,7 +302,7 @@ class Method(L.LightningModule):
 
     def provenance(self) -> dict[str, Any]:
         """What a checkpoint says of itself; it must agree on ``must_agree`` with the model that loads it."""
-        return {"method": self.settings(), "backbone": self.backbone, "unet": fingerprint(self.backbone, "unet")}
+        return {"method": self.settings(), "backbone": self.backbone.path, "unet": self.backbone.fingerprint("unet")}
 
     def describe(self) -> dict[str, Any]:
         """Method, backbone, sampling and numbers of parameters, for a results file."""

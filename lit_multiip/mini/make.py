@@ -218,7 +218,7 @@ class Maker:
         steps = yaml.safe_load(config.read_text())["trainer"]["max_steps"]
         options = {
             "config": config,
-            "backbone": self.out,
+            "backbone.path": self.out,
             "seed_everything": self.seed,
             "data.cache_dir": self.work / "features",
             "trainer.max_steps": max(10, int(steps * self.scale)),

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lit_multiip.backbone.pipeline import load_component, resolve_backbone
+from lit_multiip.backbone.components import resolve_backbone
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data import mini_faces
 from lit_multiip.evaluation.critic import HEADS, Critic
 from lit_multiip.mini.gate import GATE_PEOPLE, clip_embed, critic_embed, rank_one
@@ -55,7 +56,7 @@ def read_back(critic: Critic, images: Tensor, labels: Tensor) -> float:
 @torch.inference_mode()
 def round_trip(backbone: str, images: Tensor) -> Tensor:
     """Encode and decode portraits by the VAE (the posterior's mean)."""
-    vae = load_component(backbone, "vae")
+    vae = Backbone(backbone).load("vae")
     parts = tqdm(images.split(32), "VAE round trips")
     return torch.cat([to_pixels(vae.decode(vae.encode(to_signal(part)).latent_dist.mean).sample) for part in parts])
 

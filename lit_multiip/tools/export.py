@@ -27,10 +27,9 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lit_multiip.backbone.encoders import encode_prompts, name_photo_encoder
 from lit_multiip.backbone.ip_adapter import RECORD, ip_adapter_parameters
 from lit_multiip.backbone.lora import LORA_FILE, lora_parameters, save_lora
-from lit_multiip.backbone.pipeline import load_component, load_pipeline, load_text_pipeline, text_components
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampler, Sampling
 from lit_multiip.evaluation import results as report
 from lit_multiip.files import LitMultiIPError, first_line, hash_file
@@ -96,7 +95,7 @@ def record_of(model: Method, step: int | None, run: str, dtype: str) -> dict[str
     """Where weights come from, JSON-able; an adapter's ``aggregator`` and ``lora_rank`` are checked when read back."""
     record: dict[str, Any] = {
         "method": model.method(),
-        "backbone": _public(model.backbone),
+        "backbone": _public(model.backbone.path),
         "unet": model.provenance()["unet"],
         "image_side": model.image_side,
         "run": run,
@@ -106,12 +105,13 @@ def record_of(model: Method, step: int | None, run: str, dtype: str) -> dict[str
         "versions": report.versions(),
     }
     if isinstance(model, MultiIPAdapter):
-        public = (_public(model.backbone), _public(model.image_encoder) or None)
-        face = model.face_encoder and replace(model.face_encoder, path=_public(model.face_encoder.path))
+        own = model.backbone
+        face = own.face_encoder and replace(own.face_encoder, path=_public(own.face_encoder.path))
+        public = Backbone(_public(own.path), _public(own.image_encoder) or None, face_encoder=face)
         record |= {
             "aggregator": model.settings(),
             "lora_rank": model.lora_rank,
-            "image_encoder": name_photo_encoder(*public, face),
+            "image_encoder": public.photo_encoder_name(),
             "image_encoder_content": model.provenance()["image_encoder_content"],
             "embedding_width": model.aggregator.dim,
         }
@@ -208,7 +208,7 @@ def check_sampling(model: Method) -> Sampling:
 def plain_image(model: Method, pipe: Any, prompt: str, **conditions: Any) -> Tensor:
     """Draw one image by a plain diffusers pipeline, (3, H, W) uint8."""
     sampling, side = check_sampling(model), model.image_side
-    scheduler = load_component(model.backbone, "scheduler")
+    scheduler = model.backbone.load("scheduler")
     pipe.scheduler = getattr(diffusers, sampling.scheduler).from_config(scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     [image] = pipe.to(model.device)(
@@ -226,8 +226,8 @@ def plain_image(model: Method, pipe: Any, prompt: str, **conditions: Any) -> Ten
 
 def plain_pipeline(model: Method) -> Any:
     """The backbone as plain diffusers has it, loaded anew in float32."""
-    names = ("unet", "vae", "scheduler", *text_components(model.backbone))
-    return load_pipeline(model.backbone, **{name: load_component(model.backbone, name) for name in names})
+    names = ("unet", "vae", "scheduler", *model.backbone.text_components)
+    return model.backbone.pipeline(**{name: model.backbone.load(name) for name in names})
 
 
 @torch.no_grad()
@@ -242,11 +242,10 @@ def compare_adapter(model: MultiIPAdapter, folder: Path, embeds: Tensor) -> int:
     Returns:
         The largest difference, in grey levels of 255.
     """
-    texts = load_text_pipeline(model.backbone).to(model.device)
-    own, empty = encode_prompts(texts, [CHECK_PROMPT]), encode_prompts(texts, [""])
-    states: dict[str, Any] = {**own, **{f"negative_{name}": rows for name, rows in empty.items()}}
+    texts = model.backbone.text_pipeline().to(model.device)
+    own, empty = (model.backbone.encode_prompts(texts, [prompt]) for prompt in (CHECK_PROMPT, ""))
     sampler = Sampler(model.backbone, model.unet, check_sampling(model))
-    [ours] = sampler(image_embeds=embeds[1:].to(model.device), seeds=[0], side=model.image_side, **states).cpu()
+    [ours] = sampler(own, empty, embeds[1:].to(model.device), [0], model.image_side).cpu()
 
     pipe = plain_pipeline(model)
     pipe.load_ip_adapter(str(folder), subfolder="", weight_name=ADAPTER, image_encoder_folder=None)
@@ -404,14 +403,14 @@ def _write_dreambooth(
         round_weights({k: v for module in tuned.values() for k, v in lora_parameters(module).items()}, dtype)
         save_lora(pipeline, part, tuned, dtype)
     else:
-        names = [name for name in text_components(model.backbone) if name not in model.text_encoders()]
-        parts = {name: load_component(model.backbone, name) for name in ("scheduler", *names)}
+        names = [name for name in model.backbone.text_components if name not in model.text_encoders()]
+        parts = {name: model.backbone.load(name) for name in ("scheduler", *names)}
         modules = {name: getattr(model, name) for name in ("unet", *model.text_encoders())} | {"vae": pipe.vae}
         for name, module in modules.items():
             round_weights({f"{name}.{key}": weight for key, weight in module.named_parameters()}, dtype)
         if dtype != torch.float32:  # the model itself stays float32
             modules = copy.deepcopy(modules)
-        whole = load_pipeline(model.backbone, **parts, **modules).to(dtype=dtype)
+        whole = model.backbone.pipeline(**parts, **modules).to(dtype=dtype)
         whole.save_pretrained(part)
     prompt = model.personal_prompt("a photo of a person in a red shirt")
     use = (
@@ -472,7 +471,7 @@ def _public_config(config: Mapping[str, Any]) -> dict[str, Any]:
             return [clean(inner) for inner in value]
         return _public(value) if isinstance(value, str) else value
 
-    top = ("backbone", "image_encoder", "face_encoder", "published_adapter", "image_side", "seed_everything", "model")
+    top = ("backbone", "seed_everything", "model")
     shown = {key: config[key] for key in top if key in config}
     for section, keys in _SHOWN.items():
         values = config.get(section) or {}

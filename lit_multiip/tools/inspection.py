@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from PIL import Image
 from scipy import stats
 from torch import Tensor
@@ -33,7 +34,6 @@ from lit_multiip.evaluation.intervals import FloatArray, Score, person_bootstrap
 from lit_multiip.evaluation.pictures import Bars, photos_with_bars, to_picture
 from lit_multiip.files import UsageError
 from lit_multiip.methods.adapter import VALIDATION_TIMES
-from lit_multiip.methods.method import text_time
 from lit_multiip.runs import load_trained
 
 # What is measured of a photo -> how it is called.
@@ -57,19 +57,19 @@ def leave_one_out(photos: Tensor) -> Tensor:
     return torch.stack([torch.cat([photos[:n], photos[n + 1 :]]) for n in range(len(photos))])
 
 
-def restoration_losses(model: Any, item: Mapping[str, Tensor], conditions: Tensor, batch_size: int = 16) -> Tensor:
+def restoration_losses(model: Any, item: Mapping[str, Any], conditions: Tensor, batch_size: int = 16) -> Tensor:
     """Denoising loss of one held-out photo under several conditions, at the noise and times that validation uses.
 
     Args:
         model: Has `denoising_loss`, `noise` and `scaling_factor`, as `MultiIPAdapter`.
-        item: Of `TaskDataset`: moments (2C, h, w), prompt_embeds (L, E), seed (), and what SDXL takes.
+        item: Of `TaskDataset`: moments (2C, h, w), text (what the UNet takes besides) and seed ().
         conditions: Aggregated embeddings, (K, M, D).
         batch_size: Conditions a pass of the UNet.
 
     Returns:
         (K,), the mean over `VALIDATION_TIMES`; noise and times are the same for all K.
     """
-    x = item["moments"].chunk(2)[0][None] * model.scaling_factor  # (1, C, h, w)
+    x = item["moments"].chunk(2)[0][None] * model.backbone.scaling_factor  # (1, C, h, w)
     steps = model.noise.config.num_train_timesteps
     losses = torch.zeros(len(conditions), device=x.device)
     for number, time in enumerate(VALIDATION_TIMES):
@@ -79,10 +79,8 @@ def restoration_losses(model: Any, item: Mapping[str, Tensor], conditions: Tenso
         for part in conditions.split(batch_size):
             k = len(part)
             t = torch.full((k,), int(time * steps), device=x.device)
-            text = item["prompt_embeds"].expand(k, -1, -1)  # (k, L, E)
-            more = {name: value.expand(k, -1) for name, value in text_time(item).items()}
-            at = (x.expand(k, -1, -1, -1), eps.expand(k, -1, -1, -1), t)
-            parts.append(model.denoising_loss(*at, text, part, **more))
+            text = {name: value.expand(k, *value.shape) for name, value in item["text"].items()}
+            parts.append(model.denoising_loss(x.expand(k, -1, -1, -1), eps.expand(k, -1, -1, -1), t, text, part))
         losses += torch.cat(parts) / len(VALIDATION_TIMES)
     return losses
 
@@ -282,7 +280,7 @@ def inspect(
             person = inspect_person(model, [tasks[number] for number in numbers.values()], items)
             looked_at.append(person)
             if len(looked_at) <= people:
-                [image] = model.generate({key: value[None] for key, value in items[0].items()})
+                [image] = model.generate(default_collate(items[:1]))
                 drawn = to_picture(image)
                 made = picture(person, weights_are, drawn, model.image_side, model.method())
                 slug = re.sub(r"[^\w-]+", "-", name)
@@ -318,8 +316,8 @@ def load(trainer: Any, model: Any, data: Any, checkpoint: str | None, split: str
 
 
 def _to(item: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    tensors = {key: value for key, value in item.items() if isinstance(value, Tensor)}  # prompts are words
-    return {key: values[0].to(device) for key, values in default_collate([tensors]).items()}
+    numbers = {key: value for key, value in item.items() if not isinstance(value, str)}  # prompts are words
+    return move_data_to_device(numbers, device)
 
 
 def _facts(person: Inspected) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny_backbone, tiny_sdxl_unet, tiny_unet
 from torch import Tensor
 
-from lit_multiip.backbone import pipeline as backbone
+from lit_multiip import files
+from lit_multiip.backbone import components, ip_adapter
+from lit_multiip.backbone.components import BackboneError, resolve_backbone
 from lit_multiip.backbone.ip_adapter import (
-    find_ip_adapter,
     install_ip_adapter,
     ip_adapter_from_text,
     ip_adapter_parameters,
@@ -24,17 +25,7 @@ from lit_multiip.backbone.ip_adapter import (
     set_ip_scale,
     text_kv,
 )
-from lit_multiip.backbone.pipeline import (
-    BackboneError,
-    fingerprint,
-    fingerprint_image_encoder,
-    load_component,
-    load_embed_dim,
-    load_image_encoder,
-    load_image_side,
-    load_native_side,
-    resolve_backbone,
-)
+from lit_multiip.backbone.pipeline import Backbone
 
 EMBED, CONTEXT = 24, 32
 
@@ -51,7 +42,7 @@ def copy(folder, tmp_path) -> Path:
 
 @pytest.fixture
 def unet(folder) -> UNet2DConditionModel:
-    return load_component(str(folder), "unet")
+    return Backbone(str(folder)).load("unet")
 
 
 def inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,7 +100,7 @@ def test_a_file_is_no_backbone(folder, monkeypatch):
 
 
 def test_mini_is_the_folder_inside_the_package(monkeypatch, tmp_path):
-    monkeypatch.setattr(backbone.resources, "files", lambda package: tmp_path / package)
+    monkeypatch.setattr(files.resources, "files", lambda package: tmp_path / package)
     with pytest.raises(BackboneError, match="reinstall"):
         resolve_backbone("mini")
     (tmp_path / "lit_multiip" / "mini" / "weights").mkdir(parents=True)
@@ -129,7 +120,7 @@ def test_the_folder_is_what_diffusers_calls_a_pipeline(folder):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", ["unet", "vae", "text_encoder", "image_encoder"])
 def test_modules_come_frozen_in_eval_mode_and_in_the_asked_precision(folder, name, dtype):
-    module = load_component(str(folder), name, dtype)
+    module = Backbone(str(folder)).load(name, dtype)
     assert not module.training
     assert {(p.requires_grad, p.dtype) for p in module.parameters()} == {(False, dtype)}
 
@@ -139,17 +130,17 @@ def test_modules_come_frozen_in_eval_mode_and_in_the_asked_precision(folder, nam
     [("tokenizer", "CLIPTokenizer"), ("scheduler", "DDIMScheduler"), ("feature_extractor", "CLIPImageProcessor")],
 )
 def test_the_other_components_come_in_the_class_the_pipeline_names(folder, name, kind):
-    assert type(load_component(str(folder), name)).__name__.startswith(kind)
+    assert type(Backbone(str(folder)).load(name)).__name__.startswith(kind)
 
 
 def test_image_encoder_and_feature_extractor_need_not_be_listed(copy):
-    before = load_component(str(copy), "feature_extractor")
+    before = Backbone(str(copy)).load("feature_extractor")
     index = json.loads((copy / "model_index.json").read_text())
     del index["image_encoder"], index["feature_extractor"]
     (copy / "model_index.json").write_text(json.dumps(index))
-    assert load_component(str(copy), "image_encoder").config.projection_dim == EMBED
+    assert Backbone(str(copy)).load("image_encoder").config.projection_dim == EMBED
     shutil.rmtree(copy / "feature_extractor")
-    after = load_component(str(copy), "feature_extractor")  # made from the image encoder's side
+    after = Backbone(str(copy)).load("feature_extractor")  # made from the image encoder's side
     photo = torch.randint(0, 256, (3, 50, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(*(e(photo, return_tensors="pt").pixel_values for e in (before, after)))
 
@@ -158,23 +149,23 @@ def test_the_feature_extractor_name_that_sd15_was_saved_with_still_loads(copy):
     index = json.loads((copy / "model_index.json").read_text())
     index["feature_extractor"] = ["transformers", "CLIPFeatureExtractor"]
     (copy / "model_index.json").write_text(json.dumps(index))
-    assert type(load_component(str(copy), "feature_extractor")).__name__.startswith("CLIPImageProcessor")
+    assert type(Backbone(str(copy)).load("feature_extractor")).__name__.startswith("CLIPImageProcessor")
 
 
 def test_a_missing_component_is_named_with_its_folder_and_what_a_folder_needs(copy):
     shutil.rmtree(copy / "image_encoder")
     with pytest.raises(BackboneError, match=r"lacks the component 'image_encoder'.*unet/, vae/") as error:
-        load_component(str(copy), "image_encoder")
+        Backbone(str(copy)).load("image_encoder")
     assert str(copy) in str(error.value)
     with pytest.raises(BackboneError, match="lacks the component 'text_encoder_2'"):
-        load_component(str(copy), "text_encoder_2")
+        Backbone(str(copy)).load("text_encoder_2")
     with pytest.raises(BackboneError, match="no component 'refiner': choose one of unet"):
-        load_component(str(copy), "refiner")
+        Backbone(str(copy)).load("refiner")
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
     with pytest.raises(BackboneError, match=r"no readable model_index.json"):
-        load_component(str(tmp_path), "unet")
+        Backbone(str(tmp_path)).load("unet")
 
 
 def test_pickled_and_truncated_weights_are_refused(copy):
@@ -182,11 +173,11 @@ def test_pickled_and_truncated_weights_are_refused(copy):
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(BackboneError, match="component 'unet'"):
-        load_component(str(copy), "unet")
+        Backbone(str(copy)).load("unet")
     weights.unlink()
     torch.save({}, copy / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(BackboneError, match="component 'unet'"):
-        load_component(str(copy), "unet")
+        Backbone(str(copy)).load("unet")
 
 
 def test_classes_from_outside_diffusers_and_transformers_are_refused(copy):
@@ -194,31 +185,31 @@ def test_classes_from_outside_diffusers_and_transformers_are_refused(copy):
     index["unet"] = ["os", "PathLike"]
     (copy / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(BackboneError, match=r"wants the class 'os.PathLike'"):
-        load_component(str(copy), "unet")
+        Backbone(str(copy)).load("unet")
 
 
 def test_fingerprint_follows_content_not_place(folder, copy):
-    before = fingerprint(str(folder), "unet")
+    before = Backbone(str(folder)).fingerprint("unet")
     assert len(before) == 16
-    assert fingerprint(str(copy), "unet") == before != fingerprint(str(copy), "vae")
+    assert Backbone(str(copy)).fingerprint("unet") == before != Backbone(str(copy)).fingerprint("vae")
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert fingerprint(str(copy), "unet") != before
+    assert Backbone(str(copy)).fingerprint("unet") != before
     config = copy / "vae" / "config.json"
     config.write_text(config.read_text().replace("0.18215", "0.2"))
-    assert fingerprint(str(copy), "vae") != fingerprint(str(folder), "vae")
+    assert Backbone(str(copy)).fingerprint("vae") != Backbone(str(folder)).fingerprint("vae")
     with pytest.raises(BackboneError, match="lacks the component 'text_encoder_2'"):
-        fingerprint(str(copy), "text_encoder_2")
+        Backbone(str(copy)).fingerprint("text_encoder_2")
 
 
 def test_fingerprint_of_a_hub_id_follows_the_commit_in_the_local_cache(monkeypatch):
     def cached(commit: str | None) -> str:
         path = commit and f"/cache/models--org--name/snapshots/{commit}/model_index.json"
-        monkeypatch.setattr(backbone, "try_to_load_from_cache", lambda *_: path)
-        monkeypatch.setattr(backbone, "_fetched", lambda *_: None)
-        return fingerprint("org/name", "unet")
+        monkeypatch.setattr(components, "try_to_load_from_cache", lambda *_: path)
+        monkeypatch.setattr(components, "_fetch", lambda *_: None)
+        return Backbone("org/name").fingerprint("unet")
 
     assert len({cached("abc"), cached("def"), cached(None)}) == 3
     assert cached("abc") == cached("abc")
@@ -288,7 +279,7 @@ def test_photo_order_and_repetition_do_not_matter_to_the_unet(unet):
 
 
 def test_a_state_survives_install_and_read_out_and_makes_two_unets_equal(folder, unet):
-    other, state = load_component(str(folder), "unet"), shaken(unet)
+    other, state = Backbone(str(folder)).load("unet"), shaken(unet)
     install_ip_adapter(unet, state)
     read = ip_adapter_state(unet)
     assert flat(read).keys() == flat(state).keys()
@@ -318,7 +309,7 @@ def test_a_second_adapter_replaces_the_first(unet):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_adapter_weights_stay_float32_and_exact_in_a_half_precision_unet(folder, dtype):
-    unet = load_component(str(folder), "unet", dtype)
+    unet = Backbone(str(folder)).load("unet", dtype)
     state = shaken(unet)
     for _ in range(2):  # the second time, the UNet holds both precisions
         install_ip_adapter(unet, state)
@@ -328,7 +319,7 @@ def test_adapter_weights_stay_float32_and_exact_in_a_half_precision_unet(folder,
 
 
 def test_a_half_precision_unet_runs_and_trains_its_adapter_in_autocast(folder):
-    unet = load_component(str(folder), "unet", torch.bfloat16)
+    unet = Backbone(str(folder)).load("unet", torch.bfloat16)
     install_ip_adapter(unet, ip_adapter_from_text(unet, EMBED))
     with torch.autocast("cpu", torch.bfloat16):
         loss = unet(*inputs(), added_cond_kwargs={"image_embeds": [photos()]}).sample.float().square().mean()
@@ -428,7 +419,7 @@ def test_a_scale_that_is_not_finite_is_refused(unet, scale):
 def test_both_published_file_formats_give_the_same_state(folder, unet, tmp_path):
     state = ip_adapter_from_text(unet, EMBED)
     torch.save(state, tmp_path / "adapter.bin")
-    path = find_ip_adapter(str(folder))
+    path = Backbone(str(folder)).adapter_file()
     assert path == str(folder / "ip_adapter" / "ip_adapter.safetensors")
     for read in (read_ip_adapter(path), read_ip_adapter(str(tmp_path / "adapter.bin"))):
         assert flat(read).keys() == flat(state).keys()
@@ -493,10 +484,10 @@ def test_missing_and_foreign_files_are_refused(tmp_path):
 def test_a_folder_without_an_adapter_has_none_and_one_with_two_must_be_told_which(copy):
     shutil.copy(copy / "ip_adapter" / "ip_adapter.safetensors", copy / "ip_adapter" / "second.safetensors")
     with pytest.raises(BackboneError, match=r"several adapters .*ip_adapter.safetensors, second.safetensors"):
-        find_ip_adapter(str(copy))
+        Backbone(str(copy)).adapter_file()
     shutil.rmtree(copy / "ip_adapter")
-    assert find_ip_adapter(str(copy)) is None
-    assert find_ip_adapter("org/name") is None
+    assert Backbone(str(copy)).adapter_file() is None
+    assert Backbone("org/name").adapter_file() is None
 
 
 # ---- apart from the backbone ----
@@ -504,26 +495,26 @@ def test_a_folder_without_an_adapter_has_none_and_one_with_two_must_be_told_whic
 
 def test_an_image_encoder_apart_is_the_same_encoder_with_clips_preprocessing(folder, copy):
     apart = copy / "image_encoder"
-    processor, encoder = load_image_encoder("org/name", str(apart))
-    own_processor, own = load_image_encoder(str(folder))
+    processor, encoder = Backbone("org/name", str(apart)).load_image_encoder()
+    own_processor, own = Backbone(str(folder)).load_image_encoder()
     assert all(torch.equal(a, b) for a, b in zip(own.parameters(), encoder.parameters(), strict=True))
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     assert processor.crop_size == own_processor.crop_size
-    assert (load_embed_dim("org/name", str(apart)), load_image_side("org/name", str(apart))) == (EMBED, 32)
+    assert (Backbone("org/name", str(apart)).embed_dim, processor.crop_size["height"]) == (EMBED, 32)
     with pytest.raises(BackboneError, match=r"image encoder '.*gone' is not an existing folder, nor a hub id"):
-        load_image_encoder(str(folder), str(folder / "gone"))
+        Backbone(str(folder), str(folder / "gone")).load_image_encoder()
     with pytest.raises(BackboneError, match=r"image encoder '.*' has no readable config.json"):
-        load_embed_dim(str(folder), str(folder))
+        _ = Backbone(str(folder), str(folder)).embed_dim
 
 
 def test_the_name_of_an_image_encoder_follows_its_content(folder, copy):
     apart = copy / "image_encoder"
-    before = fingerprint_image_encoder(str(folder), str(apart))
-    assert before == fingerprint_image_encoder("org/name", str(apart)) and len(before) == 32
-    assert before[:16] == fingerprint(str(folder), "image_encoder")
+    before = Backbone(str(folder), str(apart)).fingerprint_image_encoder()
+    assert before == Backbone("org/name", str(apart)).fingerprint_image_encoder() and len(before) == 32
+    assert before[:16] == Backbone(str(folder)).fingerprint("image_encoder")
     config = apart / "config.json"
     config.write_text(config.read_text().replace("}", " }"))
-    assert fingerprint_image_encoder(str(folder), str(apart)) != before
+    assert Backbone(str(folder), str(apart)).fingerprint_image_encoder() != before
 
 
 @pytest.mark.parametrize(
@@ -537,7 +528,7 @@ def test_the_name_of_an_image_encoder_follows_its_content(folder, copy):
     ],
 )
 def test_hub_id_and_path_are_told_apart(name, place):
-    assert backbone._hub_place(name) == place
+    assert components.hub_place(name) == place
 
 
 def test_an_adapter_on_the_hub_is_fetched_or_the_message_says_what_was_wanted(folder, monkeypatch):
@@ -546,16 +537,16 @@ def test_an_adapter_on_the_hub_is_fetched_or_the_message_says_what_was_wanted(fo
 
     def fetch(*place):
         asked.append(place)
-        return find_ip_adapter(str(folder))
+        return Backbone(str(folder)).adapter_file()
 
-    monkeypatch.setattr(backbone, "hf_hub_download", fetch)
+    monkeypatch.setattr(ip_adapter, "hf_hub_download", fetch)
     assert len(read_ip_adapter(wanted)["ip_adapter"]) == 8
     assert asked == [("h94/IP-Adapter", "models/ip-adapter_sd15.safetensors")]
 
     def unreachable(*_):
         raise OSError("no network")
 
-    monkeypatch.setattr(backbone, "hf_hub_download", unreachable)
+    monkeypatch.setattr(ip_adapter, "hf_hub_download", unreachable)
     with pytest.raises(
         BackboneError,
         match=r"'models/ip-adapter_sd15.safetensors' of the hub's 'h94/IP-Adapter' cannot be fetched \(no network\).*"
@@ -567,12 +558,12 @@ def test_an_adapter_on_the_hub_is_fetched_or_the_message_says_what_was_wanted(fo
 @pytest.mark.parametrize(
     ("load", "wanted", "option"),
     [
-        (lambda: load_component("org/name", "unet"), "'model_index.json' of the hub's 'org/name'", "--backbone"),
-        (lambda: load_native_side("org/name"), "'unet/config.json' of the hub's 'org/name'", "--backbone"),
+        (lambda: Backbone("org/name").load("unet"), "'model_index.json' of the hub's 'org/name'", "--backbone.path"),
+        (lambda: Backbone("org/name").image_side, "'unet/config.json' of the hub's 'org/name'", "--backbone.path"),
         (
-            lambda: load_embed_dim("org/name", "h94/IP-Adapter/models/image_encoder"),
+            lambda: Backbone("org/name", "h94/IP-Adapter/models/image_encoder").embed_dim,
             "'models/image_encoder/config.json' of the hub's 'h94/IP-Adapter'",
-            "--image_encoder",
+            "--backbone.image_encoder",
         ),
     ],
 )
@@ -596,7 +587,7 @@ def test_a_component_that_lacks_weights_is_refused(name: str, tiny_backbone: Pat
     lost = sorted(key for key in weights if key.endswith("weight"))[3]
     save_file({key: value for key, value in weights.items() if key != lost}, file, {"format": "pt"})
     with pytest.raises(BackboneError, match=f"'{name}'.*missing") as raised:
-        load_component(str(folder), name)
+        Backbone(str(folder)).load(name)
     assert lost.rpartition(".")[0].rpartition(".")[2] in str(raised.value)
 
 

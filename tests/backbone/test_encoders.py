@@ -12,13 +12,14 @@ import torch
 import yaml
 from onnx_file import write_pooling
 
-from lit_multiip.backbone.encoders import FaceEncoder, PhotoEncoder, photo_embed_dim
-from lit_multiip.backbone.faces import TEMPLATE
+from lit_multiip.backbone import faces
+from lit_multiip.backbone.components import BackboneError
+from lit_multiip.backbone.encoders import PhotoEncoder
+from lit_multiip.backbone.faces import TEMPLATE, FaceEncoder, FaceNetwork
 from lit_multiip.backbone.features import Features
 from lit_multiip.backbone.ip_adapter import read_ip_adapter
-from lit_multiip.backbone.pipeline import BackboneError, load_embed_dim
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.people import MiniFaces
-from lit_multiip.evaluation import faces as face_networks
 from lit_multiip.evaluation.callback import _refuse_if_it_conditions
 from lit_multiip.evaluation.faces import FaceRecognition
 from lit_multiip.methods.adapter import MultiIPAdapter
@@ -37,18 +38,20 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def built(backbone: Path, face: FaceEncoder | None, **options: Any) -> MultiIPAdapter:
-    model = MultiIPAdapter(str(backbone), face_encoder=face, **options)
+    image_encoder = options.pop("image_encoder", None)
+    model = MultiIPAdapter(Backbone(str(backbone), image_encoder, face_encoder=face), **options)
     model.configure_model()
     return model
 
 
 def test_it_stands_in_clips_place_or_beside_it(tiny_backbone: Path, network: str) -> None:
     alone, joined = (FaceEncoder(network, beside, detector=None) for beside in (False, True))
-    clip = PhotoEncoder(str(tiny_backbone))(PHOTOS)
-    face, both = (PhotoEncoder(str(tiny_backbone), face_encoder=each)(PHOTOS) for each in (alone, joined))
+    clip = PhotoEncoder(Backbone(str(tiny_backbone)))(PHOTOS)
+    face, both = (PhotoEncoder(Backbone(str(tiny_backbone), face_encoder=each))(PHOTOS) for each in (alone, joined))
     assert (clip.shape, face.shape, both.shape) == ((4, 24), (4, E), (4, 24 + E))
     assert torch.equal(both, torch.cat([clip, face], dim=1))
-    assert [photo_embed_dim(str(tiny_backbone), None, each) for each in (None, alone, joined)] == [24, E, 24 + E]
+    widths = [Backbone(str(tiny_backbone), face_encoder=each).embed_dim for each in (None, alone, joined)]
+    assert widths == [24, E, 24 + E]
     expected = FaceRecognition(network, mean=(0.5,) * 3, std=(0.5,) * 3).embed(to_tensor([PHOTOS[2].image()]))
     assert torch.allclose(face[2], expected[0] * E**0.5, atol=1e-5)
     assert torch.allclose(face.square().mean(dim=1), torch.ones(4), atol=1e-5)
@@ -57,14 +60,14 @@ def test_it_stands_in_clips_place_or_beside_it(tiny_backbone: Path, network: str
 def test_a_photo_without_a_face_conditions_as_a_dropped_one_and_is_told(
     tiny_backbone: Path, network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    embed = FaceRecognition.embed
+    embed = FaceNetwork.embed
 
-    def blind(self: FaceRecognition, images: Any) -> Any:
+    def blind(self: FaceNetwork, images: Any) -> Any:
         found = embed(self, images)
         return found * float("nan") if torch.equal(images, to_tensor([PHOTOS[1].image()])) else found
 
-    monkeypatch.setattr(FaceRecognition, "embed", blind)
-    features = Features(str(tiny_backbone), tmp_path, face_encoder=FaceEncoder(network, True, detector=None))
+    monkeypatch.setattr(FaceNetwork, "embed", blind)
+    features = Features(Backbone(str(tiny_backbone), face_encoder=FaceEncoder(network, True, detector=None)), tmp_path)
     with caplog.at_level("WARNING", "lit_multiip"):
         features.build(PHOTOS, [], [])
     embeds = features.embeds(PHOTOS)
@@ -87,8 +90,8 @@ def test_of_several_faces_the_largest_conditions_and_that_is_told(
         def landmarks(self, pixels: Any) -> Any:
             return TEMPLATE
 
-    monkeypatch.setattr(face_networks, "FaceDetector", Detector)
-    encoder = PhotoEncoder(str(tiny_backbone), face_encoder=FaceEncoder(network))
+    monkeypatch.setattr(faces, "FaceDetector", Detector)
+    encoder = PhotoEncoder(Backbone(str(tiny_backbone), face_encoder=FaceEncoder(network)))
     with caplog.at_level("WARNING", "lit_multiip"):
         embeds = encoder(PHOTOS)
     assert embeds.shape == (4, E) and embeds.isfinite().all()
@@ -97,16 +100,18 @@ def test_of_several_faces_the_largest_conditions_and_that_is_told(
 
 
 def test_features_of_another_network_or_crop_are_never_found(tiny_backbone: Path, network: str, tmp_path: Path) -> None:
-    faces = [
+    networks = [
         None,
         FaceEncoder(network, detector=None),
         FaceEncoder(network, True, detector=None),
         FaceEncoder(network, detector=None, crop=(0.5, 0.5, 0.5)),
     ]
-    stores = [Features(str(tiny_backbone), tmp_path, face_encoder=face).store["embeds"].folder for face in faces]
+    stores = [
+        Features(Backbone(str(tiny_backbone), face_encoder=face), tmp_path).store["embeds"].folder for face in networks
+    ]
     assert len(set(stores)) == 4
     copied = shutil.copy(network, tmp_path / "renamed.onnx")
-    again = Features(str(tiny_backbone), tmp_path, face_encoder=FaceEncoder(str(copied), detector=None))
+    again = Features(Backbone(str(tiny_backbone), face_encoder=FaceEncoder(str(copied), detector=None)), tmp_path)
     assert again.store["embeds"].folder == stores[1]
 
 
@@ -120,7 +125,7 @@ def test_beside_clip_a_published_adapter_starts_as_it_is_and_then_learns_of_face
     clip = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0))
     both = torch.cat([clip, torch.randn(2, 9, E)], dim=-1)
     x, eps = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
-    at = (x, eps, torch.tensor([3, 700]), torch.randn(2, 16, 32))
+    at = (x, eps, torch.tensor([3, 700]), {"prompt_embeds": torch.randn(2, 16, 32)})
     ours, theirs = (m.denoising_loss(*at, m.condition(refs)) for m, refs in ((model, both), (plain, clip)))
     assert torch.allclose(ours, theirs, atol=1e-6)
     ours.mean().backward()
@@ -134,7 +139,7 @@ def test_in_clips_place_training_starts_at_the_text_and_a_published_adapter_is_r
     model = built(tiny_backbone, face)
     assert model.aggregator.dim == E and model.method() == "SelfAttention + face"
     file = str(tiny_backbone / "ip_adapter" / "ip_adapter.safetensors")
-    assert read_ip_adapter(file)["image_proj"]["proj.weight"].shape[1] == load_embed_dim(str(tiny_backbone)) == 24
+    assert read_ip_adapter(file)["image_proj"]["proj.weight"].shape[1] == Backbone(str(tiny_backbone)).embed_dim == 24
     with pytest.raises(BackboneError, match=rf"'image_proj.proj.weight' has the shape \(128, 24\).*\(128, {E}\)"):
         built(tiny_backbone, face, ip_adapter=file)
 
@@ -149,22 +154,24 @@ def test_a_checkpoint_knows_the_encoder_it_was_trained_with(tiny_backbone: Path,
     other = shutil.copytree(tiny_backbone, tmp_path / "other")
     config = other / "image_encoder" / "config.json"
     config.write_text(config.read_text() + "\n")
-    with pytest.raises(CheckpointError, match=r"another image_encoder: that of .*backbone.*set image_encoder and"):
+    with pytest.raises(
+        CheckpointError, match=r"another image_encoder: that of .*backbone.*set backbone.image_encoder and"
+    ):
         built(other, None).on_load_checkpoint(checkpoint)
     built(tiny_backbone, None).on_load_checkpoint(checkpoint)
     with pytest.raises(CheckpointError, match=r"another image_encoder: that of .* \(this model: .*own\)"):
         # of equal width, so that shapes say nothing
         built(tiny_backbone, None, image_encoder=str(_changed(own))).on_load_checkpoint(checkpoint)
 
-    faces: dict[str, Any] = {
+    of_faces: dict[str, Any] = {
         "state_dict": (model := built(tiny_backbone, FaceEncoder(network, detector=None))).state_dict()
     }
-    model.on_save_checkpoint(faces)
+    model.on_save_checkpoint(of_faces)
     renamed = FaceEncoder(str(shutil.copy(network, tmp_path / "renamed.onnx")), detector=None)
-    built(tiny_backbone, renamed).on_load_checkpoint(faces)
+    built(tiny_backbone, renamed).on_load_checkpoint(of_faces)
     mirrored = FaceEncoder(network, detector=None, colours="bgr")
     with pytest.raises(CheckpointError, match="another image_encoder"):
-        built(tiny_backbone, mirrored).on_load_checkpoint(faces)
+        built(tiny_backbone, mirrored).on_load_checkpoint(of_faces)
 
 
 def _changed(folder: Path) -> Path:
@@ -182,22 +189,21 @@ def test_a_checkpoint_from_before_encoders_were_recorded_still_loads(tiny_backbo
 
 
 def test_what_conditions_may_not_score(tiny_backbone: Path, network: str, tmp_path: Path) -> None:
-    from dataclasses import asdict
-
     copied = str(shutil.copy(network, tmp_path / "copy.onnx"))
     other = str(write_pooling(tmp_path / "other.onnx", side=32))
-    face = asdict(FaceEncoder(network, detector=None))
+    alone, joined = (FaceEncoder(network, beside, detector=None) for beside in (False, True))
+    plain, face, both = (Backbone(str(tiny_backbone), face_encoder=each) for each in (None, alone, joined))
     for path in (network, copied):
         with pytest.raises(ValueError, match=r"is the face network that conditions .*would score its own work"):
-            _refuse_if_it_conditions(FaceRecognition(path), str(tiny_backbone), None, face)
-    _refuse_if_it_conditions(FaceRecognition(other), str(tiny_backbone), None, face)
-    _refuse_if_it_conditions(FaceRecognition(network), str(tiny_backbone))
+            _refuse_if_it_conditions(FaceRecognition(path), face)
+    _refuse_if_it_conditions(FaceRecognition(other), face)
+    _refuse_if_it_conditions(FaceRecognition(network), plain)
     # CLIP in its place does not condition any more
     clip = FaceRecognition(other)
     clip.source = str(tiny_backbone / "image_encoder")
-    _refuse_if_it_conditions(clip, str(tiny_backbone), None, face)
+    _refuse_if_it_conditions(clip, face)
     with pytest.raises(ValueError, match="weights of the image encoder that conditions"):
-        _refuse_if_it_conditions(clip, str(tiny_backbone), None, face | {"beside_clip": True})
+        _refuse_if_it_conditions(clip, both)
 
 
 def test_one_config_over_a_method_trains_and_scores_with_it(
@@ -206,7 +212,7 @@ def test_one_config_over_a_method_trains_and_scores_with_it(
     from lit_multiip.__main__ import main
 
     shipped = yaml.safe_load((Path(__file__).parents[2] / "configs" / "with" / "face.yaml").read_text())
-    shipped["face_encoder"] |= {"path": network, "detector": None}
+    shipped["backbone"]["face_encoder"] |= {"path": network, "detector": None}
     config = tmp_path / "face.yaml"
     config.write_text(yaml.safe_dump(shipped))
     monkeypatch.chdir(tmp_path)
@@ -216,7 +222,7 @@ def test_one_config_over_a_method_trains_and_scores_with_it(
         "init_args": {"train": 2, "validation": 2, "test": 2, "photos": 11},
     }
     small = {
-        "backbone": str(tiny_backbone),
+        "backbone": {"path": str(tiny_backbone)},
         "trainer": {"max_steps": 2, "val_check_interval": 2, "enable_progress_bar": False, "accelerator": "cpu"},
         "model": {"init_args": {"sampling": {"steps": 2}}},
         "data": {"source": source, "batch_size": 4, "held_out": 1, "validation_held_out": 1},

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from lit_multiip.backbone.face_crop import CroppedPhoto, FaceCrop
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.people import Folder, Person
 from lit_multiip.data.photos import DataError, FilePhoto
 from lit_multiip.data.tasks import make_tasks, protocol
@@ -109,7 +110,12 @@ def people_of(folder: Path, count: int, photos: int) -> Path:
 
 def data_of(backbone: Path, folder: Path, cache: Path, crop: FaceCrop | None) -> MultiPhotoData:
     data = MultiPhotoData(
-        str(backbone), Folder(str(people_of(folder, 6, 4))), references=3, min_photos=4, cache_dir=str(cache), crop=crop
+        Backbone(str(backbone)),
+        Folder(str(people_of(folder, 6, 4))),
+        references=3,
+        min_photos=4,
+        cache_dir=str(cache),
+        crop=crop,
     )
     data.prepare_data()
     return data

@@ -15,9 +15,8 @@ from tiny import make_tiny_backbone
 from torch import Tensor
 
 from lit_multiip.backbone import features
-from lit_multiip.backbone import pipeline as backbone_module
 from lit_multiip.backbone.features import Encoder, Features
-from lit_multiip.backbone.pipeline import load_component, load_native_side
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.store import Shards
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.data.photos import DataError, FilePhoto, Photo
@@ -31,17 +30,18 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the components that are loaded."""
     names: list[str] = []
 
-    def counted(backbone: str, name: str, *args: Any) -> Any:
-        names.append(name)
-        return load_component(backbone, name, *args)
+    load = Backbone.load
 
-    for module in (features, backbone_module):  # which loads the image encoder
-        monkeypatch.setattr(module, "load_component", counted)
+    def counted(backbone: Backbone, name: str, *args: Any) -> Any:
+        names.append(name)
+        return load(backbone, name, *args)
+
+    monkeypatch.setattr(Backbone, "load", counted)
     return names
 
 
 def build(backbone: Path, cache: Path, photos: list[Photo] = PHOTOS, prompts: tuple[str, ...] = ("a", "b")) -> Features:
-    store = Features(str(backbone), cache)
+    store = Features(Backbone(str(backbone)), cache)
     store.build(photos, photos, prompts)
     return store
 
@@ -49,7 +49,7 @@ def build(backbone: Path, cache: Path, photos: list[Photo] = PHOTOS, prompts: tu
 def test_features_are_what_the_encoders_say(tiny_backbone: Path, tmp_path: Path) -> None:
     store = build(tiny_backbone, tmp_path)
     processor, encoder, vae, tokenizer, text = (
-        load_component(str(tiny_backbone), name)
+        Backbone(str(tiny_backbone)).load(name)
         for name in ("feature_extractor", "image_encoder", "vae", "tokenizer", "text_encoder")
     )
     with torch.inference_mode():
@@ -79,14 +79,15 @@ def test_a_build_leaves_no_encoder_in_memory(
 ) -> None:
     loaded: list[weakref.ref[Any]] = []
 
-    def watched(backbone: str, name: str, *args: Any) -> Any:
-        component = load_component(backbone, name, *args)
+    load = Backbone.load
+
+    def watched(backbone: Backbone, name: str, *args: Any) -> Any:
+        component = load(backbone, name, *args)
         if isinstance(component, torch.nn.Module):
             loaded.append(weakref.ref(component))
         return component
 
-    for module in (features, backbone_module):
-        monkeypatch.setattr(module, "load_component", watched)
+    monkeypatch.setattr(Backbone, "load", watched)
     gc.disable()  # they go at once, not when the collector comes round
     try:
         build(tiny_backbone, tmp_path)
@@ -118,13 +119,17 @@ def test_a_broken_shard_is_named(tiny_backbone: Path, tmp_path: Path, suffix: st
     shard = next(tmp_path.glob(f"embeds-*/*.{suffix}"))
     shard.write_bytes(shard.read_bytes()[:-40])
     with pytest.raises(DataError, match=rf"{shard.stem}.*delete"):
-        Features(str(tiny_backbone), tmp_path)
+        Features(Backbone(str(tiny_backbone)), tmp_path)
 
 
 def test_ranks_build_disjoint_shares(tiny_backbone: Path, tmp_path: Path) -> None:
     for rank in range(2):
-        Features(str(tiny_backbone), tmp_path).build(PHOTOS, [], ["a", "b"], rank, 2)
-        keys = Features(str(tiny_backbone), tmp_path).store["embeds"].missing(photo.content_key() for photo in PHOTOS)
+        Features(Backbone(str(tiny_backbone)), tmp_path).build(PHOTOS, [], ["a", "b"], rank, 2)
+        keys = (
+            Features(Backbone(str(tiny_backbone)), tmp_path)
+            .store["embeds"]
+            .missing(photo.content_key() for photo in PHOTOS)
+        )
         assert len(keys) == [2, 0][rank]  # rank 0 has encoded three of five
 
 
@@ -141,7 +146,7 @@ def test_an_encoder_that_makes_nan_is_refused(tiny_backbone: Path, tmp_path: Pat
 
 
 def test_the_native_side_comes_from_the_weights(tiny_backbone: Path, tmp_path: Path) -> None:
-    assert load_native_side(str(tiny_backbone)) == 32
+    assert Backbone(str(tiny_backbone)).image_side == 32
     assert build(tiny_backbone, tmp_path).moments(PHOTOS[0]).shape == (8, 8, 8)
 
 
@@ -162,7 +167,7 @@ def test_the_estimate_is_what_the_disk_then_holds(tiny_backbone: Path, tmp_path:
 def test_a_disk_that_is_too_small_is_told_before_an_encoder_is_loaded(
     tiny_backbone: Path, tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    size = Features(str(tiny_backbone), tmp_path).row_bytes()
+    size = Features(Backbone(str(tiny_backbone)), tmp_path).row_bytes()
     needed = 5 * size["embeds"] + 5 * size["latent"] + 3 * size["text"]
     for free in (needed - 1, needed):
         monkeypatch.setattr(features.shutil, "disk_usage", lambda _, free=free: type("Usage", (), {"free": free}))
@@ -191,11 +196,15 @@ def test_an_interrupted_build_goes_on_where_it_was(
 
         return Encoder(read, counted)
 
-    store = Features(str(tiny_backbone), tmp_path, batch_size=1)
+    store = Features(Backbone(str(tiny_backbone)), tmp_path, batch_size=1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Features, "_embedder", stops_at_the_third)
         store.build(PHOTOS, [], [])
-    left = Features(str(tiny_backbone), tmp_path).store["embeds"].missing(photo.content_key() for photo in PHOTOS)
+    left = (
+        Features(Backbone(str(tiny_backbone)), tmp_path)
+        .store["embeds"]
+        .missing(photo.content_key() for photo in PHOTOS)
+    )
     assert left == [photo.content_key() for photo in PHOTOS[2:]]
     again = build(tiny_backbone, tmp_path)
     assert torch.allclose(again.embeds(PHOTOS), build(tiny_backbone, tmp_path / "at_once").embeds(PHOTOS), atol=1e-6)

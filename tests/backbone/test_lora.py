@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_multiip.backbone.ip_adapter import ip_adapter_parameters
 from lit_multiip.backbone.lora import lora_parameters, read_lora, save_lora
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.runs import CheckpointError
 
@@ -18,7 +19,7 @@ pytest.importorskip("peft")
 
 
 def built(backbone: Path, **options: Any) -> MultiIPAdapter:
-    model = MultiIPAdapter(str(backbone), **options)
+    model = MultiIPAdapter(Backbone(str(backbone)), **options)
     model.configure_model()
     return model.eval()
 
@@ -28,13 +29,13 @@ def batch(seed: int = 0) -> dict[str, Any]:
     shapes: dict[str, tuple[int, ...]] = {
         "references": (2, 9, 24),
         "moments": (2, 8, 8, 8),
-        "prompt_embeds": (2, 16, 32),
-        "negative_prompt_embeds": (2, 16, 32),
         "latent_noise": (2, 4, 8, 8),
         "eps": (2, 4, 8, 8),
     }
     values: dict[str, Any] = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
     return values | {
+        "text": {"prompt_embeds": torch.randn(2, 16, 32, generator=g)},
+        "negative_text": {"prompt_embeds": torch.randn(2, 16, 32, generator=g)},
         "drop_image": torch.tensor([False, True]),
         "time": torch.tensor([0.2, 0.7]),
         "seed": torch.arange(2),

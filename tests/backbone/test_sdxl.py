@@ -15,6 +15,7 @@ from tiny import make_tiny_backbone
 
 from lit_multiip.__main__ import main
 from lit_multiip.backbone.ip_adapter import ip_adapter_parameters, read_ip_adapter
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.methods.adapter import MultiIPAdapter
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -24,10 +25,7 @@ def small(backbone: Path, **more: Any) -> dict[str, Any]:
     """What is smaller here than in the shipped config: people, sizes and steps."""
     people = {"train": 2, "validation": 2, "test": 2, "photos": 11}
     return {
-        "backbone": str(backbone),
-        "image_encoder": None,
-        "published_adapter": None,
-        "image_side": 32,
+        "backbone": {"path": str(backbone), "image_encoder": None, "published_adapter": None, "image_side": 32},
         "trainer": {"max_steps": 2, "val_check_interval": 2, "enable_progress_bar": False, "accelerator": "cpu"},
         "model": {"init_args": {"sampling": {"steps": 2}, **more}},
         "data": {
@@ -105,7 +103,7 @@ def test_a_published_adapter_of_sdxl_is_what_training_starts_from(file: str, tin
         torch.save(state, tmp_path / file)
     else:
         save_file(flat, tmp_path / file)
-    model = MultiIPAdapter(str(tiny_sdxl), published_adapter=str(tmp_path / file))
+    model = MultiIPAdapter(Backbone(str(tiny_sdxl), published_adapter=str(tmp_path / file)))
     model.configure_model()
     own = ip_adapter_parameters(model.unet)
     assert own.keys() == flat.keys() and all(torch.equal(own[key], value) for key, value in flat.items())

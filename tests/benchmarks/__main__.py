@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path[1:1] = [str(ROOT), str(ROOT / "tests")]  # not installed: this checkout
+sys.path[1:1] = [str(ROOT), str(ROOT / "tests" / "support")]  # not installed: this checkout
 os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(Path(__file__).parent), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    [str(Path(__file__).parent), *sys.path[1:3], *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 
 import cases  # noqa: E402

@@ -20,7 +20,6 @@ from diffusers import StableDiffusionPipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lit_multiip.backbone.pipeline import resolve_backbone
 from lit_multiip.callbacks import SavePredictions
 
 
@@ -198,7 +197,7 @@ class Floor(Reference):
                 x = module.latents(batch["moments"], batch["latent_noise"])
                 t = (batch["time"] * module.noise.config.num_train_timesteps).long()
                 noised = module.noise.add_noise(x, batch["eps"], t).to(module.unet.dtype)
-                text = batch["prompt_embeds"].to(module.unet.dtype)
+                text = batch["text"]["prompt_embeds"].to(module.unet.dtype)
                 embeds = module.condition(batch["references"])
             conditions = {"image_embeds": [embeds]}
 
@@ -224,7 +223,7 @@ class BarePipeline(Reference):
         module.unet.register_forward_pre_hook(self._enter)
         module.unet.register_forward_hook(self._leave)
         self.pipe = StableDiffusionPipeline.from_pretrained(
-            resolve_backbone(module.backbone), unet=module.unet, text_encoder=None, tokenizer=None, image_encoder=None,
+            module.backbone.place, unet=module.unet, text_encoder=None, tokenizer=None, image_encoder=None,
             feature_extractor=None, safety_checker=None, requires_safety_checker=False,
         ).to(module.device)  # fmt: skip
         self.pipe.scheduler = module.sampler.pipe.scheduler
@@ -255,8 +254,8 @@ class BarePipeline(Reference):
                     width=module.image_side,
                     num_inference_steps=module.sampling.steps,
                     guidance_scale=module.sampling.guidance_scale,
-                    prompt_embeds=batch["prompt_embeds"],
-                    negative_prompt_embeds=batch["negative_prompt_embeds"],
+                    prompt_embeds=batch["text"]["prompt_embeds"],
+                    negative_prompt_embeds=batch["negative_text"]["prompt_embeds"],
                     ip_adapter_image_embeds=[torch.cat([torch.zeros_like(embeds), embeds])],
                     generator=[torch.Generator().manual_seed(int(seed)) for seed in batch["seed"]],
                     output_type="pt",

@@ -59,16 +59,9 @@ def fill(features: Features, photos: Sequence[Photo], seed: int = 0) -> None:
     text = features.store["text"]
     keys = text.missing(map(prompt_key, ["", *PROMPTS]))
     if keys:
-        tokens, width = _text_shape(features)
+        tokens, width = features.backbone.feature_shapes()["text"]
         text.add(keys, rng.standard_normal((len(keys), tokens, width)).astype(np.float16))
     features.refresh()
-
-
-def _text_shape(features: Features) -> tuple[int, int]:
-    from lit_multiip.backbone.pipeline import load_feature_shapes
-
-    tokens, width = load_feature_shapes(features.backbone, features.image_side)["text"]
-    return tokens, width
 
 
 def _sparse_shard(

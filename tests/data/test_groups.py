@@ -3,22 +3,17 @@ from __future__ import annotations
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from batches import equal
 from torch.utils.data import BatchSampler, DataLoader
 
 from lit_multiip.data.groups import draw_references
 from lit_multiip.data.people import Person
 from lit_multiip.data.photos import FilePhoto
 from lit_multiip.datasets import EpochSampler, HeldOutGroups, ShareSampler
-
-
-def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
-    """Whether two samples or batches hold the same names and the same values."""
-    return one["photo"] == two["photo"] and all(torch.equal(one[k], two[k]) for k in one.keys() - {"photo"})
 
 
 def person(name: str, photos: int) -> Person:
@@ -39,7 +34,7 @@ class FakeFeatures:
     def text(self, prompt: str) -> dict[str, torch.Tensor]:
         return {"prompt_embeds": torch.tensor([[float(prompt == "")]])}
 
-    def time_ids(self, photo) -> dict[str, torch.Tensor]:
+    def sizes(self, photo) -> dict[str, torch.Tensor]:
         return {}
 
 
@@ -98,7 +93,7 @@ def test_draws_are_a_function_of_seed_epoch_and_index() -> None:
     first, again = groups(person("a", 14), person("b", 12)), groups(person("a", 14), person("b", 12))
     for key in [(0, 3), (7, 19)]:
         one, two = first[key], again[key]
-        assert same(one, two)
+        assert equal(one, two)
     assert groups(person("b", 12)).draw(4, 2) == first.draw(4, 12)  # other people change nothing
     draws = {str(data.draw(epoch, 0)) for epoch in range(3) for data in (first, groups(person("a", 14), seed=1))}
     assert len(draws) == 6
@@ -107,7 +102,7 @@ def test_draws_are_a_function_of_seed_epoch_and_index() -> None:
 def test_drop_rates_are_five_percent_each_within_three_sigma() -> None:
     data, draws = groups(person("a", 10)), 8000
     items = [data[epoch, index] for epoch in range(draws // 10) for index in range(10)]
-    kinds = Counter((bool(item["drop_image"]), bool(item["prompt_embeds"])) for item in items)
+    kinds = Counter((bool(item["drop_image"]), bool(item["text"]["prompt_embeds"])) for item in items)
     sigma = (0.05 * 0.95 / draws) ** 0.5
     for kind in [(True, False), (False, True), (True, True)]:
         assert abs(kinds[kind] / draws - 0.05) < 3 * sigma
@@ -132,7 +127,7 @@ def test_batches_are_equal_with_no_and_two_workers() -> None:
         batches.append(list(DataLoader(data, 8, sampler=sampler, num_workers=workers)))
     assert len(batches[0]) == 4
     for one, two in zip(*batches, strict=True):
-        assert same(one, two)
+        assert equal(one, two)
 
 
 @pytest.mark.parametrize(("size", "world", "batch"), [(23, 1, 4), (23, 2, 2), (24, 2, 3), (22, 4, 1), (23, 4, 2)])

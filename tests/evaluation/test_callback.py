@@ -14,6 +14,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.data.split import Split, split_people
 from lit_multiip.data.tasks import make_tasks, protocol
@@ -82,11 +83,11 @@ class Perfect(L.LightningModule):
     def __init__(self, backbone=".", name="Perfect"):
         super().__init__()
         self.spent = {"personalise": 0.5}
-        self.backbone, self.name = backbone, name
+        self.backbone, self.name = Backbone(backbone), name
         self.calls = []
 
     def describe(self):
-        return {"method": self.name, "backbone": self.backbone, "guidance_scale": float("inf")}
+        return {"method": self.name, "backbone": self.backbone.path, "guidance_scale": float("inf")}
 
     def test_step(self, batch, i):
         self.calls.append("method")

@@ -9,13 +9,14 @@ import lightning as L
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from lightning.fabric.utilities import move_data_to_device
 from tiny import make_tiny_backbone
 from torch import Tensor
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_multiip.backbone import sampler as sampling
-from lit_multiip.backbone.pipeline import load_component
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.datamodule import MultiPhotoData
@@ -31,7 +32,7 @@ Batch = dict[str, Tensor]
 @pytest.fixture(scope="module")
 def data(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> MultiPhotoData:
     data = MultiPhotoData(
-        str(tiny_backbone),
+        Backbone(str(tiny_backbone)),
         MiniFaces(train=3, validation=2, test=2, photos=11),
         batch_size=8,
         held_out=2,
@@ -53,13 +54,17 @@ def batch(data: MultiPhotoData) -> Batch:
 
 
 def built(backbone: Path, aggregator: Any = SelfAttention, steps: int = 3, **options: Any) -> MultiIPAdapter:
-    module = MultiIPAdapter(str(backbone), aggregator, sampling=Sampling(steps=steps), **options)
+    module = MultiIPAdapter(Backbone(str(backbone)), aggregator, sampling=Sampling(steps=steps), **options)
     module.configure_model()
     return module.eval()
 
 
 def one(batch: Batch, index: int) -> Batch:
-    return default_collate([{name: values[index] for name, values in batch.items()}])
+    return default_collate([_row(batch, index)])
+
+
+def _row(batch: Batch, index: int) -> Batch:
+    return {name: _row(rows, index) if isinstance(rows, dict) else rows[index] for name, rows in batch.items()}
 
 
 # Training
@@ -97,13 +102,13 @@ def test_the_loss_is_the_epsilon_error_at_the_drawn_step(tiny_backbone: Path, ba
         expected = []
         for item in (one(batch, index) for index in range(len(batch["eps"]))):
             mean, logvar = item["moments"].chunk(2, dim=1)
-            x = (mean + (logvar / 2).exp() * item["latent_noise"]) * module.scaling_factor
+            x = (mean + (logvar / 2).exp() * item["latent_noise"]) * module.backbone.scaling_factor
             t = (item["time"] * 1000).long()
             alpha_bar = module.noise.alphas_cumprod[t]
             noised = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * item["eps"]  # eq. (8)
             embeds = module.aggregator(item["references"]) * (0.0 if item["drop_image"] else 1.0)
             predicted = module.unet(
-                noised, t, item["prompt_embeds"], added_cond_kwargs={"image_embeds": [embeds]}
+                noised, t, item["text"]["prompt_embeds"], added_cond_kwargs={"image_embeds": [embeds]}
             ).sample
             expected.append(((predicted - item["eps"]) ** 2).mean())
     assert loss == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
@@ -112,7 +117,9 @@ def test_the_loss_is_the_epsilon_error_at_the_drawn_step(tiny_backbone: Path, ba
 def test_cached_and_online_features_give_the_same_loss(
     tiny_backbone: Path, data: MultiPhotoData, batch: Batch, tmp_path: Path
 ) -> None:
-    online = MultiPhotoData(str(tiny_backbone), data.source, batch_size=8, cache_dir=str(tmp_path), online=True)
+    online = MultiPhotoData(
+        Backbone(str(tiny_backbone)), data.source, batch_size=8, cache_dir=str(tmp_path), online=True
+    )
     online.setup("fit")
     module = built(tiny_backbone)
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
@@ -174,7 +181,7 @@ def test_a_step_never_waits_for_the_device_and_does_the_unets_arithmetic_alone(
     """A meta tensor has no values: whatever asked for one would raise. SD1.5 is counted in tests/benchmarks."""
     module = built(tiny_backbone).to("meta")
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
-    batch = {name: values.to("meta") if isinstance(values, Tensor) else values for name, values in batch.items()}
+    batch = move_data_to_device(batch, torch.device("meta"))
     with FlopCounterMode(display=False) as step:
         module.training_step(batch, 0).backward()
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
@@ -182,13 +189,14 @@ def test_a_step_never_waits_for_the_device_and_does_the_unets_arithmetic_alone(
     assert all(p.grad is not None for p in module.trained_parameters().values())
     embeds = module.condition(batch["references"]).detach().requires_grad_()
     t = torch.zeros(len(embeds), dtype=torch.long, device="meta")
+    text = batch["text"]["prompt_embeds"]
     with FlopCounterMode(display=False) as floor:
         conditions = {"image_embeds": [embeds]}
-        module.unet(batch["eps"], t, batch["prompt_embeds"], added_cond_kwargs=conditions).sample.sum().backward()
+        module.unet(batch["eps"], t, text, added_cond_kwargs=conditions).sample.sum().backward()
     assert step.get_total_flops() < 1.01 * floor.get_total_flops()
     with FlopCounterMode(display=False) as whole:
         module.unet.requires_grad_(True)
-        module.unet(batch["eps"], t, batch["prompt_embeds"], added_cond_kwargs=conditions).sample.sum().backward()
+        module.unet(batch["eps"], t, text, added_cond_kwargs=conditions).sample.sum().backward()
     assert whole.get_total_flops() > 1.2 * floor.get_total_flops()
 
 
@@ -287,8 +295,8 @@ def test_our_sampler_is_the_plain_pipeline_bit_for_bit(tiny_backbone: Path, task
             images = pipe(
                 num_inference_steps=3,
                 guidance_scale=3.0,
-                prompt_embeds=task["prompt_embeds"],
-                negative_prompt_embeds=task["negative_prompt_embeds"],
+                prompt_embeds=task["text"]["prompt_embeds"],
+                negative_prompt_embeds=task["negative_text"]["prompt_embeds"],
                 ip_adapter_image_embeds=[torch.cat([torch.zeros_like(positive), positive])],
                 generator=torch.Generator().manual_seed(int(task["seed"])),
                 output_type="np",
@@ -306,8 +314,8 @@ def test_zero_ip_scale_equals_the_plain_backbone(tiny_backbone: Path, tasks: Bat
         plain = pipe(
             num_inference_steps=3,
             guidance_scale=3.0,
-            prompt_embeds=tasks["prompt_embeds"],
-            negative_prompt_embeds=tasks["negative_prompt_embeds"],
+            prompt_embeds=tasks["text"]["prompt_embeds"],
+            negative_prompt_embeds=tasks["negative_text"]["prompt_embeds"],
             generator=[torch.Generator().manual_seed(int(seed)) for seed in tasks["seed"]],
             output_type="pt",
         ).images
@@ -323,15 +331,15 @@ def test_decoding_is_the_vaes(tiny_backbone: Path, tasks: Batch) -> None:
     module = built(tiny_backbone)
     mean = tasks["moments"].chunk(2, dim=1)[0]
     with torch.no_grad():
-        expected = load_component(str(tiny_backbone), "vae").decode(mean).sample
+        expected = Backbone(str(tiny_backbone)).load("vae").decode(mean).sample
         decoded = module.decode(mean)
     assert (decoded.float() - ((expected + 1) * 127.5).clamp(0, 255)).abs().max() <= 0.51
 
 
 def test_without_guidance_the_text_alone_is_no_part(tiny_backbone: Path, tasks: Batch) -> None:
-    module = MultiIPAdapter(str(tiny_backbone), sampling=Sampling(steps=2, guidance_scale=1.0))
+    module = MultiIPAdapter(Backbone(str(tiny_backbone)), sampling=Sampling(steps=2, guidance_scale=1.0))
     module.configure_model()
-    other = {**tasks, "negative_prompt_embeds": tasks["negative_prompt_embeds"] + 1}
+    other = {**tasks, "negative_text": {"prompt_embeds": tasks["negative_text"]["prompt_embeds"] + 1}}
     with torch.no_grad():
         assert torch.equal(module.generate(tasks), module.generate(other))
 

@@ -4,10 +4,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_multiip.methods.aggregators import Aggregator, AvgPool, Concat, First, MaxPool, SelfAttention
+from lit_multiip.methods.aggregators import (
+    Aggregator,
+    AvgPool,
+    Concat,
+    First,
+    MaxPool,
+    NormAvgPool,
+    SelfAttention,
+    WeightedSum,
+)
 
 DIM = 12
-POOLING = [First, MaxPool, AvgPool]
+POOLING = [First, MaxPool, AvgPool, NormAvgPool, WeightedSum]
 ALL = [*POOLING, Concat, SelfAttention]
 
 
@@ -64,7 +73,7 @@ def test_the_larger_the_query_scale_the_more_every_row_keeps_to_its_own_photo():
 
 @pytest.mark.parametrize("scale", [-1.0, float("inf"), float("nan")])
 def test_an_impossible_query_scale_is_refused(scale):
-    with pytest.raises(ValueError, match=r"query_scale=.*: give a finite number of 0 or more"):
+    with pytest.raises(ValueError, match=r"query_scale must be finite and at least 0, got"):
         SelfAttention(DIM, query_scale=scale)
 
 
@@ -147,7 +156,7 @@ def test_attention_weights_without_queries_are_uniform_and_all_sum_to_one():
 
 
 def test_only_self_attention_has_weights_and_it_has_three_square_ones():
-    assert [sum(p.numel() for p in kind(DIM).parameters()) for kind in ALL] == [0, 0, 0, 0, 3 * DIM**2]
+    assert [sum(p.numel() for p in kind(DIM).parameters()) for kind in ALL] == [0] * 6 + [3 * DIM**2]
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -184,7 +193,7 @@ def test_the_base_class_and_an_empty_width_are_refused():
 def test_photo_weights_sum_to_one_where_they_can_be_read_off(kind):
     module = kind(DIM)
     weights = module.photo_weights(photos())
-    assert (weights is None) == (module.weights_are is None) == (kind in (First, AvgPool, Concat))
+    assert (weights is None) == (module.weights_are is None) == (kind in (First, AvgPool, NormAvgPool, Concat))
     if weights is not None:
         assert weights.shape == (2, 9) and (weights >= 0).all()
         torch.testing.assert_close(weights.sum(dim=1), torch.ones(2))
@@ -209,3 +218,38 @@ def test_attention_is_largest_for_the_photo_whose_key_all_queries_meet():
 def test_dimensions_are_won_by_the_maximum_and_ties_are_divided():
     x = torch.tensor([[[5.0, 0.0, 1.0, 7.0], [1.0, 0.0, 2.0, 3.0], [1.0, -1.0, 2.0, 7.0]]])
     assert MaxPool(4).photo_weights(x).tolist() == [[(1 + 0.5 + 0.5) / 4, (0.5 + 0.5) / 4, (0.5 + 0.5) / 4]]
+
+
+def test_norm_average_does_not_change_when_one_photo_grows_longer_but_for_its_norm():
+    x = photos(batch=1, count=3)
+    longer = x * torch.tensor([1.0, 1.0, 10.0])[None, :, None]
+    cosine = torch.cosine_similarity(NormAvgPool(DIM)(x), NormAvgPool(DIM)(longer), dim=-1)
+    assert cosine.item() == pytest.approx(1, abs=1e-6)
+    assert NormAvgPool(DIM)(longer).norm().item() == pytest.approx(longer.norm(dim=2).mean().item(), rel=1e-6)
+    assert torch.cosine_similarity(AvgPool(DIM)(x), AvgPool(DIM)(longer), dim=-1).item() < 0.99
+
+
+def test_a_weighted_sum_gives_a_stranger_less_than_a_ninth_and_at_a_high_temperature_is_the_average():
+    person = torch.randn(1, 1, DIM, generator=torch.Generator().manual_seed(0)) * 3
+    x = person + photos(batch=1)
+    x[:, 4] = -person[:, 0]
+    weights = WeightedSum(DIM)(x), WeightedSum(DIM).photo_weights(x)
+    assert weights[1][0, 4] < 1e-3 and weights[1].sum().item() == pytest.approx(1)
+    assert torch.allclose(WeightedSum(DIM, temperature=1e6)(x), AvgPool(DIM)(x), atol=1e-4)
+    with pytest.raises(ValueError, match="temperature=0"):
+        WeightedSum(DIM, temperature=0)
+
+
+def test_self_attention_that_does_not_attend_is_concat_with_the_same_matrix():
+    x, module, control = photos(), trained(attend=False), Concat(DIM, linear=True)
+    control.to_v.load_state_dict(module.to_v.state_dict())
+    assert torch.equal(module(x), control(x))
+    assert (trained()(x) - control(x)).abs().max() > 0.1
+    assert str(trained(attend=False)) == str(trained())  # a trained model may be drawn without its attention
+    assert torch.equal(Concat(DIM, linear=True)(x), x)  # untrained
+
+
+def test_pooled_self_attention_is_the_mean_of_its_rows_and_another_method_to_a_checkpoint():
+    x = photos()
+    assert torch.allclose(trained(pool="mean")(x), trained()(x).mean(1, keepdim=True), atol=1e-6)
+    assert trained(pool="mean").extra_repr() != trained().extra_repr()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny import make_tiny_backbone
 from torch import Tensor
 
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.data.photos import DataError
@@ -32,7 +33,7 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def faces(backbone: Path, features: str, **options: Any) -> MultiPhotoData:
     source = MiniFaces(train=2, validation=2, test=2, photos=11)
-    data = MultiPhotoData(str(backbone), source, cache_dir=features, **{"held_out": 2, **options})
+    data = MultiPhotoData(Backbone(str(backbone)), source, cache_dir=features, **{"held_out": 2, **options})
     data.per_person = True  # as setup finds out from the trainer's module
     return data
 
@@ -78,7 +79,7 @@ def dreambooth(backbone: Path, folder: str, **options: Any) -> DreamBooth:
         "class_images": 3,
         "sampling": Sampling(steps=2),
     } | options
-    return DreamBooth(str(backbone), class_folder=folder, **options)
+    return DreamBooth(Backbone(str(backbone)), class_folder=folder, **options)
 
 
 def built(backbone: Path, folder: str, **options: Any) -> DreamBooth:
@@ -128,7 +129,7 @@ def test_the_snr_as_weight_turns_equation_12_into_the_epsilon_error(tiny_backbon
         eps_hat = module.unet(x_t.float(), t, prompt_embeds).sample.double()
         x_hat = (x_t - sigma * eps_hat) / alpha
         equation_12 = (alpha**2 / sigma**2 * (x_hat - x) ** 2).mean(dim=(1, 2, 3))
-        ours = module.denoising_loss(x.float(), eps.float(), t, prompt_embeds)
+        ours = module.denoising_loss(x.float(), eps.float(), t, {"prompt_embeds": prompt_embeds})
     assert (equation_12 / ours - 1).abs().max() < 1e-4
 
 
@@ -145,10 +146,8 @@ def test_the_two_terms_are_of_the_persons_photos_and_of_class_images(
         for loss, (term, moments, prompt) in zip(module.losses(who, 7), terms, strict=True):
             draws = module.draws(who.person, 7, term, len(moments))
             mean, logvar = moments[draws.which].chunk(2, dim=1)
-            x = (mean + (logvar / 2).exp() * draws.latent_noise) * module.scaling_factor
-            expected = module.denoising_loss(
-                x, draws.eps, draws.t, module.encode([prompt, prompt])["prompt_embeds"]
-            ).mean()
+            x = (mean + (logvar / 2).exp() * draws.latent_noise) * module.backbone.scaling_factor
+            expected = module.denoising_loss(x, draws.eps, draws.t, module.encode([prompt, prompt])).mean()
             assert float(loss) == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -270,7 +269,7 @@ def test_without_references_it_is_the_backbone_also_after_tuning(
     tiny_backbone: Path, features: str, tasks: dict[str, Any]
 ) -> None:
     module = built(tiny_backbone, features)
-    adapter = MultiIPAdapter(str(tiny_backbone), sampling=Sampling(steps=2))
+    adapter = MultiIPAdapter(Backbone(str(tiny_backbone)), sampling=Sampling(steps=2))
     adapter.configure_model()
     with torch.no_grad():
         plain, tuned, again = (module.generate(tasks, given) for given in ("none", "right", "none"))  # type: ignore[arg-type]
@@ -323,11 +322,10 @@ def test_another_identifier_and_noun_are_taken_as_they_are() -> None:
 def test_the_identifier_is_one_token_of_the_miniature_and_more_are_told(
     tiny_backbone: Path, features: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from lit_multiip.backbone.pipeline import load_component
     from lit_multiip.mini.tokenizer import IDENTIFIERS
 
     assert DreamBooth().identifier == IDENTIFIERS[0]
-    assert len(load_component("mini", "tokenizer")(IDENTIFIERS[0]).input_ids) == 3
+    assert len(Backbone("mini").load("tokenizer")(IDENTIFIERS[0]).input_ids) == 3
     built(tiny_backbone, features, prior_weight=0)  # whose tokens are letters
     assert "'sks' is 3 tokens" in caplog.text
 
@@ -344,9 +342,8 @@ def test_class_images_are_drawn_once_and_by_the_backbone(
     assert stored["images"].shape == (5, 3, 32, 32) and stored["images"].dtype == torch.uint8
     assert stored["moments"].shape == (5, 8, 8, 8)
     assert [path.name for path in module.class_file().parent.iterdir()] == ["images.safetensors"]
-    embeds = module.encode(["a photo of a person", ""])["prompt_embeds"]
     with torch.no_grad():
-        plain = module.sampler(embeds[:1], embeds[1:], None, [3], 32)
+        plain = module.sampler(module.encode(["a photo of a person"]), module.encode([""]), None, [3], 32)
     assert (plain[0].int() - stored["images"][3].int()).abs().max() <= 1
 
     tuned = dreambooth(tiny_backbone, str(tmp_path / "again"), class_images=5)
@@ -462,7 +459,7 @@ def test_checkpoints_of_other_methods_and_other_tuning_are_refused(
     fitted: tuple[DreamBooth, Path], tiny_backbone: Path, features: str, tmp_path: Path
 ) -> None:
     checkpoint = torch.load(fitted[1], weights_only=True)
-    adapter = MultiIPAdapter(str(tiny_backbone))
+    adapter = MultiIPAdapter(Backbone(str(tiny_backbone)))
     adapter.configure_model()
     with pytest.raises(CheckpointError, match=r"another method: DreamBooth\(tuned=unet, lora_rank=None\).*Self"):
         adapter.on_load_checkpoint(checkpoint)
@@ -493,12 +490,12 @@ def test_lora_keeps_and_saves_the_additions_alone(
     assert module.unet.conv_in.weight.dtype == torch.bfloat16
     again = built(tiny_backbone, features, **options)
     again.on_load_checkpoint(checkpoint)
-    embeds = tasks["prompt_embeds"], tasks["negative_prompt_embeds"]
+    texts = tasks["text"], tasks["negative_text"]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        before = again.sampler(*embeds, None, [0] * 4, 32)
+        before = again.sampler(*texts, None, [0] * 4, 32)
         again.load_state_dict(state, strict=False)
         torch.clear_autocast_cache()
-        after = again.sampler(*embeds, None, [0] * 4, 32)
+        after = again.sampler(*texts, None, [0] * 4, 32)
     assert not torch.equal(before, after)
     assert again.method() == "DreamBooth + LoRA"
     assert again.describe()["trained_parameters"] == sum(values.numel() for values in state.values())
@@ -553,7 +550,7 @@ def test_a_fit_that_cannot_go_well_is_refused_before_work(
 def test_an_adapter_does_not_learn_one_person(tiny_backbone: Path, features: str, tmp_path: Path) -> None:
     data = faces(tiny_backbone, features, person=PEOPLE[0])
     with pytest.raises(DataError, match="is for methods that learn one person"):
-        trainer(tmp_path).fit(MultiIPAdapter(str(tiny_backbone)), datamodule=data)
+        trainer(tmp_path).fit(MultiIPAdapter(Backbone(str(tiny_backbone))), datamodule=data)
 
 
 def test_facts_for_a_results_file(tiny_backbone: Path, features: str, tasks: dict[str, Any]) -> None:

@@ -7,8 +7,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
-from lit_multiip.backbone.ip_adapter import find_ip_adapter
-from lit_multiip.backbone.pipeline import resolve_backbone
+from lit_multiip.backbone.components import resolve_backbone
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data import mini_faces
 from lit_multiip.evaluation.critic import HEADS, WIDTH, Critic
 from lit_multiip.mini.gate import clip_embed, critic_embed, rank_one
@@ -75,7 +75,7 @@ def test_a_critic_reloads_to_the_same_answers(architecture: str, tmp_path: Path)
 
 def test_the_shipped_folder_is_a_plain_pipeline_of_small_half_precision_files() -> None:
     pipe = StableDiffusionPipeline.from_pretrained(MINI)
-    adapter = find_ip_adapter("mini")
+    adapter = Backbone("mini").adapter_file()
     assert adapter is not None
     pipe.load_ip_adapter(str(MINI), subfolder="ip_adapter", weight_name=Path(adapter).name)
     assert len(pipe.unet.attn_processors) == 14 and pipe.vae.config.scaling_factor > 0

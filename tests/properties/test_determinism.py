@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from resuming import METHOD, differences, logged, run, run_of, state_of, write_config
 from torch.utils.data import default_collate
 
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.data import MiniFaces
 from lit_multiip.data.groups import draw_references, held_out_group
@@ -52,13 +53,15 @@ def test_two_fits_and_their_images_are_equal_bit_for_bit(
 @pytest.fixture(scope="module")
 def data(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> MultiPhotoData:
     source = MiniFaces(train=2, validation=1, test=4, photos=11)
-    data = MultiPhotoData(str(tiny_backbone), source, held_out=2, cache_dir=str(tmp_path_factory.mktemp("features")))
+    data = MultiPhotoData(
+        Backbone(str(tiny_backbone)), source, held_out=2, cache_dir=str(tmp_path_factory.mktemp("features"))
+    )
     data.setup("test")
     return data
 
 
 def test_the_seed_of_a_task_and_not_its_batch_decides_its_image(tiny_backbone: Path, data: MultiPhotoData) -> None:
-    module = MultiIPAdapter(str(tiny_backbone), SelfAttention, sampling=Sampling(steps=4))
+    module = MultiIPAdapter(Backbone(str(tiny_backbone)), SelfAttention, sampling=Sampling(steps=4))
     module.configure_model()
     items = [data.test_dataloader().dataset[i] for i in range(8)]
 

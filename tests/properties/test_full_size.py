@@ -16,6 +16,7 @@ from sd15 import write_sd15
 from torch.utils.data import default_collate
 
 from lit_multiip.backbone.ip_adapter import ip_adapter_parameters
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.datamodule import MultiPhotoData
@@ -34,14 +35,14 @@ def test_sd15_loads_trains_on_a_fixed_batch_and_draws_at_256_px(sd15: Path, tmp_
     started = time.perf_counter()
     source = MiniFaces(train=1, validation=1, test=1, photos=3)
     few: dict[str, Any] = {"references": 2, "min_photos": 3, "batch_size": 1, "encode_batch_size": 1}
-    data = MultiPhotoData(str(sd15), source, SIDE, cache_dir=str(tmp_path), drop=(0, 0, 0), **few)
+    data = MultiPhotoData(Backbone(str(sd15), image_side=SIDE), source, cache_dir=str(tmp_path), drop=(0, 0, 0), **few)
     data.prepare_data()
     data.setup("fit")
     encoded = time.perf_counter() - started
 
     sampling = Sampling(steps=2)
     model = MultiIPAdapter(
-        str(sd15), sampling=sampling, image_side=SIDE, lr_warmup_steps=0
+        Backbone(str(sd15), image_side=SIDE), sampling=sampling, lr_warmup_steps=0
     )  # AdamW, 1e-4: as published
     model.configure_model()
     adapter = sum(parameter.numel() for parameter in ip_adapter_parameters(model.unet).values())

@@ -18,8 +18,9 @@ from resuming import METHOD, ROOT, run, write_config
 from transformers import AutoModel
 
 from lit_multiip.__main__ import main
+from lit_multiip.backbone.components import BackboneError
 from lit_multiip.backbone.ip_adapter import read_ip_adapter
-from lit_multiip.backbone.pipeline import BackboneError, load_component, load_image_encoder
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampler, Sampling
 from lit_multiip.backbone.store import Shards
 from lit_multiip.data.photos import DataError
@@ -133,11 +134,11 @@ def test_code_inside_a_backbone_is_never_run(tiny_backbone: Path, harm: Path, tm
         (folder / "model_index.json").write_text(json.dumps({**index, **change}))
         for name in ("unet", "image_encoder", "vae"):
             try:
-                load_component(str(folder), name)
+                Backbone(str(folder)).load(name)
             except BackboneError as error:
                 assert name in str(error) or str(folder) in str(error)
         with suppress(ValueError, OSError):
-            Sampler(str(folder), load_component(str(tiny_backbone), "unet"), Sampling())
+            Sampler(Backbone(str(folder)), Backbone(str(tiny_backbone)).load("unet"), Sampling())
     assert not harm.exists()
 
 
@@ -148,8 +149,8 @@ def test_attention_that_a_model_names_on_the_hub_is_not_fetched(key: str, tiny_b
     for name in ("image_encoder", "text_encoder"):
         file = folder / name / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), key: "kernels-community/evil"}))
-        assert load_component(str(folder), name).config._attn_implementation == "sdpa"
-    _, encoder = load_image_encoder(str(tiny_backbone), str(folder / "image_encoder"))
+        assert Backbone(str(folder)).load(name).config._attn_implementation == "sdpa"
+    _, encoder = Backbone(str(tiny_backbone), str(folder / "image_encoder")).load_image_encoder()
     assert encoder.config._attn_implementation == "sdpa"
     assert _load(AutoModel, str(folder / "image_encoder")).config._attn_implementation == "eager"
 

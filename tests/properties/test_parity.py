@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from tiny import make_tiny_backbone
 from torch import Tensor, nn
 
-from lit_multiip.backbone.encoders import encode_prompts
+from lit_multiip.backbone.components import BackboneError
 from lit_multiip.backbone.ip_adapter import read_ip_adapter, text_kv
-from lit_multiip.backbone.pipeline import BackboneError, load_component, load_image_encoder, load_text_pipeline
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.datamodule import MultiPhotoData
@@ -39,7 +39,7 @@ def tiny_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shaken(backbone: Path, **options: Any) -> MultiIPAdapter:
     """A model whose adapter and aggregator all differ from where they start."""
-    model = MultiIPAdapter(str(backbone), **options)
+    model = MultiIPAdapter(Backbone(str(backbone)), **options)
     model.configure_model()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -58,10 +58,10 @@ def test_a_batch_is_drawn_as_plain_diffusers_draws_each_of_its_images(
 ) -> None:
     folder = request.getfixturevalue(FIXTURES[kind])
     model = shaken(folder, sampling=Sampling(steps=4, guidance_scale=guidance, ip_scale=0.7))
-    texts = load_text_pipeline(str(folder))
-    own, empty = encode_prompts(texts, PROMPTS), encode_prompts(texts, ["", ""])
+    texts = Backbone(str(folder)).text_pipeline()
+    own, empty = (Backbone(str(folder)).encode_prompts(texts, prompts) for prompts in (PROMPTS, ["", ""]))
     references = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0))
-    batch = {**own, **{f"negative_{name}": rows for name, rows in empty.items()}, "references": references}
+    batch = {"text": own, "negative_text": empty, "references": references}
     with torch.no_grad():
         ours = model.generate({**batch, "seed": torch.tensor([3, 4])})
         embeds = model.condition(references)
@@ -120,7 +120,7 @@ class Published(nn.Module):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.unet: UNet2DConditionModel = load_component(str(folder), "unet")
+        self.unet: UNet2DConditionModel = Backbone(str(folder)).load("unet")
         state = read_ip_adapter(str(folder / "ip_adapter" / "ip_adapter.safetensors"))
         width, self.context = state["image_proj"]["proj.weight"].shape[1], self.unet.config.cross_attention_dim
         self.proj, self.norm = nn.Linear(width, 4 * self.context), nn.LayerNorm(self.context)
@@ -146,14 +146,14 @@ def test_the_loss_and_its_gradient_are_those_of_the_published_training_step(
     folder = request.getfixturevalue(FIXTURES[kind])
     source = MiniFaces(train=3, validation=2, test=2, photos=11)
     options: Any = {"references": 1, "target": "reference", "drop": (0.2, 0.2, 0.2), "batch_size": 6}
-    data = MultiPhotoData(str(folder), source, cache_dir=str(tmp_path), **options)
+    data = MultiPhotoData(Backbone(str(folder)), source, cache_dir=str(tmp_path), **options)
     data.prepare_data()
     data.setup("fit")
     loader = data.train_dataloader()
     groups, keys = loader.dataset, list(loader.sampler)[:6]
     batch: dict[str, Tensor] = next(iter(loader))
     photos = [groups.draw(*key)[0] for key in keys]  # type: ignore[attr-defined]
-    model = MultiIPAdapter(str(folder), First)
+    model = MultiIPAdapter(Backbone(str(folder)), First)
     model.configure_model()
     model.log = lambda *_, **__: None  # type: ignore[method-assign]
     model._trainer = None
@@ -161,16 +161,16 @@ def test_the_loss_and_its_gradient_are_those_of_the_published_training_step(
 
     # the published step: photos, captions and flags in; every encoder is run
     published = Published(folder)
-    texts, vae = load_text_pipeline(str(folder)), load_component(str(folder), "vae")
-    noise_scheduler = DDPMScheduler.from_config(load_component(str(folder), "scheduler").config)
-    empty = encode_prompts(texts, [""])["prompt_embeds"].half().float()
-    dropped = [bool((row - empty).abs().max() == 0) for row in batch["prompt_embeds"]]
+    texts, vae = Backbone(str(folder)).text_pipeline(), Backbone(str(folder)).load("vae")
+    noise_scheduler = DDPMScheduler.from_config(Backbone(str(folder)).load("scheduler").config)
+    empty = Backbone(str(folder)).encode_prompts(texts, [""])["prompt_embeds"].half().float()
+    dropped = [bool((row - empty).abs().max() == 0) for row in batch["text"]["prompt_embeds"]]
     assert any(dropped) and batch["drop_image"].any() and not all(dropped)
     captions = ["" if drop else photo.prompt for photo, drop in zip(photos, dropped, strict=True)]
     with torch.no_grad():
         posterior = vae.encode(to_signal(to_tensor(square(photo.image(), 32) for photo in photos))).latent_dist
         latents = (posterior.mean + posterior.std * batch["latent_noise"]) * vae.config.scaling_factor
-        processor, encoder = load_image_encoder(str(folder))
+        processor, encoder = Backbone(str(folder)).load_image_encoder()
         pixels = processor([photo.image() for photo in photos], return_tensors="pt").pixel_values
         image_embeds = encoder(pixels).image_embeds
         image_embeds = torch.where(batch["drop_image"][:, None], torch.zeros_like(image_embeds), image_embeds)
@@ -211,17 +211,17 @@ def test_where_the_unet_predicts_v_the_target_is_v(tiny_v: Path) -> None:
     abar = abar[t].float().view(-1, 1, 1, 1)
     noised = abar.sqrt() * x + (1 - abar).sqrt() * eps
     v = abar.sqrt() * eps - (1 - abar).sqrt() * x
-    model = DreamBooth(str(tiny_v))
+    model = DreamBooth(Backbone(str(tiny_v)))
     model.configure_model()
     with torch.no_grad():
-        ours = model.denoising_loss(x, eps, t, text)
+        ours = model.denoising_loss(x, eps, t, {"prompt_embeds": text})
         predicted = model.unet(noised, t, text).sample
     assert torch.allclose(ours, (predicted - v).square().mean(dim=(1, 2, 3)), rtol=1e-4)
     assert (ours - (predicted - eps).square().mean(dim=(1, 2, 3))).abs().max() > 0.01
 
 
 def test_a_unet_that_predicts_neither_noise_nor_v_is_refused(tmp_path: Path) -> None:
-    model = MultiIPAdapter(str(make_tiny_backbone(tmp_path, prediction_type="sample")))
+    model = MultiIPAdapter(Backbone(str(make_tiny_backbone(tmp_path, prediction_type="sample"))))
     with pytest.raises(BackboneError, match="predicts 'sample': give one that predicts epsilon or v_prediction"):
         model.configure_model()
 
@@ -234,10 +234,10 @@ def test_sdxl_is_told_the_size_of_the_file_and_the_crop_of_its_square(tiny_sdxl:
 
     Image.new("RGB", (100, 50)).save(tmp_path / "wide.png")
     photo = FilePhoto("p", "wide.png", "a", tmp_path / "wide.png")
-    features = Features(str(tiny_sdxl), tmp_path / "cache")
+    features = Features(Backbone(str(tiny_sdxl)), tmp_path / "cache")
     features.build([], [photo], ["a"])
     # at 32 px a side it is 64 x 32, of which the square begins at x = 16
-    assert features.time_ids(photo)["time_ids"].tolist() == [50, 100, 0, 16, 32, 32]
+    assert features.sizes(photo)["time_ids"].tolist() == [50, 100, 0, 16, 32, 32]
     assert {name: tuple(rows.shape) for name, rows in features.text("a").items()} == {
         "prompt_embeds": (16, 32),
         "pooled_prompt_embeds": (16,),

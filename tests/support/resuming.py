@@ -28,7 +28,7 @@ def write_config(path: Path, backbone: Path, cache: Path, **options: Any) -> Pat
     """A config of 13 steps of 4 samples, validated every 3."""
     faces = {"train": 3, "validation": 1, "test": 1, "photos": 11}
     config = {
-        "backbone": str(backbone),
+        "backbone": {"path": str(backbone)},
         "trainer": {
             "accelerator": "cpu",
             "precision": "32-true",

@@ -60,7 +60,7 @@ def blip(tmp_path_factory):
     return folder
 
 
-def test_a_persons_own_captions_stay_unless_told_otherwise(tmp_path):
+def test_a_persons_own_captions_stay_unless_overwrite_is_set(tmp_path):
     write_photos(tmp_path, "Ann/1.jpg", "Ann/2.jpg", "Ann/3.jpg", "Bo/1.png", "Bo/2.png")
     (tmp_path / "Ann/1.txt").write_text("a person on a bridge")
     with (tmp_path / "metadata.csv").open("w", newline="") as file:
@@ -87,7 +87,7 @@ def test_captions_of_the_folder_above_one_persons_own_are_kept_too(tmp_path):
     assert [path.name for path in done.written] == ["2.txt"] and done.kept == 1
 
 
-def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
+def test_an_interrupted_run_continues_where_it_was(tmp_path):
     write_photos(tmp_path, *(f"Ann/{i}.jpg" for i in range(5)))
 
     class Fails(Captions):
@@ -110,7 +110,7 @@ def test_photos_that_cannot_be_read_are_named_and_the_others_captioned(tmp_path)
     (tmp_path / "2.jpg").write_bytes(b"not a picture")
     done = caption_photos(read_people(str(tmp_path)), Captions())
     assert [path.name for path in done.written] == ["1.txt", "3.txt"]
-    assert len(done.unreadable) == 1 and "2.jpg" in done.unreadable[0]
+    assert len(done.failed) == 1 and "2.jpg" in done.failed[0]
 
 
 def test_photos_of_one_stem_share_one_caption(tmp_path):
@@ -146,11 +146,11 @@ def test_captions_never_name_the_person(text, name, expected):
     assert without_name(text, name, PREFIX) == expected
 
 
-def test_captions_that_named_the_person_are_told(tmp_path):
+def test_captions_that_named_the_person_are_listed(tmp_path):
     write_photos(tmp_path, "Ann_Lee/1.jpg", "Bo/1.jpg")
     done = caption_photos(read_people(str(tmp_path)), Captions("ann smiling"))
     assert (tmp_path / "Ann_Lee/1.txt").read_text() == "a photo of a person smiling\n"
-    assert [path.parent.name for path in done.named] == ["Ann_Lee"]
+    assert [path.parent.name for path in done.name_removed] == ["Ann_Lee"]
 
 
 def test_a_model_of_transformers_continues_the_prefix(blip):
@@ -167,14 +167,14 @@ def test_the_command_captions_a_folder_and_then_has_nothing_to_do(blip, tmp_path
     (tmp_path / "Ann/3.jpg").write_bytes(b"")
     command = ["caption", "--photos", str(tmp_path), "--model", str(blip), "--device", "cpu", "--max_new_tokens", "4"]
     main(command)
-    assert "2 captions written, 0 photos had one, 1 photos could not be read" in capsys.readouterr().out
+    assert "captions: 2 written, 0 kept, 1 failed" in capsys.readouterr().out
     assert all((tmp_path / f"Ann/{i}.txt").read_text().startswith(PREFIX) for i in (1, 2))
     (tmp_path / "Ann/3.jpg").unlink()
     main(command)
     assert "all 2 photos" in capsys.readouterr().out
 
 
-def test_a_model_that_is_not_there_is_told_in_one_line(tmp_path, capsys):
+def test_a_model_that_cannot_be_loaded_is_named(tmp_path, capsys):
     write_photos(tmp_path, "Ann/1.jpg")
     with pytest.raises(DataError, match=r"captioning model '.*nothing' cannot be loaded"):
         ImageToText(str(tmp_path / "nothing"))

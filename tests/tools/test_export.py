@@ -26,10 +26,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_multiip.__main__ import main
-from lit_multiip.backbone.encoders import PhotoEncoder, encode_prompts
+from lit_multiip.backbone.components import BackboneError
+from lit_multiip.backbone.encoders import PhotoEncoder
 from lit_multiip.backbone.ip_adapter import read_ip_adapter, text_kv
 from lit_multiip.backbone.lora import LORA_FILE
-from lit_multiip.backbone.pipeline import BackboneError, load_component
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.aggregators import AvgPool, SelfAttention
@@ -39,7 +40,7 @@ from lit_multiip.tools.export import ADAPTER, EMBEDS, export
 
 
 def built(backbone: Path, **options: Any) -> MultiIPAdapter:
-    model = MultiIPAdapter(str(backbone), **options)
+    model = MultiIPAdapter(Backbone(str(backbone)), **options)
     model.configure_model()
     return model.eval()
 
@@ -63,7 +64,7 @@ def write_run(folder: Path, model: Any, config: dict[str, Any], seed: int = 1, s
 def run(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose weights, of adapter and aggregator, all differ from where they start."""
     config = {
-        "backbone": str(tiny_backbone),
+        "backbone": {"path": str(tiny_backbone)},
         "model": {"class_path": "lit_multiip.methods.adapter.MultiIPAdapter"},
         "data": {"person": "Ann_Lee", "references": 9},
     }
@@ -118,10 +119,10 @@ def test_plain_diffusers_draws_the_same_image_from_a_persons_file(
     pipe = plain(tiny_backbone, exported)
     embeds = load_file(exported / "embeds" / "Ann_Lee.safetensors")[EMBEDS]
     assert embeds.shape == (2, 9, 24) and not embeds[0].any()
-    people = PhotoEncoder(str(tiny_backbone))(read_person(photos).photos)
+    people = PhotoEncoder(Backbone(str(tiny_backbone)))(read_person(photos).photos)
     with torch.no_grad():
         assert torch.allclose(trained.condition(people[None])[0].sort(0)[0], embeds[1].sort(0)[0], atol=1e-5)
-        texts = [encode_prompts(pipe, [text])["prompt_embeds"] for text in ("a person", "")]
+        texts = [trained.backbone.encode_prompts(pipe, [text]) for text in ("a person", "")]
         sampler = trained.sampler
         sampler.sampling.steps, sampler.sampling.guidance_scale = 4, 3.0
         ours = sampler(texts[0], texts[1], embeds[1:], [3], 32)[0].permute(1, 2, 0)
@@ -141,7 +142,7 @@ def test_other_pipelines_take_the_same_files(
     embeds = load_file(exported / "embeds" / "Ann_Lee.safetensors")[EMBEDS]
     torch.manual_seed(0)
     control = ControlNetModel.from_unet(
-        load_component(str(tiny_backbone), "unet"), conditioning_embedding_out_channels=(8, 8, 16)
+        Backbone(str(tiny_backbone)).load("unet"), conditioning_embedding_out_channels=(8, 8, 16)
     )
     cls, extra, inputs = {
         "img2img": (StableDiffusionImg2ImgPipeline, {}, {"image": image, "strength": 0.8}),
@@ -246,7 +247,7 @@ def test_lora_goes_out_beside_the_adapter_and_comes_back_with_it(
     model = built(backbone, lora_rank=2, sampling=Sampling(steps=3, ip_scale=0.0))
     args = {"lora_rank": 2, "sampling": {"steps": 3, "ip_scale": 0.0}}
     config = {
-        "backbone": str(backbone),
+        "backbone": {"path": str(backbone)},
         "model": {"class_path": "lit_multiip.methods.adapter.MultiIPAdapter", "init_args": args},
     }
     run = write_run(tmp_path / "lora" / "version_0", model, config)
@@ -264,7 +265,7 @@ def test_lora_goes_out_beside_the_adapter_and_comes_back_with_it(
 
 def test_lora_that_is_left_out_is_noticed(tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {
-        "backbone": str(tiny_backbone),
+        "backbone": {"path": str(tiny_backbone)},
         "model": {"class_path": "lit_multiip.methods.adapter.MultiIPAdapter", "init_args": {"lora_rank": 2}},
     }
     run = write_run(tmp_path / "lora" / "version_0", built(tiny_backbone, lora_rank=2), config)
@@ -280,11 +281,11 @@ def test_dreambooth_goes_out_as_diffusers_loads_it(
 ) -> None:
     backbone = request.getfixturevalue({"sd": "tiny_backbone", "sdxl": "tiny_sdxl"}[kind])
     args: dict[str, Any] = {"tuned": tuned, "lora_rank": lora_rank, "identifier": "k"}
-    model = DreamBooth(str(backbone), **args)
+    model = DreamBooth(Backbone(str(backbone)), **args)
     model.configure_model()
     model.learnt = ("Ann_Lee", "0")
     config = {
-        "backbone": str(backbone),
+        "backbone": {"path": str(backbone)},
         "model": {"class_path": "lit_multiip.methods.dreambooth.DreamBooth", "init_args": args},
     }
     run = write_run(tmp_path / "dreambooth" / "version_0", model, config)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data import mini_faces
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.data.photos import FilePhoto
@@ -36,7 +37,7 @@ WIDTH = 24  # of the tiny backbone's image embeddings
 
 
 def model(backbone: Path, aggregator: type[Aggregator]) -> MultiIPAdapter:
-    made = MultiIPAdapter(str(backbone), aggregator)
+    made = MultiIPAdapter(Backbone(str(backbone)), aggregator)
     made.configure_model()
     return made.eval()
 
@@ -46,7 +47,7 @@ def tasks_and_items(embeds: Tensor | None = None, held_out: int = 2) -> tuple[li
     tasks = make_tasks(PEOPLE[:1], 5, held_out)
     g = torch.Generator().manual_seed(0)
     embeds = torch.randn(5, WIDTH, generator=g) if embeds is None else embeds
-    shared = {"references": embeds, "prompt_embeds": torch.randn(16, 32, generator=g)}
+    shared = {"references": embeds, "text": {"prompt_embeds": torch.randn(16, 32, generator=g)}}
     return tasks, [
         {**shared, "moments": torch.randn(8, 8, 8, generator=g), "seed": torch.tensor(task.seed)} for task in tasks
     ]
@@ -87,10 +88,10 @@ def test_the_worth_is_the_change_of_the_loss_at_equal_noise(tiny_backbone: Path)
         found = inspect_person(module, tasks, items)
         changes = []
         for item in items:
-            x = item["moments"].chunk(2)[0][None] * module.scaling_factor
+            x = item["moments"].chunk(2)[0][None] * module.backbone.scaling_factor
             for number, time in enumerate(VALIDATION_TIMES):
                 eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(int(item["seed"]) + number))
-                at = (x, eps, torch.tensor([int(1000 * time)]), item["prompt_embeds"][None])
+                at = (x, eps, torch.tensor([int(1000 * time)]), {"prompt_embeds": item["text"]["prompt_embeds"][None]})
                 with_all = module.denoising_loss(*at, item["references"].mean(0)[None, None])
                 without = module.denoising_loss(*at, item["references"][[0, 1, 3, 4]].mean(0)[None, None])
                 changes.append(float(without - with_all))

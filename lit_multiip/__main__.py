@@ -7,10 +7,10 @@ import sys
 from argparse import RawDescriptionHelpFormatter
 from typing import Any, Literal
 
-import lightning as L
 from jsonargparse import DefaultHelpFormatter, Namespace, auto_cli
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lit_multiip.callbacks import Trainer
 from lit_multiip.cli import CLI
 from lit_multiip.console import errors_in_one_line, set_up_logging
 
@@ -33,8 +33,8 @@ class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Leaves the description's lines as they are."""
 
 
-class Trainer(L.Trainer):
-    """Lightning's Trainer, with the commands that look at a run or take it away."""
+class CommandTrainer(Trainer):
+    """The Trainer, with the commands that look at a run or take it away."""
 
     def inspect(
         self,
@@ -133,7 +133,9 @@ def main(args: list[str] | None = None) -> None:
             function = getattr(importlib.import_module(PLAIN[name][0]), name.replace("-", "_"))
             auto_cli(function, args=given[1:], as_positional=False, prog=f"{PROGRAM} {name}", exit_on_error=False)
         else:
-            Commands(args, trainer_class=Trainer, prog=PROGRAM, description=DESCRIPTION, formatter_class=Formatter)
+            Commands(
+                args, trainer_class=CommandTrainer, prog=PROGRAM, description=DESCRIPTION, formatter_class=Formatter
+            )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import glob
 import logging
-import os
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import Namespace
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from jsonargparse import Namespace, dict_to_namespace
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from lit_multiip import callbacks, runs
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
-from lit_multiip.callbacks import RecordPeople, SampleGrid, SavePredictions, Summary, ValidateBySteps
 from lit_multiip.console import blame_config
 from lit_multiip.datamodule import MultiPhotoData, PredictArgs
 from lit_multiip.evaluation import faces, vision  # noqa: F401  so that a config may call their extractors by name
@@ -28,29 +28,34 @@ from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.dreambooth import DreamBooth  # noqa: F401  which a config names
 from lit_multiip.methods.method import Method
 from lit_multiip.resume import DurableCheckpointIO, ExactResume
-from lit_multiip.runs import best_checkpoint, choose_run, read_checkpoint, run_to_continue
 
 logger = logging.getLogger(__name__)
 
 BACKBONE_TARGETS = ("model.init_args.backbone", "data.backbone")  # given the one backbone of the top-level key
 SECTIONS = ("trainer", "data", "checkpoint", "grid", "score")  # of a config
 
-# Short options: the commands that take them, where their value goes, their type and help.
-SAMPLING, PREDICT = "model.init_args.sampling", "data.predict"
-PLACES: dict[str, type[Any]] = {SAMPLING: Sampling, PREDICT: PredictArgs}
-SHORT: dict[str, tuple[tuple[str, ...], str, str, dict[str, Any]]] = {
-    "ip_scale": (("test", "predict"), SAMPLING, "ip_scale", {"type": float, "help": "weight of the photos"}),
-    "guidance_scale": (
+# Short options: where their values go, which class stands there, the commands that take them, and how each is typed.
+SHORT: dict[str, tuple[type[Any], tuple[str, ...], dict[str, dict[str, Any]]]] = {
+    "model.init_args.sampling": (
+        Sampling,
         ("test", "predict"),
-        SAMPLING,
-        "guidance_scale",
-        {"type": float, "help": "weight of the text"},
+        {
+            "ip_scale": {"type": float, "help": "weight of the photos"},
+            "guidance_scale": {"type": float, "help": "weight of the text"},
+            "steps": {"type": int, "help": "denoising steps"},
+        },
     ),
-    "steps": (("test", "predict"), SAMPLING, "steps", {"type": int, "help": "denoising steps"}),
-    "photos": (("predict",), PREDICT, "photos", {"type": str, "help": "folder with photos of one person"}),
-    "prompts": (("predict",), PREDICT, "prompts", {"type": str, "nargs": "+", "help": "what to draw"}),
-    "seeds": (("predict",), PREDICT, "seeds", {"type": int, "nargs": "+", "help": "an image each per prompt"}),
+    "data.predict": (
+        PredictArgs,
+        ("predict",),
+        {
+            "photos": {"type": str, "help": "folder with photos of one person"},
+            "prompts": {"type": str, "nargs": "+", "help": "what to draw"},
+            "seeds": {"type": int, "nargs": "+", "help": "an image each per prompt"},
+        },
+    ),
 }
+WHICH_RUN = "folder of a run; without one, a config or a checkpoint the newest under runs/"
 
 
 class Parser(LightningArgumentParser):
@@ -92,21 +97,22 @@ class CLI(LightningCLI):
     """
 
     commands = LightningCLI.subcommands()  # by name, the arguments of the Trainer's method that are no options
-    trainer: L.Trainer
+    trainer: callbacks.Trainer
+    run_folder: Path  # into which all is written, whatever the logger
     continued: Path | None = None  # the run that fit goes on with, in its own folder
 
     def __init__(
         self,
         args: list[str] | None = None,
         run: bool = True,
-        trainer_class: type[L.Trainer] = L.Trainer,
+        trainer_class: type[callbacks.Trainer] = callbacks.Trainer,
         **parser_kwargs: Any,
     ) -> None:
         typed = sys.argv[1:] if args is None else args
         if typed and typed[0] in self.commands:  # a parser takes 0.3 s, so no other one is built
             self.commands = {typed[0]: self.commands[typed[0]]}
         kwargs: dict[str, Any] = parser_kwargs | {name: {"command": name} for name in self.commands}
-        self.chosen = choose_run(typed, self.commands) if run else None
+        self.chosen = runs.choose_run(typed, self.commands) if run else None
         if self.chosen is not None:
             command, folder, _ = self.chosen
             kwargs[command]["default_config_files"] = [glob.escape(str(folder / "config.yaml"))]
@@ -149,17 +155,14 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         best = {"monitor": "val/loss", "mode": "min", "save_top_k": 1, "filename": "best-{step}"}
         parser.set_defaults({f"checkpoint.{key}": value for key, value in best.items()})
-        parser.add_lightning_class_args(SampleGrid, "grid")
+        parser.add_lightning_class_args(callbacks.SampleGrid, "grid")
         parser.add_lightning_class_args(ScoreTest, "score")
 
         command = getattr(parser, "command", None)
         if command not in (None, "fit"):
-            where = (
-                "folder of a run, such as runs/self_attn/version_0; without one, a config or a checkpoint: the newest"
-            )
-            parser.add_argument("--run", type=str | None, default=None, help=where)
-        for name, (commands, _, _, details) in SHORT.items():
-            if command in commands:
+            parser.add_argument("--run", type=str | None, default=None, help=WHICH_RUN)
+        for _, commands, short in SHORT.values():
+            for name, details in short.items() if command in commands else ():
                 parser.add_argument(f"--{name}", default=None, **details)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -172,11 +175,10 @@ class CLI(LightningCLI):
             for target in BACKBONE_TARGETS:  # which the link would replace without a word
                 if self.options.get(target) is not None:
                     raise UsageError(f"{target} is set, and model and data share one backbone: set backbone.path")
-            for name, (_, place, key, _) in SHORT.items():
-                if (value := self.options.get(name)) is not None:
-                    if self.options.get(place) is None:
-                        self.options[place] = Namespace(asdict(PLACES[place]()))
-                    self.options[f"{place}.{key}"] = value
+            for place, (cls, _, short) in SHORT.items():
+                given = {name: self.options[name] for name in short if self.options.get(name) is not None}
+                if given:
+                    self.options[place] = Namespace({**asdict(cls()), **(self.options.get(place) or {}), **given})
         if "subcommand" in self.config:
             self._find_checkpoint(self.config.subcommand, self.options)
 
@@ -186,14 +188,18 @@ class CLI(LightningCLI):
         if self.chosen is not None and path in (None, "last"):
             _, run, checkpoint = self.chosen
         elif path in ("last", "best"):
-            run, checkpoint = run_to_continue(*_runs_of(config.trainer.logger))
+            home, version = runs.home_of_runs(config.trainer, config.model)
+            for given in (Path(str(file)) for file in config.config or []):
+                if given.name == "config.yaml" and (given.parent / "checkpoints").is_dir():  # a run's own
+                    home, version = given.parent.parent, given.parent.name
+            run, checkpoint = runs.run_to_continue(home, "*" if version is None else glob.escape(version))
             if path == "best":
-                checkpoint = best_checkpoint(run) or checkpoint
+                checkpoint = runs.best_checkpoint(run) or checkpoint
         else:
             if path is not None and "://" in path:
                 raise UsageError(f"ckpt_path '{path}' is no file: fetch it from whom you trust, and give its path")
             if path is not None and path not in ("hpc", "registry"):
-                read_checkpoint(Path(path))  # a broken one is told before work is lost
+                runs.read_checkpoint(Path(path))  # refuse a broken one before work is lost
             return
         config.ckpt_path = str(checkpoint)
         logger.info("%s of run %s, checkpoint %s", command, run, checkpoint.name)
@@ -204,47 +210,56 @@ class CLI(LightningCLI):
     # ---- building ---------------------------------------------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
-        """Settle the progress bar, and that what is made of a run lies inside it."""
-        config = self.options
+        """Settle where the run lies, and what the console and the loggers show."""
+        config, always = self.options, self.trainer_defaults["callbacks"]
         if config.trainer.enable_progress_bar is not False:
-            self.trainer_defaults["callbacks"].append(TQDMProgressBar(refresh_rate=10))  # it reads the loss
+            always.append(callbacks.ProgressBar())
         if config.trainer.enable_model_summary is not False:
-            self.trainer_defaults["callbacks"].append(Summary())
+            always.append(callbacks.Summary())
         if self.config.get("subcommand") == "test":
             config.verbose = False  # ScoreTest prints a better table
         path = config.get("ckpt_path")
-        if path is None:
-            return
-        config.weights_only = True  # nothing is unpickled
-        run, log = Path(path).parent.parent, config.trainer.logger
+        if path is not None:
+            config.weights_only = True  # nothing is unpickled
+        self.run_folder = self._choose_folder(config, path)
+        self.logger_given = copy.deepcopy(config.trainer.get("logger"))
+        if self.logger_given in (None, True):
+            config.trainer.logger = dict_to_namespace(self.trainer_defaults["logger"])
+        if config.trainer.logger:
+            always.append(LearningRateMonitor("step"))
+        runs.place_loggers(config.trainer, self.run_folder)
+
+    def _choose_folder(self, config: Namespace, checkpoint: str | None) -> Path:
+        """Return the run's folder that fit goes on in, or that holds the checkpoint; else a new one."""
         if self.continued is not None:
-            log.init_args.version = self.continued.name
-            return
-        if not run.parent.name:
-            run = run.resolve()
-        if self.config.subcommand != "fit" and (run / "config.yaml").is_file() and hasattr(log, "init_args"):
-            place = {"version": run.name, "name": run.parent.name, "save_dir": str(run.parent.parent)}
-            for key, value in place.items():
-                log.init_args[key] = value
+            return self.continued
+        if checkpoint is not None and self.config.get("subcommand") != "fit":
+            run = Path(checkpoint).parent.parent
+            run = run if run.parent.name else run.resolve()
+            if (run / "config.yaml").is_file():
+                return run
+        home, version = runs.home_of_runs(config.trainer, config.model)
+        return runs.next_run(home) if version is None else home / version
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer."""
         with blame_config():
             super().instantiate_classes()
 
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+    def instantiate_trainer(self, **kwargs: Any) -> callbacks.Trainer:
         """Build the trainer, with this package's summary in place of Lightning's, and checkpoints that last."""
-        trainer = super().instantiate_trainer(enable_model_summary=False, **kwargs)
+        trainer: Any = super().instantiate_trainer(enable_model_summary=False, **kwargs)
         trainer.strategy.checkpoint_io = DurableCheckpointIO()
-        if self.continued is not None:  # its config does not say so, for it may be the start of other runs
-            self.options.trainer.logger.init_args.version = None
+        trainer.write_into(self.run_folder)
+        self.options.trainer.logger = self.logger_given  # a saved config may be the start of other runs
+        if self.continued is not None:
             self.options.ckpt_path = self.options.weights_only = None
         return trainer
 
     def fit(self, **kwargs: Any) -> None:
         """Train, as the only process that writes into the run's folder."""
-        folder: Any = getattr(self.trainer.logger, "log_dir", None)
-        with only_writer(Path(folder)) if folder and self.trainer.is_global_zero else nullcontext():
+        alone = self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False)
+        with only_writer(self.run_folder) if alone else nullcontext():
             try:
                 self.trainer.fit(**kwargs)
             except Exception:
@@ -272,20 +287,11 @@ def trainer_defaults() -> dict[str, Any]:
         },
         "callbacks": [  # Lightning adds these to those of the config
             ExactResume(),
-            ValidateBySteps(),
+            callbacks.ValidateBySteps(),
             ModelCheckpoint(filename="last", monitor=None, save_top_k=1, enable_version_counter=False),
-            LearningRateMonitor("step"),
-            SavePredictions(),
-            RecordPeople(),
+            callbacks.SavePredictions(),
+            callbacks.RecordPeople(),
+            callbacks.AverageTrained(),
+            callbacks.DescribeRun(),
         ],
     }
-
-
-def _runs_of(log: Any) -> tuple[str, Path]:
-    """Where the runs of a config lie: their folders' pattern, and the folder above."""
-    options = getattr(log, "init_args", {})
-    if not isinstance(options.get("save_dir"), str) or not options.get("name"):
-        raise UsageError("ckpt_path 'last' finds a run by save_dir and name of its one logger: give a file instead")
-    version = options.get("version")
-    pattern = "*" if version is None else glob.escape(f"version_{version}" if isinstance(version, int) else version)
-    return pattern, Path(os.path.expandvars(options["save_dir"])).expanduser() / options["name"]

@@ -122,8 +122,9 @@ def set_up_logging() -> None:
         "not supported by the model summary",
         "treespec",
         "have no .validation_step",
+        "You're using the WeightAveraging callback",  # a module is built in configure_model, and tested by its average
         "your dataloader is not resumable",  # the samplers are
-        "Checkpoint directory .* exists and is not empty",
+        "(Checkpoint|Experiment logs) directory .* exists and is not empty",
         "LightningCLI's args parameter",  # of commands that build a run's objects, not their own line's
     ):
         warnings.filterwarnings("ignore", f".*{nag}")

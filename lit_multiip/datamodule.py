@@ -31,6 +31,7 @@ from lit_multiip.datasets import (
     Request,
     ShareSampler,
     TaskDataset,
+    ignore_ctrl_c,
     reference_set,
 )
 
@@ -315,6 +316,7 @@ class MultiPhotoData(L.LightningDataModule):
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
+            worker_init_fn=ignore_ctrl_c,
             drop_last=True,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

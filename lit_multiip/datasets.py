@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -151,6 +152,11 @@ class EpochSampler(Sampler[tuple[int, int]]):
         own = order[self.rank :: self.world][: len(self)]
         for index in own[self.start[1] if self.epoch == self.start[0] else 0 :]:
             yield self.epoch, int(index)
+
+
+def ignore_ctrl_c(worker: int) -> None:
+    """Have a loader's worker live on when Ctrl-C stops training, which takes the batches at hand first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class ShareSampler(Sampler[int]):

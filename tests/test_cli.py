@@ -19,7 +19,8 @@ from lit_multiip.backbone.faces import FaceEncoder
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.cli import CLI, SHORT
-from lit_multiip.runs import best_checkpoint, choose_run, newest_run, read_checkpoint
+from lit_multiip.methods.aggregators import Aggregator
+from lit_multiip.runs import choose_run
 
 
 def write_run(root: Path, name: str, scores: dict[str, float] | None = None, last: bool = True, age: int = 0) -> Path:
@@ -27,9 +28,11 @@ def write_run(root: Path, name: str, scores: dict[str, float] | None = None, las
     run = root / "runs" / name
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text("backbone: {path: mini}\n")
-    for stem, score in (scores or {}).items():
-        state = {"ModelCheckpoint{}": {"monitor": "val/loss", "current_score": torch.tensor(score)}}
-        torch.save({"callbacks": state, "state_dict": {}}, run / "checkpoints" / f"{stem}.ckpt")
+    best = min(scores, key=lambda stem: scores[stem]) if scores else None
+    state = {"monitor": "val/loss", "dirpath": "checkpoints", "best_model_path": f"checkpoints/{best}.ckpt"}
+    for stem in scores or {}:
+        content = {"callbacks": {"ModelCheckpoint{}": state}, "state_dict": {}}
+        torch.save(content, run / "checkpoints" / f"{stem}.ckpt")
     if last:
         torch.save({"callbacks": {}, "state_dict": {}}, run / "checkpoints" / "last.ckpt")
     for path in (run / "checkpoints").iterdir():
@@ -53,38 +56,6 @@ def failing(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[str, int]:
 
 
 # Which run
-
-
-def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(here: Path) -> None:
-    run = write_run(here, "a/version_0", {"best-step=10": 0.3, "best-step=20": 0.2, "best-step=30": 0.25})
-    assert best_checkpoint(run) == run / "checkpoints" / "best-step=20.ckpt"
-
-
-def test_torn_checkpoints_are_passed_over(here: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run = write_run(here, "a/version_0", {"best-step=10": 0.3})
-    best = run / "checkpoints" / "best-step=10.ckpt"
-    best.write_bytes(best.read_bytes()[:100])
-    assert best_checkpoint(run) == run / "checkpoints" / "last.ckpt"
-    assert "best-step=10.ckpt' cannot be read" in caplog.text
-    (run / "checkpoints" / "last.ckpt").write_bytes(b"")
-    assert best_checkpoint(run) is None
-
-
-def test_a_checkpoint_that_would_run_code_is_not_opened(here: Path) -> None:
-    torch.save({"state_dict": {}, "evil": os.system}, here / "evil.ckpt")
-    with pytest.raises(ValueError, match=r"evil\.ckpt' cannot be read"):
-        read_checkpoint(here / "evil.ckpt")
-
-
-def test_the_newest_run_is_the_one_saved_to_last_that_can_be_loaded(here: Path) -> None:
-    write_run(here, "old/version_7", {"best-step=1": 0.1}, age=100)
-    new = write_run(here, "new/version_0", age=50)
-    write_run(here, "empty/version_0", last=False)
-    (here / "runs" / "untrained" / "version_0" / "test").mkdir(parents=True)
-    torn = write_run(here, "torn/version_0", age=1)
-    (torn / "checkpoints" / "last.ckpt").write_bytes(b"torn")
-    assert newest_run() == (Path("runs/new/version_0"), Path("runs/new/version_0/checkpoints/last.ckpt"))
-    assert new.is_dir()
 
 
 COMMANDS = ("fit", "validate", "test", "predict", "inspect", "export")
@@ -188,13 +159,13 @@ def test_short_options_set_what_they_stand_for(here: Path, monkeypatch: pytest.M
 
 
 def test_the_help_of_a_command_shows_its_short_options(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = {}
+    shown, short = {}, [name for _, _, options in SHORT.values() for name in options]
     for command in COMMANDS:
         with pytest.raises(SystemExit) as exit_:
             main([command, "--help"])
         assert exit_.value.code == 0
         text = capsys.readouterr().out
-        shown[command] = {name for name in ("run", *SHORT) if f"--{name} " in text}
+        shown[command] = {name for name in ("run", *short) if f"--{name} " in text}
     drawn = {"run", "ip_scale", "guidance_scale", "steps"}
     assert shown == {
         "fit": set(),
@@ -236,7 +207,8 @@ def test_a_wrong_command_line_is_one_line(
 
 def test_an_unknown_aggregator_is_told_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     message, _ = failing(capsys, "fit", "--model.aggregator", "Median")
-    assert "First, MaxPool, AvgPool, Concat, SelfAttention" in message
+    names = ", ".join(cls.__name__ for cls in Aggregator.__subclasses__())
+    assert names.startswith("First, MaxPool, AvgPool") and f"by name: {names}" in message
 
 
 def test_an_unknown_method_or_option_of_a_method_is_told_without_jsonargparses_types(

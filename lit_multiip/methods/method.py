@@ -23,6 +23,7 @@ from lit_multiip.runs import CheckpointError
 Batch = dict[str, Any]
 References = Literal["right", "none", "other", "zero"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+WEIGHTS = {"state_dict", "current_model_state"}  # parts of a checkpoint; of an averaged method the first is the average
 LOOK_EVERY = 20  # values, two a step: how long NaN may go unseen on a GPU
 
 
@@ -319,7 +320,8 @@ class Method(L.LightningModule):
         """Keep what was trained, and what it was trained on."""
         self.look()
         trained = self.trained_parameters()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        for part in WEIGHTS & checkpoint.keys():
+            checkpoint[part] = {name: value for name, value in checkpoint[part].items() if name in trained}
         checkpoint["lit_multiip"] = self.provenance()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -337,3 +339,6 @@ class Method(L.LightningModule):
         missing = set(self.trained_parameters()) ^ set(checkpoint["state_dict"])
         if missing:
             raise CheckpointError(f"the checkpoint and the model differ in weights such as '{min(missing)}'")
+        if checkpoint.keys() >= WEIGHTS:  # WeightAveraging wants the frozen ones too
+            for part in WEIGHTS:
+                checkpoint[part] = self.state_dict() | checkpoint[part]

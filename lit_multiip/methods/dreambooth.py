@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from lit_multiip.backbone.lora import add_lora, require_peft
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.groups import stable_hash
-from lit_multiip.files import hash_text
+from lit_multiip.files import LitMultiIPError, hash_text
 from lit_multiip.methods.method import Batch, Method, References
 from lit_multiip.runs import CheckpointError
 
@@ -72,7 +72,7 @@ class DreamBooth(Method):
         backbone: frozen but for what is tuned; shared with the data.
         optimizer: over the tuned parameters; each person has a new one.
         lr_schedule: a schedule of `diffusers.optimization.get_scheduler`, stepped every optimiser step.
-        steps: of tuning, a person; `trainer.max_steps` has no part in it.
+        steps: of tuning, a person; `trainer.max_steps` is -1, or the same.
         batch_size: reference photos a step, and as many class images.
         prior_weight: lambda of eq. (13); 0 needs no class images.
         class_images: how many the backbone draws, once, from seeds 0, 1, ...
@@ -109,6 +109,11 @@ class DreamBooth(Method):
             raise ValueError(
                 f"steps={steps}, batch_size={batch_size} and class_images={class_images} must be at least 1, and "
                 f"prior_weight={prior_weight} at least 0"
+            )
+        if lr_schedule != "constant" and steps <= self.lr_warmup_steps:
+            raise LitMultiIPError(
+                f"model.steps={steps} end within the {self.lr_warmup_steps} steps of the warm-up and learn nothing: "
+                "over a backbone of configs/on/ lay its *_dreambooth.yaml, or set model.lr_warmup_steps"
             )
         require_peft(lora_rank)
         if not identifier.strip() or not class_noun.strip():
@@ -168,10 +173,10 @@ class DreamBooth(Method):
             raise ValueError("DreamBooth does not scale its loss, as 16-mixed needs: use trainer.precision bf16-mixed")
         if stage != "fit":
             return
-        if 0 <= self.trainer.max_steps < self.steps:
-            raise ValueError(
-                f"trainer.max_steps={self.trainer.max_steps} would end before model.steps={self.steps}, and test would "
-                "tune for longer: set model.init_args.steps instead"
+        if self.trainer.max_steps not in (-1, self.steps):
+            raise LitMultiIPError(
+                f"trainer.max_steps is {self.trainer.max_steps} and model.steps {self.steps}, which test takes: "
+                "set model.steps, and leave trainer.max_steps at -1"
             )
         self.trainer.check_val_every_n_epoch = 1  # nothing is validated: checkpoints are saved when training ends
 

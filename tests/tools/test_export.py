@@ -27,6 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lit_multiip.__main__ import main
 from lit_multiip.backbone.components import BackboneError
 from lit_multiip.backbone.encoders import PhotoEncoder
 from lit_multiip.backbone.ip_adapter import read_ip_adapter, text_kv
@@ -34,7 +35,6 @@ from lit_multiip.backbone.lora import LORA_FILE
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.callbacks import RecordPeople
-from lit_multiip.cli import main
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.data.record import RECORD as TRAINED_ON
 from lit_multiip.data.record import digests_in, is_incomplete, training_record

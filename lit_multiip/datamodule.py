@@ -13,20 +13,19 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from lit_multiip.backbone.encoders import Encoder, load_clip, load_latent_encoder
 from lit_multiip.backbone.face_crop import FaceCrop
-from lit_multiip.backbone.features import Features, Pixels
+from lit_multiip.backbone.features import Features
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.checking import check_photos
 from lit_multiip.data.groups import Balance, Target, draw_references, stable_hash
 from lit_multiip.data.people import MiniFaces, PeopleSource, Person, read_person
 from lit_multiip.data.photos import DataError, Photo, distinct_photos
 from lit_multiip.data.split import Split, select_people, split_people
+from lit_multiip.data.variants import describe_augment, vary
 from lit_multiip.datasets import (
     EpochSampler,
     HeldOutGroups,
     OnePerson,
-    OnlineGroups,
     Position,
     Request,
     ShareSampler,
@@ -92,10 +91,9 @@ class MultiPhotoData(L.LightningDataModule):
         num_workers: of the loaders.
         cache_dir: feature store.
         encode_batch_size: photos at once in an encoder.
-        online: encode training photos at every step, rather than once: for augmentation. A step then costs three times
-            as much or more, and the encoders stay in memory.
-        augment: changes each training photo as it is read, such as ``torchvision.transforms.v2.RandomHorizontalFlip``;
-            needs ``online``.
+        variants: of every training photo, encoded once like any photo; 1 takes the photos alone.
+        augment: makes a photo's variants but the first, which is the photo itself; such as
+            `torchvision.transforms.v2.RandomHorizontalFlip`.
         seed: of the split, the groups and the tasks.
         training_seed: of the training groups alone, for several trainings on one protocol; None takes ``seed``.
         predict: what ``predict`` draws.
@@ -135,14 +133,17 @@ class MultiPhotoData(L.LightningDataModule):
         predict: PredictArgs | None = None,
         person: str | None = None,
         crop: FaceCrop | None = None,
-        online: bool = False,
+        variants: int = 1,
         augment: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__()
-        if augment is not None and not online:
-            raise DataError("data.augment changes photos at every step, and their features are kept: set data.online")
-        if online and backbone is not None and backbone.face_encoder is not None:
-            raise DataError("data.online encodes photos by CLIP alone: leave it out with a face_encoder")
+        if variants < 1 or (variants > 1) != (augment is not None):
+            raise DataError(
+                f"data.variants={variants} and data.augment={augment}: several variants need an augmentation, and an "
+                "augmentation needs at least 2 variants, so set both or neither"
+            )
+        if augment is not None:
+            describe_augment(augment)
         if min(batch_size, eval_batch_size, encode_batch_size, references, held_out, seeds, validation_held_out) < 1:
             raise DataError("batch sizes, references, held_out and seeds must be at least 1")
         if not 0 <= num_workers <= MOST_WORKERS:
@@ -166,8 +167,7 @@ class MultiPhotoData(L.LightningDataModule):
         self.cache_dir, self.encode_batch_size, self.seed = cache_dir, encode_batch_size, seed
         self.training_seed = seed if training_seed is None else training_seed
         self.predict_args, self.person = predict or PredictArgs(), person
-        self.online, self.augment = online, augment
-        self.encoders: dict[str, Encoder] = {}  # what training reads by, where photos are encoded at every step
+        self.variants, self.augment = variants, augment
         self.per_person = False  # setup asks the trainer's module
         self.split: Split | None = None
         self.features: Features | None = None
@@ -193,6 +193,8 @@ class MultiPhotoData(L.LightningDataModule):
             self.per_person = getattr(self.trainer.lightning_module, "per_person", False)
         if stage == "fit" and not self.per_person and self.person is not None:
             raise DataError(f"data.person='{self.person}' is for methods that learn one person: leave it out of fit")
+        if stage == "fit" and self.per_person and self.variants > 1:
+            raise DataError("data.variants is for methods that train on held-out groups: leave it and augment out")
         if stage == "predict" and self.predict_args.photos is not None:
             self._setup_predict(*self.read_references(self.predict_args.photos))
             return
@@ -221,9 +223,11 @@ class MultiPhotoData(L.LightningDataModule):
             photos += task.references
             targets.append(task.held_out)
         prompts = (photo.prompt for photo in _PhotosOf(training, targets))
-        if self.online:
-            training = []
-        self._build(_PhotosOf(training, photos), _PhotosOf(training, targets), prompts)
+        self._build(self._varied(training, photos), self._varied(training, targets), prompts)
+
+    def _varied(self, training: Sequence[Person], further: Sequence[Photo]) -> _PhotosOf:
+        """Every variant of every training photo, and then further photos."""
+        return _PhotosOf(training, further, lambda photo: (vary(photo, v, self.augment) for v in range(self.variants)))
 
     def read_references(self, folder: str) -> tuple[Person, tuple[Photo, ...]]:
         """Read a folder with photos of one person, any number, and draw ``references`` of them."""
@@ -299,11 +303,7 @@ class MultiPhotoData(L.LightningDataModule):
             return DataLoader(OnePerson(item), batch_size=1)
         references = 1 if self.target == "reference" else self.references
         drawn: Any = (self.training_seed, references, self.balance, self.target, self.drop)
-        if self.online:
-            pixels = Pixels(self.features, *self._load_encoders(), self.augment)
-            groups: HeldOutGroups = OnlineGroups(self.split.train, pixels, *drawn)  # type: ignore[arg-type]
-        else:
-            groups = HeldOutGroups(self.split.train, self.features, *drawn)
+        groups = HeldOutGroups(self.split.train, self.features, *drawn, self.variants, self.augment)
         rank, world = self._rank_and_world()
         sampler = EpochSampler(len(groups), self.training_seed, rank, world, self._start(len(groups) // world))
         if len(sampler) < self.batch_size:
@@ -358,25 +358,6 @@ class MultiPhotoData(L.LightningDataModule):
             )
         return self.position["epoch"], min(self.position["batch"] * self.batch_size, samples)
 
-    def _load_encoders(self) -> tuple[Any, Any]:
-        assert self.features is not None
-        device = self.features.device
-        self.encoders = {
-            "references": load_clip(self.backbone, device),
-            "moments": load_latent_encoder(self.backbone, device),
-        }
-        return self.encoders["references"].read, self.encoders["moments"].read
-
-    @torch.no_grad()
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Encode a training batch's photos, where that is done at every step; the batch is then as it always is."""
-        if not self.encoders or (self.trainer is not None and not self.trainer.training):
-            return batch
-        pixels = batch["references"]  # (B, R, 3, S, S)
-        embeds = self.encoders["references"].encode(pixels.flatten(0, 1))  # (B R, D)
-        moments = self.encoders["moments"].encode(batch["moments"]).float()  # (B, 2C, h, w)
-        return {**batch, "references": embeds.unflatten(0, pixels.shape[:2]), "moments": moments}
-
     def val_dataloader(self) -> DataLoader[Any]:
         """Batches of the validation people's tasks."""
         return self._task_loader(self.validation_tasks)
@@ -400,14 +381,20 @@ class MultiPhotoData(L.LightningDataModule):
 
 
 class _PhotosOf:
-    """The photos of people, and then further ones, without a list of them all."""
+    """The photos of people, or what is made of each, and then further ones, without a list of them all."""
 
-    def __init__(self, people: Sequence[Person], further: Sequence[Photo]) -> None:
-        self.people, self.further = people, further
+    def __init__(
+        self,
+        people: Sequence[Person],
+        further: Sequence[Photo],
+        made: Callable[[Photo], Iterable[Photo]] = lambda photo: (photo,),
+    ) -> None:
+        self.people, self.further, self.made = people, further, made
 
     def __iter__(self) -> Iterator[Photo]:
         for person in self.people:
-            yield from person.photos
+            for photo in person.photos:
+                yield from self.made(photo)
         yield from self.further
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, default_collate
 
-from lit_multiip.backbone.features import Features, Pixels
+from lit_multiip.backbone.features import Features
 from lit_multiip.data.groups import Balance, Group, Target, draw_references, held_out_group, stable_hash
 from lit_multiip.data.people import Person
 from lit_multiip.data.photos import Photo
 from lit_multiip.data.tasks import Task
+from lit_multiip.data.variants import Augment, vary
 
 
 class HeldOutGroups(Dataset[dict[str, Any]]):
@@ -31,6 +31,8 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         balance: ``person``: each person gives N targets an epoch; ``photo``: each photo is the target once.
         target: ``held_out``, or ``reference``, where the one reference is the target (the published IP-Adapter).
         drop: probabilities to drop the image condition, the text, and both (published: 5 % each).
+        variants: of a photo, one of which is drawn each time that it is a target or a reference.
+        augment: makes variants 1 .. `variants` - 1; variant 0 is the photo itself.
     """
 
     def __init__(
@@ -42,7 +44,10 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         balance: Balance = "person",
         target: Target = "held_out",
         drop: tuple[float, float, float] = (0.05, 0.05, 0.05),
+        variants: int = 1,
+        augment: Augment | None = None,
     ) -> None:
+        self.variants, self.augment = variants, augment
         self.people, self.features, self.seed = people, features, seed
         self.references, self.target, self.drop = references, target, drop
         counts = [references + 1 if balance == "person" else len(person.photos) for person in people]
@@ -82,12 +87,17 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         """
         epoch, index = key
         target, references = self.draw(epoch, index)
+        if self.variants > 1:
+            chance = np.random.default_rng([self.seed, epoch, index, 2])
+            target, *references = (
+                vary(photo, int(chance.integers(self.variants)), self.augment) for photo in (target, *references)
+            )
         rng = np.random.default_rng([self.seed, epoch, index, 1])
         u, (image, text, both) = rng.random(), self.drop
         drop_image = u < image or image + text <= u < image + text + both
         drop_text = image <= u < image + text + both
         moments = self.features.moments(target)
-        shape = self._latent_shape(moments)
+        shape = (moments.shape[0] // 2, *moments.shape[1:])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         return {
             "photo": f"{target.person}/{target.name}",
@@ -99,27 +109,6 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
             "latent_noise": torch.randn(shape, generator=generator),
             "eps": torch.randn(shape, generator=generator),
         }
-
-    def _latent_shape(self, moments: Tensor) -> tuple[int, ...]:
-        return (moments.shape[0] // 2, *moments.shape[1:])
-
-
-class OnlineGroups(HeldOutGroups):
-    """The same samples with pixels where ``HeldOutGroups`` has features of photos: ``references`` and ``moments``.
-
-    What augmentation draws from torch's generator is a function of (seed, epoch, index), too.
-    """
-
-    features: Pixels  # type: ignore[assignment]
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """Return one sample; ``references`` are (R, 3, S, S) float32 and ``moments`` (3, H, W) uint8."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stable_hash("augment", self.seed, *key) % 2**63)
-            return super().__getitem__(key)
-
-    def _latent_shape(self, moments: Tensor) -> tuple[int, ...]:
-        return self.features.latent_shape
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +31,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -134,9 +132,8 @@ class Features:
                 "pooled": lambda: self._text_encoder("pooled_prompt_embeds"),
                 "frame": lambda: Encoder(self.frames, lambda rows: rows),
             }
-        self._require_space(
-            {kind: len(self.store[kind].lacking(wanted.digests)) for kind, wanted in items.items()}, rank
-        )
+        if rank == 0:
+            self._forecast({kind: len(self.store[kind].lacking(wanted.digests)) for kind, wanted in items.items()})
         for kind, load in encoders.items():
             self._fill(kind, items[kind], load, rank, world)
 
@@ -145,20 +142,12 @@ class Features:
         shapes = self.backbone.feature_shapes()
         return {kind: math.prod(shape) * (4 if kind in FLOAT32 else 2) for kind, shape in shapes.items()}
 
-    def _require_space(self, missing: dict[str, int], rank: int) -> None:
-        """Say what will be computed and what it will take; refuse it where the disk is too small."""
-        if not any(missing.values()):
-            return
-        per_row = self.row_bytes()
-        needed = sum(count * per_row[kind] for kind, count in missing.items())
-        folder = next(path for path in self.store["embeds"].folder.absolute().parents if path.exists())
-        free = shutil.disk_usage(folder).free
-        counts = ", ".join(f"{count} {kind}" for kind, count in missing.items() if count)
-        what = f"features to compute: {counts}; {needed / 2**20:,.1f} MiB on disk, {free / 2**20:,.0f} MiB free"
-        if needed > free:
-            raise DataError(f"{what}: free some, or set data.cache_dir to a folder on a larger disk")
-        if rank == 0:
-            logger.info("%s", what)
+    def _forecast(self, missing: dict[str, int]) -> None:
+        """Say what will be computed, and what it will take on disk."""
+        if any(missing.values()):
+            counts = ", ".join(f"{count} {kind}" for kind, count in missing.items() if count)
+            size = sum(count * self.row_bytes()[kind] for kind, count in missing.items())
+            logger.info("features to compute: %s; %s MiB on disk", counts, f"{size / 2**20:,.1f}")
 
     def refresh(self) -> None:
         """Take in what other processes have built."""
@@ -238,44 +227,3 @@ class Features:
         pipe = self.backbone.text_pipeline().to(self.device)
         encode = self.backbone.encode_prompts
         return Encoder(list, lambda prompts: encode(pipe, prompts)[part].half())  # (B, L, E) or (B, P)
-
-
-class Pixels:
-    """Stands in for ``Features`` where photos are encoded at every step: gives what the encoders take of them.
-
-    Args:
-        features: of the prompts.
-        read_embeds: pictures => what the image encoder takes.
-        read_latent: pictures => what the VAE takes.
-        augment: changes each picture as it is read.
-    """
-
-    def __init__(
-        self,
-        features: Features,
-        read_embeds: Callable[[Sequence[Image.Image]], Tensor],
-        read_latent: Callable[[Sequence[Image.Image]], Tensor],
-        augment: Callable[[Image.Image], Image.Image] | None = None,
-    ) -> None:
-        self.features, self.read_embeds, self.read_latent, self.augment = features, read_embeds, read_latent, augment
-        self.latent_shape = features.backbone.latent_shape
-
-    def _image(self, photo: Photo) -> Image.Image:
-        image = photo.image()
-        return image if self.augment is None else self.augment(image)
-
-    def embeds(self, photos: Sequence[Photo]) -> Tensor:
-        """What the image encoder takes, (n, 3, S, S) float32."""
-        return self.read_embeds([self._image(photo) for photo in photos])
-
-    def moments(self, photo: Photo) -> Tensor:
-        """What the VAE takes, (3, H, W) uint8."""
-        return self.read_latent([self._image(photo)])[0]
-
-    def text(self, prompt: str) -> dict[str, Tensor]:
-        """What ``Features`` has of a prompt: pictures alone are augmented."""
-        return self.features.text(prompt)
-
-    def sizes(self, photo: Photo) -> dict[str, Tensor]:
-        """What the UNet is told of the picture's size before augmentation."""
-        return self.features.backbone.sizes(self.features.frames([photo])[0])

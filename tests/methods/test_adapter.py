@@ -114,21 +114,6 @@ def test_the_loss_is_the_epsilon_error_at_the_drawn_step(tiny_backbone: Path, ba
     assert loss == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
 
 
-def test_cached_and_online_features_give_the_same_loss(
-    tiny_backbone: Path, data: MultiPhotoData, batch: Batch, tmp_path: Path
-) -> None:
-    online = MultiPhotoData(
-        Backbone(str(tiny_backbone)), data.source, batch_size=8, cache_dir=str(tmp_path), online=True
-    )
-    online.setup("fit")
-    module = built(tiny_backbone)
-    module.log = lambda *_, **__: None  # type: ignore[method-assign]
-    encoded = online.on_after_batch_transfer(next(iter(online.train_dataloader())), 0)
-    with torch.no_grad():
-        losses = [float(module.training_step(one, 0)) for one in (batch, encoded)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
 def test_a_dropped_condition_is_zeros_after_aggregation(tiny_backbone: Path, batch: Batch) -> None:
     module = built(tiny_backbone)
     module.log = lambda *_, **__: None  # type: ignore[method-assign]

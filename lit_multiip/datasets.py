@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, default_collate
 
+from lit_multiip.backbone.encoders import replace_missing
 from lit_multiip.backbone.features import Features
 from lit_multiip.data.groups import Balance, Group, Target, draw_references, held_out_group, stable_hash
 from lit_multiip.data.people import Person
@@ -101,7 +102,7 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         return {
             "photo": f"{target.person}/{target.name}",
-            "references": self.features.embeds(references),
+            "references": replace_missing(self.features.embeds(references), target.person),
             "moments": moments,
             "text": self.features.text("" if drop_text else target.prompt) | self.features.sizes(target),
             "drop_image": torch.tensor(drop_image),
@@ -219,8 +220,9 @@ class TaskDataset(Dataset[dict[str, Any]]):
         if self.per_person:
             item |= reference_set(task.person, task.references, self.features)
         else:
-            item["references"] = self.features.embeds(task.references)
-            item["other_references"] = self.features.embeds(self.others[task.person])
+            other = self.others[task.person]
+            item["references"] = replace_missing(self.features.embeds(task.references), task.person)
+            item["other_references"] = replace_missing(self.features.embeds(other), other[0].person)
         if not isinstance(task, Request):
             item["photo"] = f"{task.person}/{task.held_out.name}"
             item["moments"] = self.features.moments(task.held_out)

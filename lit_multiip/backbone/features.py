@@ -8,7 +8,7 @@ bytes a row is memory-mapped, too, from a file without a name that goes with its
 
 | kind   | key                    | row                                                       |
 |--------|------------------------|-----------------------------------------------------------|
-| embeds | sha256 of the photo    | CLIP image embedding, (D,) float32                        |
+| embeds | sha256 of the photo    | image embedding, (D,) float32; NaN: a photo without a face|
 | latent | sha256 of the photo    | VAE posterior mean and logvar, (2C, h, w) float16         |
 | text   | sha256 of the prompt   | text states that the UNet attends to, (L, E) float16      |
 | pooled | sha256 of the prompt   | SDXL alone: pooled text embedding, (P,) float16           |
@@ -94,7 +94,7 @@ class Features:
         self.backbone, self.device, self.batch_size = backbone, device, batch_size
         text = "".join(map(backbone.fingerprint, backbone.text_components))
         names = {
-            "embeds": backbone.fingerprint_photo_encoder(),
+            "embeds": backbone.fingerprint_photo_encoder() + ("-nan" if backbone.face_encoder else ""),
             "latent": f"{backbone.fingerprint('vae')}-{backbone.image_side}px",
             "text": text,
         }
@@ -155,7 +155,7 @@ class Features:
             shards.refresh()
 
     def embeds(self, photos: Sequence[Photo]) -> Tensor:
-        """Image embeddings, (n, D) float32."""
+        """Image embeddings, (n, D) float32; see `replace_missing` for photos without a face."""
         return self.store["embeds"].get([photo.content_key() for photo in photos])
 
     def moments(self, photo: Photo) -> Tensor:
@@ -203,8 +203,11 @@ class Features:
             for part, batch in _ahead(encoder.read, items.parts(positions, self.batch_size)):
                 with torch.inference_mode():
                     encoded = encoder.encode(batch).cpu()
-                if not encoded.isfinite().all():
-                    bad = next(item for item, row in zip(part, encoded, strict=True) if not row.isfinite().all())
+                fine = encoded.flatten(1).isfinite().all(dim=1)  # (B,)
+                if kind == "embeds" and self.backbone.face_encoder is not None:
+                    fine |= encoded.isnan().all(dim=1)  # a photo without a face
+                if not fine.all():
+                    bad = part[int(fine.int().argmin())]
                     raise DataError(f"the {kind} encoder makes NaN or infinity of {bad!r}: leave it out")
                 stored += map(items.key, part)
                 rows.append(encoded.numpy())

@@ -130,8 +130,12 @@ class MultiIPAdapter(Method):
     # ---- training -----------------------------------------------------------------------------------------------
 
     def condition(self, references: Tensor) -> Tensor:
-        """Aggregate one set of embeddings a sample, (B, R, D) -> (B, M, D)."""
-        return self.aggregator(references)
+        """Aggregate one set of embeddings a sample, (B, R, D) -> (B, M, D); a set without a face (NaN) gives zeros."""
+        if self.backbone.face_encoder is None:
+            aggregated: Tensor = self.aggregator(references)
+            return aggregated
+        faceless = references.isnan().flatten(1).any(dim=1)[:, None, None]  # (B, 1, 1)
+        return self.aggregator(references.masked_fill(faceless, 0.0)).masked_fill(faceless, 0.0)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Restore the held-out photos of a batch of ``HeldOutGroups`` items."""

@@ -55,7 +55,7 @@ class Method(L.LightningModule):
     conditions: ClassVar[tuple[References, ...]] = ("right", "none")
     # What a checkpoint's provenance must agree on with the model that loads it, and what to do otherwise.
     must_agree: ClassVar[dict[str, str]] = {
-        "method": "use the config that the run was trained with",
+        "method": "use the run's config.yaml, or give load_from_checkpoint the arguments in it",
         "unet": "set backbone.path to the one it was trained on",
     }
 
@@ -321,6 +321,11 @@ class Method(L.LightningModule):
         trained = self.trained_parameters()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["lit_multiip"] = self.provenance()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights; that those which are not trained are missing is no news, as no checkpoint holds them."""
+        keys, trained = super().load_state_dict(state_dict, strict, assign), self.trained_parameters()
+        return keys._replace(missing_keys=[key for key in keys.missing_keys if key in trained])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another method or backbone."""

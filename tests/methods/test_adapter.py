@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.datamodule import MultiPhotoData
 from lit_multiip.methods.adapter import MultiIPAdapter
-from lit_multiip.methods.aggregators import AvgPool, Concat, SelfAttention
+from lit_multiip.methods.aggregators import AvgPool, Concat, MaxPool, SelfAttention
 from lit_multiip.methods.dreambooth import DreamBooth
 from lit_multiip.methods.method import NonFiniteLoss
 from lit_multiip.runs import CheckpointError
@@ -235,6 +236,24 @@ def test_a_checkpoint_of_another_method_is_refused(tiny_backbone: Path) -> None:
         built(tiny_backbone, trained="aggregator").on_load_checkpoint(checkpoint)
     with pytest.raises(CheckpointError, match="not written by lit_multiip"):
         built(tiny_backbone).on_load_checkpoint({"state_dict": {}})
+
+
+def test_load_from_checkpoint_takes_the_arguments_of_the_run_and_warns_of_nothing(
+    tiny_backbone: Path, tmp_path: Path
+) -> None:
+    module, path = built(tiny_backbone, aggregator=MaxPool), tmp_path / "last.ckpt"
+    with torch.no_grad():
+        for weights in module.trained_parameters().values():
+            weights.add_(1.0)
+    torch.save(saved(module) | {"pytorch-lightning_version": L.__version__}, path)
+    backbone: Any = {"backbone": Backbone(str(tiny_backbone)), "weights_only": True, "map_location": "cpu"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = MultiIPAdapter.load_from_checkpoint(path, aggregator=MaxPool, **backbone)
+    expected, found = module.state_dict(), again.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    with pytest.raises(CheckpointError, match=r"another method: MaxPool.*give load_from_checkpoint the arguments"):
+        MultiIPAdapter.load_from_checkpoint(path, **backbone)
 
 
 def test_a_checkpoint_of_another_backbone_is_refused_but_a_copy_is_not(tiny_backbone: Path, tmp_path: Path) -> None:

@@ -251,6 +251,7 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
     from lit_multiip.datamodule import MultiPhotoData
     from lit_multiip.evaluation.callback import ScoreTest
     from lit_multiip.files import only_writer, write_durably
+    from lit_multiip.finite import RequireFinite
     from lit_multiip.methods.adapter import MultiIPAdapter
     from lit_multiip.methods.aggregators import Aggregator
     from lit_multiip.methods.dreambooth import DreamBooth
@@ -388,6 +389,7 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
             "init_args": {"save_dir": "runs", "name": "multiip", "default_hp_metric": False},
         },
         "callbacks": [  # Lightning adds these to those of the config
+            RequireFinite(),
             ExactResume(),
             ValidateAtEnd(),
             ModelCheckpoint(filename="last", monitor=None, save_top_k=1, enable_version_counter=False),

@@ -70,7 +70,6 @@ class MultiIPAdapter(Method):
         self.make_aggregator, self.ip_adapter, self.trained = aggregator, ip_adapter, trained
         self.lora_rank = lora_rank
         self.aggregator: Any = None
-        self._photos: list[str] = []  # targets since the last optimiser step
 
     # ---- building -----------------------------------------------------------------------------------------------
 
@@ -145,16 +144,9 @@ class MultiIPAdapter(Method):
         t = (batch["time"] * self.noise.config.num_train_timesteps).long()  # (B,)
         error = self.denoising_loss(x, batch["eps"], t, batch["text"], embeds)  # (B,)
         loss = error.mean()
-        self.watch(error, "loss", self.global_step, batch)
-        self._photos += batch.get("photo", [])
-        self.log("train/loss", loss, prog_bar=True)
+        self.watch.loss(error, "loss", self.global_step, batch)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
-
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Stop before a broken gradient reaches the weights; a scaler of float16 gradients sees to that itself."""
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            self.watch_gradients(self.global_step, self._photos)
-        self._photos = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss at fixed noise a timestep bin, and the reference gap: what shuffling or dropping the photos costs."""
@@ -173,7 +165,7 @@ class MultiIPAdapter(Method):
             t = torch.full((len(x),), int(time * self.noise.config.num_train_timesteps), device=x.device)
             for name, embeds in variants.items():
                 error = self.denoising_loss(x, eps, t, batch["text"], embeds)
-                self.require_finite(error, "validation loss", self.global_step, batch)  # before a checkpoint is written
+                self.watch.loss(error, "validation loss", self.global_step, batch)
                 loss = (error * weight).sum() / max(count, 1)
                 sums[name] = sums[name] + loss / len(VALIDATION_TIMES)
                 if name == "right":

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -37,6 +38,7 @@ from lit_multiip.runs import CheckpointError
 logger = logging.getLogger(__name__)
 
 DRAWN_AT_ONCE = 16  # class images
+WITHOUT_WARMUP = ("constant", "piecewise_constant")  # schedules of diffusers that ignore its steps
 
 
 class Draws(NamedTuple):
@@ -110,6 +112,11 @@ class DreamBooth(Method):
                 f"steps={steps}, batch_size={batch_size} and class_images={class_images} must be at least 1, and "
                 f"prior_weight={prior_weight} at least 0"
             )
+        if lr_schedule not in WITHOUT_WARMUP and steps <= self.lr_warmup_steps:
+            raise ValueError(
+                f"model.steps={steps} would all be warm-up, as model.lr_warmup_steps={self.lr_warmup_steps}: set fewer "
+                "of these, or lr_schedule constant"
+            )
         require_peft(lora_rank)
         if not identifier.strip() or not class_noun.strip():
             raise ValueError("identifier and class_noun must not be empty: give words such as 'sks' and 'person'")
@@ -157,23 +164,25 @@ class DreamBooth(Method):
         """Names of what is tuned."""
         return ["unet", *(self.text_encoders() if self.tuned == "unet+text" else [])]
 
-    def setup(self, stage: str) -> None:
-        """Refuse what would not tune as it should.
+    def check_trainer(self, trains: bool) -> None:
+        """Refuse what would not tune as it should, too.
 
         Raises:
             ValueError: the precision needs a scaled loss, or the Trainer would stop early.
         """
-        super().setup(stage)
+        super().check_trainer(trains)
         if self.trainer.precision == "16-mixed":
             raise ValueError("DreamBooth does not scale its loss, as 16-mixed needs: use trainer.precision bf16-mixed")
-        if stage != "fit":
-            return
-        if 0 <= self.trainer.max_steps < self.steps:
+        if self.trainer.state.fn == TrainerFn.FITTING and 0 <= self.trainer.max_steps < self.steps:
             raise ValueError(
                 f"trainer.max_steps={self.trainer.max_steps} would end before model.steps={self.steps}, and test would "
                 "tune for longer: set model.init_args.steps instead"
             )
-        self.trainer.check_val_every_n_epoch = 1  # nothing is validated: checkpoints are saved when training ends
+
+    def setup(self, stage: str) -> None:
+        """Let checkpoints be saved when training ends, for nothing is validated."""
+        if stage == "fit":
+            self.trainer.check_val_every_n_epoch = 1
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
@@ -323,11 +332,11 @@ class DreamBooth(Method):
         """Take one step, within whatever autocast the caller has."""
         own, prior = self.losses(who, step)
         loss = own + self.prior_weight * prior
-        self.watch(loss, "loss", step, {"person": [who.person]})
+        self.watch.loss(loss, "loss", step, {"person": [who.person]})
         with torch.autocast(self.device.type, enabled=False):  # which is for the forward pass alone
             optimizer.zero_grad()
             loss.backward()
-            self.watch_gradients(step, [who.person])
+            self.watch.gradients(self, step, [who.person])
             optimizer.step()
             schedule.step()
         torch.clear_autocast_cache()  # it holds casts of the weights before this step
@@ -346,7 +355,7 @@ class DreamBooth(Method):
             for step in tqdm(range(self.steps), f"tuning on {who.person}", delay=10, leave=False):
                 self._tuning_step(who, step, optimizer, schedule)
             optimizer.zero_grad()
-        self.look()
+        self.watch.look()
         self.learnt = who[:2]
         self.spent["personalise"] += time.perf_counter() - start
 
@@ -373,7 +382,8 @@ class DreamBooth(Method):
             )
         self.learnt = who[:2]
         own, prior = self._tuning_step(who, self.global_step, self.optimizers(), self.lr_schedulers())
-        self.log_dict({"train/loss": own + self.prior_weight * prior, "train/references": own, "train/class": prior})
+        losses = {"train/loss": own + self.prior_weight * prior, "train/references": own, "train/class": prior}
+        self.log_dict(losses, sync_dist=True)
         return own
 
     def on_train_batch_end(self, *_: Any) -> None:

@@ -185,7 +185,6 @@ def tensors(size: Size) -> list[Row]:
                     module._buffers[name] = fake.from_tensor(buffer)
         model.noise.alphas_cumprod = fake.from_tensor(model.noise.alphas_cumprod)
         model.log = lambda *_, **__: None  # type: ignore[method-assign]
-        model.look = lambda: None  # type: ignore[method-assign]  # at values, which there are none
         batch = _mapped(_empty_batch(model, size.batch_size, side), fake.from_tensor)
         optimizer = torch.optim.AdamW(list(model.trained_parameters().values()))
         with (

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.trainer.states import TrainerState
 from tiny import make_tiny_backbone
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -21,10 +22,10 @@ from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.datamodule import MultiPhotoData
+from lit_multiip.finite import NonFiniteLoss, RequireFinite
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.aggregators import AvgPool, Concat, MaxPool, SelfAttention
 from lit_multiip.methods.dreambooth import DreamBooth
-from lit_multiip.methods.method import NonFiniteLoss
 from lit_multiip.runs import CheckpointError
 
 Batch = dict[str, Tensor]
@@ -210,6 +211,7 @@ def test_the_aggregator_alone_can_be_trained(tiny_backbone: Path) -> None:
 
 def test_a_loss_of_nan_stops(tiny_backbone: Path, batch: Batch, tasks: Batch) -> None:
     module = built(tiny_backbone)
+    module.watch = RequireFinite()
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
     torch.nn.init.constant_(module.aggregator.to_v.weight, float("nan"))
     with pytest.raises(NonFiniteLoss, match=r"loss is nan at step 0, of .*: lower the learning rate"):
@@ -386,6 +388,37 @@ def test_a_strategy_that_shards_weights_is_refused_by_name(name: str, method: An
     """Its checkpoints would lack what was trained, whose names and shapes it changes."""
     cls = getattr(L.pytorch.strategies, name)
     module = method()
-    module._trainer = SimpleNamespace(strategy=cls.__new__(cls))
+    module._trainer = SimpleNamespace(
+        strategy=cls.__new__(cls), precision="32-true", state=TrainerState(), barebones=False
+    )
     with pytest.raises(ValueError, match=rf"trainer.strategy is {name}, which shards weights: use ddp"):
-        module.setup("fit")
+        module.configure_callbacks()
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "message"),
+    [
+        ("bf16-true", {}, "nothing is trained: use bf16-mixed"),
+        ("16-true", {}, "nothing is trained: use bf16-mixed"),
+        ("32-true", {"frozen_dtype": "bfloat16"}, r"does not go with model\.frozen_dtype=bfloat16: use bf16-mixed"),
+    ],
+)
+def test_a_precision_that_trains_nothing_is_refused_before_any_work(
+    precision: Any, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    data = MultiPhotoData(Backbone("mini"), MiniFaces(train=3), cache_dir=str(tmp_path / "features"))
+    trainer = L.Trainer(
+        accelerator="cpu", precision=precision, max_steps=1, logger=False, enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(MultiIPAdapter(Backbone("mini"), **options), data)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_training_loss_is_the_mean_over_ranks(tiny_backbone: Path, batch: Batch) -> None:
+    module, logged = built(tiny_backbone), {}
+    module.log = lambda name, value, **options: logged.update({name: options})  # type: ignore[method-assign]
+    with torch.no_grad():
+        module.training_step(batch, 0)
+    assert logged["train/loss"]["sync_dist"] is True

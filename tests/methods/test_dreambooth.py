@@ -18,9 +18,9 @@ from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.data.photos import DataError
 from lit_multiip.datamodule import MultiPhotoData, PredictArgs
+from lit_multiip.finite import NonFiniteLoss, RequireFinite
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.dreambooth import DreamBooth, Who
-from lit_multiip.methods.method import NonFiniteLoss
 from lit_multiip.runs import CheckpointError
 
 PEOPLE = ["test_000000", "test_000001"]
@@ -187,6 +187,7 @@ def test_the_prior_term_changes_what_is_learnt(tiny_backbone: Path, features: st
 
 def test_a_loss_of_nan_stops(tiny_backbone: Path, features: str, tasks: dict[str, Any]) -> None:
     module = built(tiny_backbone, features)
+    module.watch = RequireFinite()
     with pytest.raises(NonFiniteLoss, match="loss is nan at step 0, of test_000000"):
         module.personalise(person(tasks, 0)._replace(moments=torch.full((9, 8, 8, 8), float("nan"))))
 
@@ -513,6 +514,7 @@ def test_lora_without_peft_is_told_what_to_install(monkeypatch: pytest.MonkeyPat
         ({"steps": 0}, "steps=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"lora_rank": 0}, "lora_rank=0"),
+        ({"lr_schedule": "cosine", "steps": 20}, r"model\.steps=20 would all be warm-up"),
         ({"prior_weight": -1.0}, "prior_weight=-1"),
         ({"prior_weight": float("nan")}, "prior_weight=nan"),
         ({"identifier": " "}, "must not be empty"),
@@ -529,6 +531,7 @@ def test_impossible_settings_are_refused(wrong: dict[str, Any], message: str) ->
     [
         ({}, None, r"learns one person: set data\.person to one of the 6, such as test_000000"),
         ({}, "test_0000", r"no person 'test_0000': .* such as test_000"),
+        ({"precision": "bf16-true"}, PEOPLE[0], r"nothing is trained: use bf16-mixed"),
         ({"max_steps": 1}, PEOPLE[0], r"max_steps=1 would end before model\.steps=2"),
         pytest.param(
             {"precision": "16-mixed", "accelerator": "gpu"},

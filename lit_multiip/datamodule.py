@@ -43,7 +43,7 @@ MOST_WORKERS = 256  # of a loader; more are a slip
 
 @dataclass
 class PredictArgs:
-    """What ``predict`` draws: every prompt with every seed, of one person.
+    """What `predict` draws: every prompt with every seed, of one person.
 
     Args:
         photos: folder with photos of the person, any number; None takes data.person, else the first test person, and
@@ -60,7 +60,7 @@ class PredictArgs:
 class MultiPhotoData(L.LightningDataModule):
     """Groups of a person's photos for training, and tasks for validation, test and predict.
 
-    Where the trainer's module learns a person at a time (``per_person``), fit is given ``person`` alone: the reference
+    Where the trainer's module learns a person at a time (`per_person`), fit is given `person` alone: the reference
     set that a test gives them, nothing held out, and no validation.
 
     Args:
@@ -70,9 +70,9 @@ class MultiPhotoData(L.LightningDataModule):
         min_photos: people with fewer are left out.
         max_people: keep a seeded subset of this many people.
         training_people: train on a seeded subset of this many of the training side; None takes all. Other than
-            ``max_people`` it leaves validation and test people as they are.
-        balance: ``person`` (every person gives N targets an epoch) or ``photo`` (every photo is a target once).
-        target: ``held_out``, or ``reference`` to train as the published single-photo IP-Adapter (references = 1).
+            `max_people` it leaves validation and test people as they are.
+        balance: `person` (every person gives N targets an epoch) or `photo` (every photo is a target once).
+        target: `held_out`, or `reference` to train as the published single-photo IP-Adapter (references = 1).
         drop: probabilities of dropping image, text and both in training.
         test_fraction: of the people, where neither the source nor a list decides.
         validation_fraction: of the training side.
@@ -82,10 +82,10 @@ class MultiPhotoData(L.LightningDataModule):
         held_out: evaluation tasks: held-out photos a test person, at most.
         seeds: images per held-out photo.
         validation_held_out: held-out photos a validation person.
-        tested: whose tasks ``test`` scores; options are chosen on ``validation``, and ``train`` shows what was learned
+        tested: whose tasks `test` scores; options are chosen on `validation`, and `train` shows what was learned
             by heart.
         tested_people: the most people of them, a seeded subset; None takes all.
-        on_unreadable: ``refuse`` or ``skip`` photos that cannot be decoded.
+        on_unreadable: `refuse` or `skip` photos that cannot be decoded.
         batch_size: training samples a step and device.
         eval_batch_size: tasks at once.
         num_workers: of the loaders.
@@ -95,8 +95,8 @@ class MultiPhotoData(L.LightningDataModule):
         augment: makes a photo's variants but the first, which is the photo itself; such as
             `torchvision.transforms.v2.RandomHorizontalFlip`.
         seed: of the split, the groups and the tasks.
-        training_seed: of the training groups alone, for several trainings on one protocol; None takes ``seed``.
-        predict: what ``predict`` draws.
+        training_seed: of the training groups alone, for several trainings on one protocol; None takes `seed`.
+        predict: what `predict` draws.
         person: whom fit learns, where the method learns one person; whom predict draws.
         crop: cut every photo to a square at its face, for encoders and scores alike; None takes its central square.
     """
@@ -230,7 +230,7 @@ class MultiPhotoData(L.LightningDataModule):
         return _PhotosOf(training, further, lambda photo: (vary(photo, v, self.augment) for v in range(self.variants)))
 
     def read_references(self, folder: str) -> tuple[Person, tuple[Photo, ...]]:
-        """Read a folder with photos of one person, any number, and draw ``references`` of them."""
+        """Read a folder with photos of one person, any number, and draw `references` of them."""
         [person] = self._cut(check_photos([read_person(folder)], self.on_unreadable, progress=False))
         return person, self._draw_references(_distinct(person))
 
@@ -242,9 +242,9 @@ class MultiPhotoData(L.LightningDataModule):
             if person.name == name:
                 return person
         known = [person.name for person in people]
-        some = ", ".join(difflib.get_close_matches(name or "", known) or known[:3])
+        close = ", ".join(difflib.get_close_matches(name or "", known) or known[:3])
         wrong = "this method learns one person" if name is None else f"there is no person '{name}'"
-        raise DataError(f"{wrong}: set data.person to one of the {len(known)}, such as {some}")
+        raise DataError(f"{wrong}: set data.person to one of the {len(known)}, such as {close}")
 
     def _tested(self, person: Person) -> Task:
         """Return one of a person's tasks in a test, for the references that all have: no held-out photo is in them."""
@@ -296,14 +296,23 @@ class MultiPhotoData(L.LightningDataModule):
         self.features.refresh()
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Batches of ``HeldOutGroups`` items; its own sampler serves all ranks (``use_distributed_sampler: false``)."""
+        """Batches of `HeldOutGroups` items; its own sampler serves all ranks (`use_distributed_sampler: false`)."""
         assert self.split is not None and self.features is not None
         if self.tuning is not None:
             item = reference_set(self.tuning.person, self.tuning.references, self.features)
             return DataLoader(OnePerson(item), batch_size=1)
         references = 1 if self.target == "reference" else self.references
-        drawn: Any = (self.training_seed, references, self.balance, self.target, self.drop)
-        groups = HeldOutGroups(self.split.train, self.features, *drawn, self.variants, self.augment)
+        groups = HeldOutGroups(
+            self.split.train,
+            self.features,
+            self.training_seed,
+            references,
+            self.balance,
+            self.target,
+            self.drop,
+            self.variants,
+            self.augment,
+        )
         rank, world = self._rank_and_world()
         sampler = EpochSampler(len(groups), self.training_seed, rank, world, self._start(len(groups) // world))
         if len(sampler) < self.batch_size:
@@ -334,7 +343,7 @@ class MultiPhotoData(L.LightningDataModule):
         self.position = state_dict
 
     def _divisions(self, samples: int | None) -> dict[str, Any]:
-        """What an epoch is divided by; ``samples`` of a rank."""
+        """What an epoch is divided by; `samples` of a rank."""
         assert self.trainer is not None
         return {
             "samples": samples,

@@ -22,15 +22,15 @@ from lit_multiip.data.variants import Augment, vary
 
 
 class HeldOutGroups(Dataset[dict[str, Any]]):
-    """Training samples, indexed by ``(epoch, index)``; every draw is a function of (seed, epoch, index) alone.
+    """Training samples, indexed by `(epoch, index)`; every draw is a function of (seed, epoch, index) alone.
 
     Args:
         people: with at least two photos each.
         features: of all their photos and prompts.
         seed: of all draws.
         references: N - 1, the number of photos that condition.
-        balance: ``person``: each person gives N targets an epoch; ``photo``: each photo is the target once.
-        target: ``held_out``, or ``reference``, where the one reference is the target (the published IP-Adapter).
+        balance: `person`: each person gives N targets an epoch; `photo`: each photo is the target once.
+        target: `held_out`, or `reference`, where the one reference is the target (the published IP-Adapter).
         drop: probabilities to drop the image condition, the text, and both (published: 5 % each).
         variants: of a photo, one of which is drawn each time that it is a target or a reference.
         augment: makes variants 1 .. `variants` - 1; variant 0 is the photo itself.
@@ -77,7 +77,7 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         """Return one sample.
 
         Returns:
-            photo: the target, as ``person/name``.
+            photo: the target, as `person/name`.
             references: image embeddings, (R, D).
             moments: posterior mean and logvar of the target, (2C, h, w).
             text: what the UNet takes besides: `prompt_embeds` of the target's prompt, or of "" where text is dropped,
@@ -113,7 +113,7 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """Yields ``(epoch, index)`` in an order drawn from (seed, epoch); rank r of W takes every W-th.
+    """Yields `(epoch, index)` in an order drawn from (seed, epoch); rank r of W takes every W-th.
 
     So that all ranks have equally many and none twice, up to W - 1 samples of an epoch are left out.
 
@@ -147,7 +147,7 @@ class ShareSampler(Sampler[int]):
     """Yields 0 .. size - 1 in order, rank r of W a run of ceil(size / W) of them.
 
     Runs, because tasks are sorted by person and a method may work person by person. Where they are too few it counts on
-    from size, so that all ranks have equally many; a ``TaskDataset`` repeats its last task for that, and says so.
+    from size, so that all ranks have equally many; a `TaskDataset` repeats its last task for that, and says so.
     """
 
     def __init__(self, size: int, rank: int = 0, world: int = 1) -> None:
@@ -243,7 +243,7 @@ class OnePerson(IterableDataset[dict[str, Any]]):
 
 @dataclass(frozen=True)
 class Position:
-    """Where training is: ``batch`` batches of an epoch of ``batches`` are done, by ``steps`` optimiser steps in it."""
+    """Where training is: `batch` batches of an epoch of `batches` are done, by `steps` optimiser steps in it."""
 
     epoch: int
     batch: int
@@ -252,7 +252,7 @@ class Position:
 
     @classmethod
     def after(cls, step: int, batches: float, accumulate: int) -> Position:
-        """Where training is after ``step`` optimiser steps; the last one of an epoch may be of fewer batches."""
+        """Where training is after `step` optimiser steps; the last one of an epoch may be of fewer batches."""
         if math.isinf(batches):
             return cls(0, step * accumulate, None, step)
         epoch, steps = divmod(step, math.ceil(batches / accumulate))

@@ -1,6 +1,6 @@
 """Outputs of the frozen encoders, computed once per photo or prompt and kept on disk.
 
-On disk, ``<cache>/<kind>-<fingerprint>/`` holds shards: ``<name>.npy`` is one array, a row per key, and ``<name>.json``
+On disk, `<cache>/<kind>-<fingerprint>/` holds shards: `<name>.npy` is one array, a row per key, and `<name>.json`
 its list of keys. The fingerprint covers the encoder's weights and the preprocessing, a key the content of a photo or
 the text of a prompt, so that a stale row cannot be found by mistake. A shard appears by one rename of a finished file,
 is never changed, and is read memory-mapped without pickle: several processes may build and read at once. An index of 24
@@ -57,7 +57,7 @@ class _Items:
         self.digests = digests_of(map(key, items))
 
     def parts(self, positions: npt.NDArray[np.int64], size: int) -> Iterator[list[Any]]:
-        """Yield the items at ``positions`` in lists of ``size``."""
+        """Yield the items at `positions` in lists of `size`."""
         chosen = np.zeros(len(self.digests), bool)
         chosen[positions] = True
         found = compress(self.items, chosen)
@@ -66,7 +66,7 @@ class _Items:
 
 
 def _ahead(read: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """Yield each part and what ``read`` makes of it, while the next ones are being read in other threads."""
+    """Yield each part and what `read` makes of it, while the next ones are being read in other threads."""
     with ThreadPoolExecutor(2) as pool:
         waiting: deque[tuple[Any, Future[Any]]] = deque()
         for part in parts:
@@ -107,7 +107,7 @@ class Features:
     def build(
         self, photos: Iterable[Photo], targets: Iterable[Photo], prompts: Iterable[str], rank: int = 0, world: int = 1
     ) -> None:
-        """Encode whatever is not stored yet; of ``world`` ranks, this one does every world-th.
+        """Encode whatever is not stored yet; of `world` ranks, this one does every world-th.
 
         Args:
             photos: whose image embeddings will be asked for; gone through twice, as are targets, so no iterator.
@@ -163,7 +163,7 @@ class Features:
         return self.store["latent"].get([photo.content_key()])[0].float()
 
     def text(self, prompt: str) -> dict[str, Tensor]:
-        """A prompt's ``prompt_embeds``, text states (L, E), and of SDXL ``pooled_prompt_embeds`` (P,); float32."""
+        """A prompt's `prompt_embeds`, text states (L, E), and of SDXL `pooled_prompt_embeds` (P,); float32."""
         kinds = {"prompt_embeds": "text"} | ({"pooled_prompt_embeds": "pooled"} if "pooled" in self.store else {})
         return {name: self.store[kind].get([prompt_key(prompt)])[0].float() for name, kind in kinds.items()}
 

@@ -55,6 +55,8 @@ class MultiIPAdapter(Method):
         "lora_rank": "set model.lora_rank likewise",
     }
 
+    aggregator: Aggregator  # from `build` on
+
     def __init__(
         self,
         backbone: Backbone | None = None,
@@ -69,7 +71,6 @@ class MultiIPAdapter(Method):
         require_peft(lora_rank)
         self.make_aggregator, self.ip_adapter, self.trained = aggregator, ip_adapter, trained
         self.lora_rank = lora_rank
-        self.aggregator: Any = None
 
     # ---- building -----------------------------------------------------------------------------------------------
 
@@ -131,13 +132,12 @@ class MultiIPAdapter(Method):
     def condition(self, references: Tensor) -> Tensor:
         """Aggregate one set of embeddings a sample, (B, R, D) -> (B, M, D); a set without a face (NaN) gives zeros."""
         if self.backbone.face_encoder is None:
-            aggregated: Tensor = self.aggregator(references)
-            return aggregated
+            return self.aggregator(references)
         faceless = references.isnan().flatten(1).any(dim=1)[:, None, None]  # (B, 1, 1)
         return self.aggregator(references.masked_fill(faceless, 0.0)).masked_fill(faceless, 0.0)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Restore the held-out photos of a batch of ``HeldOutGroups`` items."""
+        """Restore the held-out photos of a batch of `HeldOutGroups` items."""
         x = self.latents(batch["moments"], batch["latent_noise"])  # (B, C, h, w)
         embeds = self.condition(batch["references"])  # (B, M, D)
         embeds = embeds * ~batch["drop_image"][:, None, None]  # zeros AFTER aggregation
@@ -180,10 +180,10 @@ class MultiIPAdapter(Method):
         """Draw the images of a batch of tasks: RGB, (B, 3, H, W) uint8.
 
         Args:
-            batch: of ``TaskDataset`` items.
+            batch: of `TaskDataset` items.
             references: the task's own, none (scale 0 and no LoRA), another person's, or zeros for the aggregated
                 embedding.
-            ip_scale: overrides ``sampling.ip_scale``.
+            ip_scale: overrides `sampling.ip_scale`.
         """
         embeds = self.condition(batch["other_references" if references == "other" else "references"])
         if references == "zero":

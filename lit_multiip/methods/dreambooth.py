@@ -8,36 +8,29 @@ same of images x_pr that the frozen backbone drew itself, with t' and eps' of th
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import groupby
-from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from lit_multiip.backbone.lora import add_lora, require_peft
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.groups import stable_hash
-from lit_multiip.files import hash_text
+from lit_multiip.methods.class_images import ClassImages
 from lit_multiip.methods.method import Batch, Method, References
+from lit_multiip.methods.people import Who, people_of
 from lit_multiip.runs import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-DRAWN_AT_ONCE = 16  # class images
 WITHOUT_WARMUP = ("constant", "piecewise_constant")  # schedules of diffusers that ignore its steps
 
 
@@ -50,21 +43,10 @@ class Draws(NamedTuple):
     eps: Tensor  # (B, C, h, w)
 
 
-class Who(NamedTuple):
-    """A person to tune on."""
-
-    person: str
-    reference_set: str
-    moments: Tensor  # of the VAE's posteriors of the references, (R, 2C, h, w)
-    sizes: Mapping[str, Tensor] = MappingProxyType(
-        {}
-    )  # what the UNet is told of theirs, (R, ...) each; of most nothing
-
-
 class DreamBooth(Method):
     """Tunes the UNet on one person's reference set under "a photo of sks person", with prior preservation (eq. 13).
 
-    ``fit`` learns one person, ``data.person``; ``test`` and ``predict`` learn each person that they draw, always from
+    `fit` learns one person, `data.person`; `test` and `predict` learn each person that they draw, always from
     the backbone's own weights, which are put back bit for bit. All draws are functions of (seed, person, step) alone.
 
     In prompts the identifier stands before the first class noun, in place of its article: "a photo of a person in a red
@@ -127,12 +109,12 @@ class DreamBooth(Method):
             )
         self.automatic_optimization = False  # fit takes the very steps that test takes
         self.steps, self.batch_size, self.seed = steps, batch_size, seed
-        self.prior_weight, self.class_images, self.class_folder = prior_weight, class_images, class_folder
+        self.prior_weight, self.class_images = prior_weight, class_images
         self.identifier, self.class_noun = identifier.strip(), class_noun.strip()
         self.tuned, self.lora_rank = tuned, lora_rank
         self.learnt: tuple[str, str] | None = None  # whom the weights know: person and reference set
         self.texts: Any = None  # the pipeline's tokenizers and text encoders
-        self._class_moments: Tensor | None = None
+        self.prior = ClassImages(self.backbone, self.sampling, self.class_prompt(), class_images, class_folder)
         self._prompt_embeds: dict[str, Tensor] | None = None
 
     # ---- building ---------------------------------------------------------------------------------------------------
@@ -226,11 +208,11 @@ class DreamBooth(Method):
         return personal if found else f"{prompt}, {self.identifier} {self.class_noun}"
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Text states ``prompt_embeds``, (B, L, E), and of SDXL ``pooled_prompt_embeds``, (B, P)."""
+        """Text states `prompt_embeds`, (B, L, E), and of SDXL `pooled_prompt_embeds`, (B, P)."""
         return self.backbone.encode_prompts(self.texts, prompts)
 
     def _tuning_prompts(self) -> dict[str, Tensor]:
-        """``encode`` of the person's and the class's prompt, (2, ...); once, where the text encoders are frozen."""
+        """`encode` of the person's and the class's prompt, (2, ...); once, where the text encoders are frozen."""
         prompts = [self.personal_prompt(self.class_prompt()), self.class_prompt()]
         if self.tuned == "unet+text":
             return self.encode(prompts)
@@ -241,49 +223,16 @@ class DreamBooth(Method):
 
     # ---- class images -----------------------------------------------------------------------------------------------
 
-    def class_file(self) -> Path:
-        """Where the class images lie, named by everything that decides them."""
-        parts = ("unet", "vae", *self.backbone.text_components, "scheduler")
-        facts = {
-            "backbone": [self.backbone.fingerprint(name) for name in parts],
-            "prompt": self.class_prompt(),
-            "count": self.class_images,
-            "side": self.image_side,
-            "sampling": self.sampling.describe(),
-        }
-        name = hash_text(json.dumps(facts))[:16]
-        return Path(self.class_folder).expanduser() / f"class-{name}" / "images.safetensors"
-
     def prepare_class_images(self, draw: bool = True) -> None:
-        """Read the class images, and draw them before that, where ``draw`` and they are not there.
-
-        The file holds ``images`` (K, 3, H, W) uint8 and ``moments`` (K, 2C, h, w) float16, and appears at once.
-        """
+        """Read the class images, and draw them before that, where `draw` and they are not there."""
         if self.prior_weight == 0:
             return
-        file = self.class_file()
-        if draw and not file.exists():
+        if draw and not self.prior.file().exists():
             start = time.perf_counter()
-            self._draw_class_images(file)
+            with self.pristine():
+                self.prior.write(self.draw, self.sampler.encode)
             self.spent["class_images"] = time.perf_counter() - start
-        try:
-            self._class_moments = load_file(file)["moments"].float()
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"class images '{file}' cannot be read ({error}): delete the file") from error
-
-    @torch.no_grad()
-    def _draw_class_images(self, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)  # before work
-        drawn, encoded = [], []
-        with self.pristine():
-            for first in tqdm(range(0, self.class_images, DRAWN_AT_ONCE), "drawing class images", delay=3):
-                seeds = list(range(first, min(first + DRAWN_AT_ONCE, self.class_images)))
-                images = self.draw([self.class_prompt()] * len(seeds), seeds)
-                drawn.append(images.cpu())
-                encoded.append(self.sampler.encode(images).float().cpu())
-        part = file.with_name(f"{os.getpid()}.part")
-        save_file({"images": torch.cat(drawn), "moments": torch.cat(encoded).half()}, part)
-        os.replace(part, file)
+        self.prior.read()
 
     def _start(self) -> None:
         """Before a person is tuned on: class images, on rank 0 first."""
@@ -310,8 +259,8 @@ class DreamBooth(Method):
         """Epsilon MSE on the person's photos (eq. 12 with w_t = SNR) and on class images (eq. 13, before lambda)."""
         terms: list[tuple[Literal["references", "class"], Tensor]] = [("references", who.moments)]
         if self.prior_weight > 0:
-            assert self._class_moments is not None
-            terms.append(("class", self._class_moments))
+            assert self.prior.moments is not None
+            terms.append(("class", self.prior.moments))
         draws = [self.draws(who.person, step, term, len(photos)) for term, photos in terms]
         moments = [photos.cpu()[one.which] for one, (_, photos) in zip(draws, terms, strict=True)]
         _, t, latent_noise, eps = (torch.cat(parts).to(self.device) for parts in zip(*draws, strict=True))
@@ -374,7 +323,7 @@ class DreamBooth(Method):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Tune on the one person of the batch."""
-        [(who, _)] = _people(batch)
+        [(who, _)] = people_of(batch)
         if self.learnt not in (None, who[:2]):
             raise CheckpointError(
                 f"the checkpoint is of {self.learnt[0]}, and {who.person} is to be learnt: leave the checkpoint out, "
@@ -387,7 +336,7 @@ class DreamBooth(Method):
         return own
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Stop after ``steps``."""
+        """Stop after `steps`."""
         if self.global_step >= self.steps:
             self.trainer.should_stop = True
 
@@ -418,7 +367,7 @@ class DreamBooth(Method):
         """Draw the images of a batch of tasks, tuning on each person first: RGB, (B, 3, H, W) uint8.
 
         Args:
-            batch: of ``TaskDataset`` items, sorted by person.
+            batch: of `TaskDataset` items, sorted by person.
             references: the task's own, with the identifier in the prompt, or none: the backbone itself.
         """
         if references not in self.conditions:
@@ -428,7 +377,7 @@ class DreamBooth(Method):
             with self.pristine():
                 return self.sampler(batch["text"], batch["negative_text"], None, seeds, self.image_side)
         images = []
-        for who, rows in _people(batch):
+        for who, rows in people_of(batch):
             self.personalise(who)
             prompts = [self.personal_prompt(batch["prompt"][row]) for row in rows]
             images.append(self.draw(prompts, [seeds[row] for row in rows]))
@@ -466,12 +415,3 @@ class DreamBooth(Method):
         tuning = ("steps", "batch_size", "prior_weight", "class_images", "identifier", "class_noun", "seed")
         facts = super().describe() | {name: getattr(self, name) for name in tuning}
         return {name: value for name, value in facts.items() if name not in ("person", "reference_set")}
-
-
-def _people(batch: Batch) -> Iterator[tuple[Who, list[int]]]:
-    """Each person of a batch and their rows, in order; rows of one person follow one another."""
-    keys = list(zip(batch["person"], batch["reference_set"], strict=True))
-    for (person, reference_set), rows in groupby(range(len(keys)), keys.__getitem__):
-        own = list(rows)
-        sizes = {name: size[own[0]] for name, size in batch["reference_sizes"].items()}
-        yield Who(person, reference_set, batch["reference_moments"][own[0]], sizes), own

@@ -40,14 +40,14 @@ class Watch:
 class Method(L.LightningModule):
     """Personalises the UNet of a backbone.
 
-    A subclass makes ``unet`` in ``build``, trains, and draws in ``generate``. What requires grad after ``build`` is
+    A subclass makes `unet` in `build`, trains, and draws in `generate`. What requires grad after `build` is
     trained, and is all that a checkpoint holds. Where a config changes the class, the command line keeps the values of
     equally named arguments, defaults too: a config of a method whose defaults are others writes them out.
 
     Args:
         backbone: frozen; shared with the data.
         optimizer: over the trained parameters.
-        lr_schedule: a schedule of ``diffusers.optimization.get_scheduler``, stepped every optimiser step.
+        lr_schedule: a schedule of `diffusers.optimization.get_scheduler`, stepped every optimiser step.
         lr_warmup_steps: of the schedule.
         sampling: how images are drawn.
         frozen_dtype: of frozen weights; trained ones are float32.
@@ -58,7 +58,7 @@ class Method(L.LightningModule):
 
     # Whether fit learns one person (data.person) and test each in turn, rather than all from held-out groups.
     per_person: ClassVar[bool] = False
-    # What ``generate`` can be conditioned on: the task's own references, none, another person's, a zero embedding.
+    # What `generate` can be conditioned on: the task's own references, none, another person's, a zero embedding.
     conditions: ClassVar[tuple[References, ...]] = ("right", "none")
     # What a checkpoint's provenance must agree on with the model that loads it, and what to do otherwise.
     must_agree: ClassVar[dict[str, str]] = {
@@ -95,15 +95,15 @@ class Method(L.LightningModule):
     # ---- what a subclass gives --------------------------------------------------------------------------------------
 
     def build(self) -> None:
-        """Load ``self.unet`` and all else; what is trained requires grad and is float32."""
+        """Load `self.unet` and all else; what is trained requires grad and is float32."""
         raise NotImplementedError
 
     def generate(self, batch: Batch, references: References = "right") -> Tensor:
         """Draw the images of a batch of tasks: RGB, (B, 3, H, W) uint8.
 
         Args:
-            batch: of ``TaskDataset`` items.
-            references: one of ``conditions``.
+            batch: of `TaskDataset` items.
+            references: one of `conditions`.
         """
         raise NotImplementedError
 
@@ -146,7 +146,7 @@ class Method(L.LightningModule):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def optimizer_and_schedule(self, steps: int) -> tuple[torch.optim.Optimizer, Any]:
-        """AdamW (or what the config says) over what is trained, and its schedule over ``steps``."""
+        """AdamW (or what the config says) over what is trained, and its schedule over `steps`."""
         from diffusers.optimization import get_scheduler
 
         optimizer = self.make_optimizer(list(self.trained_parameters().values()))
@@ -245,7 +245,7 @@ class Method(L.LightningModule):
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def provenance(self) -> dict[str, Any]:
-        """What a checkpoint says of itself; it must agree on ``must_agree`` with the model that loads it."""
+        """What a checkpoint says of itself; it must agree on `must_agree` with the model that loads it."""
         return {"method": self.settings(), "backbone": self.backbone.path, "unet": self.backbone.fingerprint("unet")}
 
     def describe(self) -> dict[str, Any]:

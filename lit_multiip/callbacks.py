@@ -1,26 +1,95 @@
-"""Callbacks of fit and predict: last validation, record of people, pictures of validation people, predict's files."""
+"""The Trainer with its run folder, and the callbacks of fit and predict: bar, last validation, records, pictures."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
+import shlex
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar, WeightAveraging
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
+from tqdm import tqdm
 
 from lit_multiip.data.photos import Photo
-from lit_multiip.data.record import RECORD, training_record
+from lit_multiip.data.record import RECORD, training_record, unknown_record
 from lit_multiip.evaluation.pictures import Cell, labelled_grid, references_held_out_generated, to_picture
 from lit_multiip.pixels import square
+
+
+class Trainer(L.Trainer):
+    """Lightning's Trainer with one run folder, whatever its loggers are."""
+
+    run_folder: Path | None = None
+
+    @property
+    def log_dir(self) -> str | None:
+        """Folder of the run, `runs/<name>/version_k`. A collective call."""
+        if self.run_folder is None:
+            return super().log_dir
+        return self.strategy.broadcast(str(self.run_folder))  # the first rank's: the others may have counted later
+
+    def write_into(self, folder: Path) -> None:
+        """Make `folder` the run's: checkpoints go there too, and a CSV logger's earlier file is kept."""
+        self.run_folder = folder
+        for callback in self.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(folder / "checkpoints")
+        earlier = folder / "metrics.csv"
+        if self.is_global_zero and earlier.exists():  # CSVLogger would delete it
+            number = len(list(folder.glob("metrics-*.csv"))) + 1
+            earlier.rename(folder / f"metrics-{number}.csv")
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bars; that of training counts optimiser steps, from the first batch on.
+
+    The loss beside it is read once a second, for to read it the processor waits for the GPU.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=1)
+        self._read_at, self._metrics = -math.inf, dict[str, Any]()
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """Return what stands beside the bar."""
+        if time.monotonic() - self._read_at > 1:
+            self._metrics = dict(super().get_metrics(trainer, pl_module))
+            self._metrics.pop("v_num", None)
+            self._read_at = time.monotonic()
+        return self._metrics
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin at the step of the checkpoint, if there is one."""
+        super().on_train_start(trainer, pl_module)
+        bar, own = self.train_progress_bar, getattr(pl_module, "steps", math.inf)  # DreamBooth counts for itself
+        steps = min(trainer.estimated_stepping_batches, own)
+        bar.total = None if math.isinf(steps) else int(steps)
+        bar.n = bar.initial = trainer.global_step
+        bar.unit = "step"
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        """Go on: it is steps that are counted."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Move."""
+        bar = self.train_progress_bar
+        bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+        bar.update(trainer.global_step - bar.n)
 
 
 class ValidateAtEnd(L.Callback):
@@ -40,16 +109,64 @@ class RecordPeople(L.Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the people of the checkpoint that fit goes on from."""
-        self.earlier = checkpoint.get(RECORD)
+        self.earlier = checkpoint.get(RECORD, unknown_record())
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Record the training people, and the validation people, by whom the checkpoint is chosen."""
+        """Record the training people, the validation people, by whom the checkpoint is chosen, and an adapter's own."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        checkpoint[RECORD] = training_record([*data.split.train, *data.split.validation], self.earlier)
+        module: Any = pl_module
+        people = [*data.split.train, *data.split.validation]
+        checkpoint[RECORD] = training_record(people, self.earlier, module.trained_on)
+
+
+class AverageTrained(L.Callback):
+    """Has Lightning's `WeightAveraging` callbacks average what is trained alone, and hold what is frozen only once.
+
+    An average of equal numbers differs from them in the last digits, which a frozen UNet must not.
+    """
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give the averaged model the module's own frozen weights."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            average = callback._average_model if isinstance(callback, WeightAveraging) else None
+            if average is None:
+                continue
+            theirs = chain(average.module.parameters(), average.module.buffers())
+            for copy, own in zip(theirs, chain(pl_module.parameters(), pl_module.buffers()), strict=True):
+                if not own.requires_grad:
+                    copy.data = own.data
+            if average.avg_fn is not None:
+                average.avg_fn = partial(_average_unless_shared, average.avg_fn)
+
+
+def _average_unless_shared(average: Any, averaged: Tensor, current: Tensor, number: Any) -> Tensor:
+    return averaged if averaged.data_ptr() == current.data_ptr() else average(averaged, current, number)
+
+
+class DescribeRun(L.Callback):
+    """Gives the loggers of a `fit` the method's facts, and ends it by naming the run and the next command."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log `describe()` as hyperparameters."""
+        module: Any = pl_module
+        for logger in trainer.loggers:
+            logger.log_hyperparams(module.describe())
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say where the run lies and what to type next."""
+        folder = run_folder(trainer)  # on every rank, or the first one waits for ever
+        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+            return
+        command = "predict" if getattr(pl_module, "per_person", False) else "test"
+        # without --run it is the newest of runs/<name>/
+        chosen = "" if folder.parent.parent == Path("runs") else f" --run {shlex.quote(str(folder))}"
+        print(f"\nTrained: {folder}. Next: python -m lit_multiip {command}{chosen}", flush=True)
 
 
 class SampleGrid(L.Callback):
-    """After a validation of ``fit``: references | held-out photo | generated, to TensorBoard and the run's ``grids/``.
+    """Draws some validation people after a validation of `fit`: references | held-out photo | generated.
+
+    The picture goes into the run's `grids/` and to the loggers that take pictures.
 
     Args:
         people: validation people in the picture, one task each; 0 draws none.
@@ -62,7 +179,7 @@ class SampleGrid(L.Callback):
         self.people, self.every, self.validations = people, every, 0
 
     def state_dict(self) -> dict[str, int]:
-        """How many validations there have been."""
+        """Return how many validations there have been."""
         return {"validations": self.validations}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -77,16 +194,24 @@ class SampleGrid(L.Callback):
         folder = run_folder(trainer) / "grids"  # on every rank, or the first one waits for ever
         if self.validations % self.every or not trainer.is_global_zero:
             return
-        module: Any = pl_module
+        picture = self._draw(trainer, pl_module)
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"step_{trainer.global_step:06d}.png")
+        # at the step of the validation's scores, the last one that the checkpoint after it has seen
+        for logger in trainer.loggers:
+            log_picture(logger, "val/samples", picture, trainer.global_step - 1)
+
+    def _draw(self, trainer: L.Trainer, module: Any) -> Image.Image:
         dataset = trainer.val_dataloaders.dataset  # type: ignore[union-attr]
         first = {task.person: index for index, task in reversed(list(enumerate(dataset.tasks)))}
         indices = sorted(first.values())[: self.people]
-        batch = default_collate([dataset[index] for index in indices])
-        batch = trainer.strategy.batch_to_device(batch)
+        images: list[Tensor] = []
         with torch.no_grad(), trainer.precision_plugin.forward_context():  # hooks lack the autocast that steps have
-            images = module.generate(batch)
+            for index in tqdm(indices, "drawing validation people", unit="person", delay=1, leave=False):
+                batch = trainer.strategy.batch_to_device(default_collate([dataset[index]]))
+                images += module.generate(batch)
         side, tasks = module.image_side, [dataset.tasks[index] for index in indices]
-        picture = references_held_out_generated(
+        return references_held_out_generated(
             [_read(task.references, side) for task in tasks],
             _read([task.held_out for task in tasks], side),
             [to_picture(image) for image in images],
@@ -94,20 +219,24 @@ class SampleGrid(L.Callback):
             side,
             f"{module.method()}, step {trainer.global_step}",
         )
-        folder.mkdir(parents=True, exist_ok=True)
-        picture.save(folder / f"step_{trainer.global_step:06d}.png")
-        for logger in trainer.loggers:
-            writer: Any = getattr(logger, "experiment", None)
-            if hasattr(writer, "add_image"):
-                pixels = np.asarray(picture)  # (H, W, 3) uint8
-                # at the step of the validation's scores, the last one that the checkpoint after it has seen
-                writer.add_image("val/samples", pixels, trainer.global_step - 1, dataformats="HWC")
+
+
+def log_picture(logger: Logger, key: str, picture: Image.Image, step: int) -> None:
+    """Give a picture to a logger that takes pictures, by `log_image` (Weights & Biases) or as TensorBoard does."""
+    if hasattr(logger, "log_image"):
+        logger.log_image(key, [picture], step=step)
+        return
+    writer: Any = getattr(logger, "experiment", None)
+    if hasattr(writer, "add_image"):  # TensorBoard
+        writer.add_image(key, np.asarray(picture), step, dataformats="HWC")  # (H, W, 3) uint8
+    elif hasattr(writer, "log_image"):  # Comet
+        writer.log_image(picture, name=key, step=step)
 
 
 class SavePredictions(L.Callback):
-    """Writes what ``predict`` draws into the run's ``predict/<person>/``: a PNG an image, a labelled grid, and how.
+    """Writes what `predict` draws into the run's `predict/<person>/`: a PNG an image, a labelled grid, and how.
 
-    The folder is a new one every time: ``<person>``, then ``<person>-2``, ...
+    The folder is a new one every time: `<person>`, then `<person>-2`, ...
     """
 
     def __init__(self) -> None:
@@ -162,7 +291,7 @@ class SavePredictions(L.Callback):
             labelled_grid([_read(references, side)], [requests[0].person], numbers, side, title),
             labelled_grid(rows, prompts, [f"seed {seed}" for seed in seeds], side),
         )
-        _stacked(*grids).save(self.folder / "grid.png")
+        _stack(*grids).save(self.folder / "grid.png")
         facts = {
             "person": requests[0].person,
             "references": [photo.name for photo in references],
@@ -182,7 +311,7 @@ class SavePredictions(L.Callback):
 
 
 def run_folder(trainer: L.Trainer) -> Path:
-    """Folder of the run, ``runs/<name>/version_k``. A collective call."""
+    """Return the run's folder, `runs/<name>/version_k`. A collective call."""
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
@@ -200,11 +329,11 @@ def _new_folder(wanted: Path) -> Path:
 
 
 def _slug(text: str) -> str:
-    """Make a file name of ``text``; a person's name keeps its underscores."""
+    """Make a file name of `text`; a person's name keeps its underscores."""
     return re.sub(r"[^\w-]+", "-", text).strip("-") or "_"
 
 
-def _stacked(*pictures: Image.Image) -> Image.Image:
+def _stack(*pictures: Image.Image) -> Image.Image:
     """Lay pictures under one another, on white."""
     whole = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
     top = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import glob
 import importlib
 import json
@@ -31,7 +32,6 @@ COMMANDS = {  # dispatched before LightningCLI
     "compare": "lit_multiip.comparison.compare:compare",
     "sweep": "lit_multiip.comparison.sweep:sweep",
     "caption": "lit_multiip.tools.caption:caption",
-    "paired": "lit_multiip.evaluation.results:paired",
     "report": "lit_multiip.comparison.report:report",
     "inspect": "lit_multiip.tools.inspection:inspect",
     "export": "lit_multiip.tools.export:export",
@@ -133,8 +133,8 @@ def _fit_again(args: list[str]) -> list[str]:
     joined = " ".join(args)
     if not re.search(r"--ckpt_path[ =]last\b", joined) or re.search(r"(^| )(-c|--config)[ =]", joined):
         return args
-    run, _ = run_to_continue("*/*")
-    return ["fit", "--config", str(run / "config.yaml"), f"--trainer.logger.init_args.version={run.name}", *args[1:]]
+    run, _ = run_to_continue(Path("runs"), "*/*")
+    return ["fit", "--config", str(run / "config.yaml"), *args[1:]]
 
 
 def _backbones_last(args: list[str]) -> list[str]:
@@ -243,11 +243,21 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
     The callbacks ``checkpoint``, ``grid`` and ``score`` are set by keys of those names; ``trainer.callbacks`` is
     the user's own.
     """
-    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+    from jsonargparse import dict_to_namespace
+    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
     from lit_multiip.backbone.pipeline import Backbone
-    from lit_multiip.callbacks import RecordPeople, SampleGrid, SavePredictions, ValidateAtEnd
+    from lit_multiip.callbacks import (
+        AverageTrained,
+        DescribeRun,
+        ProgressBar,
+        RecordPeople,
+        SampleGrid,
+        SavePredictions,
+        Trainer,
+        ValidateAtEnd,
+    )
     from lit_multiip.datamodule import MultiPhotoData
     from lit_multiip.evaluation.callback import ScoreTest
     from lit_multiip.files import only_writer, write_durably
@@ -257,7 +267,14 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
     from lit_multiip.methods.dreambooth import DreamBooth
     from lit_multiip.methods.method import Method
     from lit_multiip.resume import DurableCheckpointIO, ExactResume
-    from lit_multiip.runs import best_checkpoint, read_checkpoint, run_to_continue
+    from lit_multiip.runs import (
+        best_checkpoint,
+        home_of_runs,
+        next_run,
+        place_loggers,
+        read_checkpoint,
+        run_to_continue,
+    )
 
     methods = (MultiIPAdapter, DreamBooth)  # that can be named without their modules
 
@@ -291,6 +308,7 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
                 write_durably(path, lambda file: file.write(text.encode()))
 
     class CLI(LightningCLI):
+        run_folder: Path  # into which all is written, whatever the logger
         continued: Path | None = None  # the run that fit goes on with, in its own folder
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -321,7 +339,11 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
                 return
             path = config.get("ckpt_path")
             if path in ("last", "best"):
-                run, checkpoint = run_to_continue(*_runs_of(config.trainer.logger))
+                home, version = home_of_runs(config.trainer, config.model)
+                for given in (Path(str(file)) for file in config.config or []):
+                    if given.name == "config.yaml" and (given.parent / "checkpoints").is_dir():  # a run's own
+                        home, version = given.parent.parent, given.parent.name
+                run, checkpoint = run_to_continue(home, "*" if version is None else glob.escape(version))
                 if path == "best":
                     checkpoint = best_checkpoint(run) or checkpoint
                 config.ckpt_path = str(checkpoint)
@@ -337,37 +359,45 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
         def before_instantiate_classes(self) -> None:
             config = self.config[self.config.subcommand] if execute else self.config
             if config.trainer.enable_progress_bar is not False:
-                self.trainer_defaults["callbacks"].append(TQDMProgressBar(refresh_rate=10))  # it reads the loss
+                self.trainer_defaults["callbacks"].append(ProgressBar())
             if self.config.get("subcommand") == "test":
                 config.verbose = False  # ScoreTest prints a better table
             path = config.get("ckpt_path")
-            if path is None:
-                return
-            config.weights_only = True  # nothing is unpickled
-            run, log = Path(path).parent.parent, config.trainer.logger
+            if path is not None:
+                config.weights_only = True  # nothing is unpickled
+            self.run_folder = self._choose_folder(config, path)
+            self.logger_given = copy.deepcopy(config.trainer.get("logger"))
+            if self.logger_given in (None, True):
+                config.trainer.logger = dict_to_namespace(trainer_defaults["logger"])
+            if config.trainer.logger:
+                self.trainer_defaults["callbacks"].append(LearningRateMonitor("step"))
+            place_loggers(config.trainer, self.run_folder)
+
+        def _choose_folder(self, config: Any, checkpoint: str | None) -> Path:
+            """What fit goes on with, or what is made of a run, lies in that run's folder; else in a new one."""
             if self.continued is not None:
-                log.init_args.version = self.continued.name
-                return
-            if not run.parent.name:
-                run = run.resolve()
-            if self.config.subcommand != "fit" and (run / "config.yaml").is_file() and hasattr(log, "init_args"):
-                # what is made of a run lies inside it
-                place = {"version": run.name, "name": run.parent.name, "save_dir": str(run.parent.parent)}
-                for key, value in place.items():
-                    log.init_args[key] = value
+                return self.continued
+            if checkpoint is not None and self.config.get("subcommand") != "fit":
+                run = Path(checkpoint).parent.parent
+                run = run if run.parent.name else run.resolve()
+                if (run / "config.yaml").is_file():
+                    return run
+            home, version = home_of_runs(config.trainer, config.model)
+            return next_run(home) if version is None else home / version
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:
-            trainer = super().instantiate_trainer(**kwargs)
+            trainer: Any = super().instantiate_trainer(**kwargs)
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
-            if self.continued is not None:  # its config does not say so, for it may be the start of other runs
-                config = self.config[self.config.subcommand]
-                config.trainer.logger.init_args.version = None
+            trainer.write_into(self.run_folder)
+            config = self.config[self.config.subcommand] if execute else self.config
+            config.trainer.logger = self.logger_given  # a saved config may be the start of other runs
+            if self.continued is not None:
                 config.ckpt_path = config.weights_only = None
             return trainer
 
         def fit(self, **kwargs: Any) -> None:
-            folder: Any = getattr(self.trainer.logger, "log_dir", None)
-            with only_writer(Path(folder)) if folder and self.trainer.is_global_zero else nullcontext():
+            alone = self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False)
+            with only_writer(self.run_folder) if alone else nullcontext():
                 try:
                     self.trainer.fit(**kwargs)
                 except Exception:
@@ -393,9 +423,10 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
             ExactResume(),
             ValidateAtEnd(),
             ModelCheckpoint(filename="last", monitor=None, save_top_k=1, enable_version_counter=False),
-            LearningRateMonitor("step"),
             SavePredictions(),
             RecordPeople(),
+            AverageTrained(),
+            DescribeRun(),
         ],
     }
     return CLI(
@@ -403,6 +434,7 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
         MultiPhotoData,
         subclass_mode_model=True,
         save_config_callback=SaveFitConfig,
+        trainer_class=Trainer,
         trainer_defaults=trainer_defaults,
         seed_everything_default=0,
         auto_configure_optimizers=False,
@@ -412,16 +444,6 @@ def make_cli(args: list[str] | None = None, execute: bool = True) -> LightningCL
         args=None if args is None else _backbones_last(args),
         run=execute,
     )
-
-
-def _runs_of(log: Any) -> tuple[str, Path]:
-    """Where the runs of a config lie: their folders' pattern, and the folder above."""
-    options = getattr(log, "init_args", {})
-    if not isinstance(options.get("save_dir"), str) or not options.get("name"):
-        raise UsageError("ckpt_path 'last' finds a run by save_dir and name of its one logger: give a file instead")
-    version = options.get("version")
-    pattern = "*" if version is None else glob.escape(f"version_{version}" if isinstance(version, int) else version)
-    return pattern, Path(os.path.expandvars(options["save_dir"])).expanduser() / options["name"]
 
 
 def _set_up_logging() -> None:
@@ -438,8 +460,9 @@ def _set_up_logging() -> None:
         "not supported by the model summary",
         "treespec",
         "have no .validation_step",
+        "You're using the WeightAveraging callback",  # a module is built in configure_model, and tested by its average
         "your dataloader is not resumable",  # the samplers are
-        "Checkpoint directory .* exists and is not empty",
+        "(Checkpoint|Experiment logs) directory .* exists and is not empty",
         "LightningCLI's args parameter",  # of commands that parse a run's config, not their own line
     ):
         warnings.filterwarnings("ignore", f".*{nag}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,10 +26,12 @@ from lit_multiip.datasets import (
     EpochSampler,
     HeldOutGroups,
     OnePerson,
+    PhotosOf,
     Position,
     Request,
     ShareSampler,
     TaskDataset,
+    ignore_ctrl_c,
     reference_set,
 )
 
@@ -173,6 +175,7 @@ class MultiPhotoData(L.LightningDataModule):
         self.features: Features | None = None
         self.tasks: list[Task] = []
         self.validation_tasks: list[Task] = []
+        self.strangers: dict[str, tuple[Photo, ...]] = {}  # stand in for the next person where there is only one
         self.requests: list[Request] = []
         self.tuning: Task | None = None
         self.position: dict[str, Any] | None = None  # of the checkpoint that fit goes on from
@@ -222,12 +225,15 @@ class MultiPhotoData(L.LightningDataModule):
         for task in [*self.validation_tasks, *self.tasks]:
             photos += task.references
             targets.append(task.held_out)
-        prompts = (photo.prompt for photo in _PhotosOf(training, targets))
+        self.strangers = {**self._find_stranger(self.validation_tasks), **self._find_stranger(self.tasks)}
+        for references in self.strangers.values():
+            photos += references
+        prompts = (photo.prompt for photo in PhotosOf(training, targets))
         self._build(self._varied(training, photos), self._varied(training, targets), prompts)
 
-    def _varied(self, training: Sequence[Person], further: Sequence[Photo]) -> _PhotosOf:
+    def _varied(self, training: Sequence[Person], further: Sequence[Photo]) -> PhotosOf:
         """Every variant of every training photo, and then further photos."""
-        return _PhotosOf(training, further, lambda photo: (vary(photo, v, self.augment) for v in range(self.variants)))
+        return PhotosOf(training, further, lambda photo: (vary(photo, v, self.augment) for v in range(self.variants)))
 
     def read_references(self, folder: str) -> tuple[Person, tuple[Photo, ...]]:
         """Read a folder with photos of one person, any number, and draw `references` of them."""
@@ -251,6 +257,22 @@ class MultiPhotoData(L.LightningDataModule):
         from lit_multiip.data.tasks import make_tasks
 
         return make_tasks([person], self.references, self.held_out, 1, self.seed)[0]
+
+    def _find_stranger(self, tasks: Sequence[Task]) -> dict[str, tuple[Photo, ...]]:
+        """Where all tasks are of one person, return a training person's references under that person's name."""
+        names = {task.person for task in tasks}
+        if len(names) != 1 or self.per_person:
+            return {}
+        assert self.split is not None
+        others = [person for person in self.split.train if person.name not in names]
+        if not others:
+            logger.warning(
+                "%s is the only person, and nobody's photos can stand in for theirs: val/gap_shuffled and the row "
+                "other_person are left out",
+                *names,
+            )
+            return {}
+        return {name: self._tested(others[0]).references for name in names}
 
     def _cut(self, people: list[Person]) -> list[Person]:
         return people if self.crop is None else self.crop(people, self.cache_dir)
@@ -324,6 +346,7 @@ class MultiPhotoData(L.LightningDataModule):
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
+            worker_init_fn=ignore_ctrl_c,
             drop_last=True,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -381,30 +404,12 @@ class MultiPhotoData(L.LightningDataModule):
 
     def _task_loader(self, tasks: Sequence[Task | Request]) -> DataLoader[Any]:
         assert self.features is not None
-        dataset = TaskDataset(tasks, self.features, self.per_person)
+        dataset = TaskDataset(tasks, self.features, self.per_person, self.strangers)
         sampler = ShareSampler(len(dataset), *self._rank_and_world())
         return DataLoader(dataset, batch_size=self.eval_batch_size, sampler=sampler)  # by name: Lightning rebuilds it
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-
-
-class _PhotosOf:
-    """The photos of people, or what is made of each, and then further ones, without a list of them all."""
-
-    def __init__(
-        self,
-        people: Sequence[Person],
-        further: Sequence[Photo],
-        made: Callable[[Photo], Iterable[Photo]] = lambda photo: (photo,),
-    ) -> None:
-        self.people, self.further, self.made = people, further, made
-
-    def __iter__(self) -> Iterator[Photo]:
-        for person in self.people:
-            for photo in person.photos:
-                yield from self.made(photo)
-        yield from self.further
 
 
 def _distinct(person: Person) -> Person:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,24 @@ from lit_multiip.data.people import Person
 from lit_multiip.data.photos import Photo
 from lit_multiip.data.tasks import Task
 from lit_multiip.data.variants import Augment, vary
+
+
+class PhotosOf:
+    """The photos of people, or what is made of each, and then further ones, without a list of them all."""
+
+    def __init__(
+        self,
+        people: Sequence[Person],
+        further: Sequence[Photo],
+        made: Callable[[Photo], Iterable[Photo]] = lambda photo: (photo,),
+    ) -> None:
+        self.people, self.further, self.made = people, further, made
+
+    def __iter__(self) -> Iterator[Photo]:
+        for person in self.people:
+            for photo in person.photos:
+                yield from self.made(photo)
+        yield from self.further
 
 
 class HeldOutGroups(Dataset[dict[str, Any]]):
@@ -143,6 +162,11 @@ class EpochSampler(Sampler[tuple[int, int]]):
             yield self.epoch, int(index)
 
 
+def ignore_ctrl_c(worker: int) -> None:
+    """Have a loader's worker live on when Ctrl-C stops training, which takes the batches at hand first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class ShareSampler(Sampler[int]):
     """Yields 0 .. size - 1 in order, rank r of W a run of ceil(size / W) of them.
 
@@ -194,14 +218,23 @@ class TaskDataset(Dataset[dict[str, Any]]):
     An item holds `task` (), `repeated` () bool, `prompt`, `text` (what the UNet takes besides, as in `HeldOutGroups`),
     `negative_text` (that of ""), `seed` (), and `moments` (2C, h, w) and `photo` (person/name) of the held-out photo,
     where there is one. Of the references it holds their embeddings, `references` (R, D), and those of the next person,
-    `other_references`; or, `per_person`, a `reference_set`.
+    `other_references`; or, `per_person`, a `reference_set`. Where there is only one person, the others are
+    `strangers[person]`; without any there are no `other_references`.
     """
 
-    def __init__(self, tasks: Sequence[Task | Request], features: Features, per_person: bool = False) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[Task | Request],
+        features: Features,
+        per_person: bool = False,
+        strangers: Mapping[str, Sequence[Photo]] | None = None,
+    ) -> None:
         self.tasks, self.features, self.per_person = tasks, features, per_person
         references = {task.person: task.references for task in tasks}
         people = list(references)
-        self.others = {name: references[people[(i + 1) % len(people)]] for i, name in enumerate(people)}
+        self.others: Mapping[str, Sequence[Photo]] = strangers or {}
+        if len(people) > 1:
+            self.others = {name: references[people[(i + 1) % len(people)]] for i, name in enumerate(people)}
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -220,9 +253,9 @@ class TaskDataset(Dataset[dict[str, Any]]):
         if self.per_person:
             item |= reference_set(task.person, task.references, self.features)
         else:
-            other = self.others[task.person]
             item["references"] = replace_missing(self.features.embeds(task.references), task.person)
-            item["other_references"] = replace_missing(self.features.embeds(other), other[0].person)
+            if others := self.others.get(task.person):
+                item["other_references"] = replace_missing(self.features.embeds(others), others[0].person)
         if not isinstance(task, Request):
             item["photo"] = f"{task.person}/{task.held_out.name}"
             item["moments"] = self.features.moments(task.held_out)

@@ -3,13 +3,20 @@
 All draws are functions of (seed, epoch, index), so the number of optimiser steps taken says all: which epoch, which
 batch of it, and every counter of the loops. A checkpoint is therefore of a whole step; batches that were accumulated
 after it are drawn again.
+
+Lightning also saves and restores a DataLoader that has `state_dict` and `load_state_dict`. That would replace only the
+start of `EpochSampler`, by a state that is the same function of the steps, because workers read ahead of training. The
+counters of Lightning's loops, which differ inside an accumulation and between two saves of one step, would still have
+to be set by `loops_at`, so nothing here would become shorter.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +49,14 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
 
 class ExactResume(L.Callback):
-    """Lets ``fit`` go on from any of its checkpoints as if it had not stopped; on SIGTERM it saves one and stops."""
+    """Lets `fit` go on from any of its checkpoints as if it had not stopped.
+
+    On SIGTERM and on Ctrl-C (SIGINT) it saves one after the step, and stops; a second Ctrl-C ends it at once.
+    """
 
     def __init__(self) -> None:
-        self.terminated = False
+        self.stopped_by = 0  # the signal
+        self.interrupted_at = 0.0  # seconds
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write down where the loops are, and flush what was logged until there."""
@@ -55,28 +66,40 @@ class ExactResume(L.Callback):
         checkpoint["epoch"] = Position.of(trainer).epoch
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Void what was logged after the checkpoint; wait for SIGTERM."""
+        """Void what was logged after the checkpoint; wait for signals."""
         if trainer.is_global_zero and trainer.global_step > 0:
             for log in trainer.loggers:
                 _purge(log, trainer.global_step)
         if threading.current_thread() is threading.main_thread():
-            # Lightning's own handler makes the ranks speak to one another from within, whatever they are saying
-            signal.signal(signal.SIGTERM, self._on_sigterm)  # the trainer puts back what was there before it
+            # Lightning's own handler makes the ranks speak to one another from within, whatever they are saying; the
+            # trainer puts back what was there before it
+            signal.signal(signal.SIGTERM, self._stop)
+            if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell's background jobs do
+                signal.signal(signal.SIGINT, self._stop)
 
-    def _on_sigterm(self, *_: Any) -> None:
-        self.terminated = True
+    def _stop(self, number: int, _: Any = None) -> None:
+        if number == signal.SIGINT and self.stopped_by == signal.SIGINT:
+            if time.monotonic() - self.interrupted_at > 1:  # before, it is a launcher's copy of the terminal's
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                signal.raise_signal(signal.SIGINT)
+            return
+        self.stopped_by, self.interrupted_at = number, time.monotonic()
+        if number == signal.SIGINT:  # from within a handler nothing that buffers may be used
+            os.write(2, b"\nCtrl-C: saving after this step; press it again to end at once\n")
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Stop between two batches; the ranks do so together."""
         # the loop counts steps for the loggers, and its count is one short where validation was done before the save
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-        if not trainer.strategy.reduce_boolean_decision(self.terminated, all=False):
+        if not trainer.strategy.reduce_boolean_decision(bool(self.stopped_by), all=False):
             return
-        path = _last_of(trainer)
+        path, number = _last_of(trainer), self.stopped_by or signal.SIGTERM
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            logger.warning("SIGTERM: stopped after step %d, kept in %s", trainer.global_step, path)
-        raise SIGTERMException(128 + signal.SIGTERM)
+            name = signal.Signals(number).name
+            what = "%s: stopped after step %d, saved in %s; fit --ckpt_path last goes on from there"
+            logger.warning(what, name, trainer.global_step, path)
+        raise SIGTERMException(128 + number)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the last step, where a fit was stopped between its two saves of that and had nothing more to do."""

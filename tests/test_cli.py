@@ -14,7 +14,6 @@ import transformers
 from lit_multiip.backbone.faces import FaceEncoder
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.cli import COMMANDS, UsageError, expand, main, make_cli
-from lit_multiip.runs import best_checkpoint, newest_run, read_checkpoint
 
 
 def write_run(root: Path, name: str, scores: dict[str, float] | None = None, last: bool = True, age: int = 0) -> Path:
@@ -22,9 +21,11 @@ def write_run(root: Path, name: str, scores: dict[str, float] | None = None, las
     run = root / "runs" / name
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text("backbone: {path: mini}\n")
-    for stem, score in (scores or {}).items():
-        state = {"ModelCheckpoint{}": {"monitor": "val/loss", "current_score": torch.tensor(score)}}
-        torch.save({"callbacks": state, "state_dict": {}}, run / "checkpoints" / f"{stem}.ckpt")
+    best = min(scores, key=lambda stem: scores[stem]) if scores else None
+    state = {"monitor": "val/loss", "dirpath": "checkpoints", "best_model_path": f"checkpoints/{best}.ckpt"}
+    for stem in scores or {}:
+        content = {"callbacks": {"ModelCheckpoint{}": state}, "state_dict": {}}
+        torch.save(content, run / "checkpoints" / f"{stem}.ckpt")
     if last:
         torch.save({"callbacks": {}, "state_dict": {}}, run / "checkpoints" / "last.ckpt")
     for path in (run / "checkpoints").iterdir():
@@ -48,38 +49,6 @@ def failing(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[str, int]:
 
 
 # Which run
-
-
-def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(here: Path) -> None:
-    run = write_run(here, "a/version_0", {"best-step=10": 0.3, "best-step=20": 0.2, "best-step=30": 0.25})
-    assert best_checkpoint(run) == run / "checkpoints" / "best-step=20.ckpt"
-
-
-def test_torn_checkpoints_are_passed_over(here: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run = write_run(here, "a/version_0", {"best-step=10": 0.3})
-    best = run / "checkpoints" / "best-step=10.ckpt"
-    best.write_bytes(best.read_bytes()[:100])
-    assert best_checkpoint(run) == run / "checkpoints" / "last.ckpt"
-    assert "best-step=10.ckpt' cannot be read" in caplog.text
-    (run / "checkpoints" / "last.ckpt").write_bytes(b"")
-    assert best_checkpoint(run) is None
-
-
-def test_a_checkpoint_that_would_run_code_is_not_opened(here: Path) -> None:
-    torch.save({"state_dict": {}, "evil": os.system}, here / "evil.ckpt")
-    with pytest.raises(ValueError, match=r"evil\.ckpt' cannot be read"):
-        read_checkpoint(here / "evil.ckpt")
-
-
-def test_the_newest_run_is_the_one_saved_to_last_that_can_be_loaded(here: Path) -> None:
-    write_run(here, "old/version_7", {"best-step=1": 0.1}, age=100)
-    new = write_run(here, "new/version_0", age=50)
-    write_run(here, "empty/version_0", last=False)
-    (here / "runs" / "untrained" / "version_0" / "test").mkdir(parents=True)
-    torn = write_run(here, "torn/version_0", age=1)
-    (torn / "checkpoints" / "last.ckpt").write_bytes(b"torn")
-    assert newest_run() == (Path("runs/new/version_0"), Path("runs/new/version_0/checkpoints/last.ckpt"))
-    assert new.is_dir()
 
 
 def test_bare_test_is_the_newest_run_and_says_which(here: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -142,6 +142,28 @@ def test_tasks_show_a_person_from_others_references(tiny_backbone: Path, cache: 
     assert len(set(batch["seed"].tolist())) == 4
 
 
+def test_the_only_person_is_shown_by_a_training_persons_references(tiny_backbone: Path, cache: str) -> None:
+    source = MiniFaces(train=3, validation=1, test=1, photos=11)
+    for stage in ("fit", "test"):
+        data = made(tiny_backbone, cache, stage, source=source)
+        assert data.split is not None and data.features is not None
+        batch = next(iter(data.val_dataloader() if stage == "fit" else data.test_dataloader()))
+        assert not torch.equal(batch["other_references"], batch["references"])
+        borrowed = data.features.embeds(data.strangers[batch["photo"][0].split("/")[0]])
+        assert torch.equal(batch["other_references"], borrowed.expand_as(batch["references"]))
+        [stranger] = {photo.person for photos in data.strangers.values() for photo in photos}
+        assert stranger in {person.name for person in data.split.train}
+
+
+def test_where_nobody_can_be_borrowed_there_are_no_other_references_and_it_is_told(
+    tiny_backbone: Path, cache: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = MiniFaces(train=1, validation=1, test=1, photos=11)
+    data = made(tiny_backbone, cache, "test", source=source, tested="train")
+    assert "other_references" not in next(iter(data.test_dataloader()))
+    assert "val/gap_shuffled and the row other_person are left out" in caplog.text
+
+
 def test_copies_of_a_photo_count_once(tiny_backbone: Path, cache: str, tmp_path: Path, caplog) -> None:
     folder = write_people(tmp_path / "people", 4, 5)
     shutil.copy(folder / "p0" / "1.png", folder / "p0" / "9.png")

@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 GOLDEN = Path(__file__).parent / "golden"
 VOLATILE = ("seconds", "versions", "commit")
-RANDOM = ("unet", "image_encoder_content")  # hashes of weights that are drawn anew on every machine
+# hashes of weights that are drawn anew on every machine
+RANDOM = ("unet", "image_encoder_content", "ip_adapter_sha256")
 
 PARSED = {f"configs/{path.stem}": [path] for path in sorted(CONFIGS.glob("*.yaml"))}
 for method, kinds in (("self_attn", ("data", "on", "score", "with")), ("dreambooth", ("on",))):

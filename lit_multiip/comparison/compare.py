@@ -1,94 +1,53 @@
-"""``python -m lit_multiip compare``: every method of a plan on one protocol, then the report.
+"""`python -m lit_multiip compare`: every method of a plan on one protocol, then the report.
 
-A plan becomes steps, ``fit`` and ``test`` of its rows, which ``comparison.steps`` carries out; each has a key of all
-that its result depends on: configs, options, code, weights, photos and prompts.
+A plan becomes steps, `fit` and `test` of its rows, which `comparison.steps` carries out. A step is done anew when what
+its result depends on has changed: the config that its command line is parsed to, and the content of files, photos,
+prompts and weights that the config names. Another version of this package is told in the report, and is no reason.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
-import logging
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import yaml
+from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
 from lit_multiip.backbone.components import COMPONENTS, BackboneError
-from lit_multiip.backbone.faces import FaceEncoder
-from lit_multiip.backbone.pipeline import Backbone
+from lit_multiip.cli import UsageError
+from lit_multiip.comparison.plan import OUTPUT, CompareError, Contrast, Plan, Row
 from lit_multiip.comparison.steps import Step, run_steps
 from lit_multiip.evaluation.critic import shipped_critic
 from lit_multiip.evaluation.results import write_json
-from lit_multiip.files import LitMultiIPError, hash_file, hash_text
+from lit_multiip.files import hash_file, hash_text
 from lit_multiip.runs import best_checkpoint
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from lit_multiip.backbone.pipeline import Backbone
+    from lit_multiip.datamodule import MultiPhotoData
 
-PACKAGE = Path(__file__).parent.parent
-# Modules that no number depends on: changing them leaves finished steps valid.
-PRESENTATION = (
-    "comparison",
-    "tools",
-    "mini/gate.py",
-    "mini/make.py",
-    "mini/measure.py",
-    "mini/stages.py",
-    "evaluation/pictures.py",
+# Options that say where something is written or kept: no result depends on them.
+PLACES = (
+    "config",
+    "trainer.logger",
+    "trainer.default_root_dir",
+    "checkpoint.dirpath",
+    "data.cache_dir",
+    "model.init_args.class_folder",
+    "score.output",
+    *(f"backbone.init_args.{name}" for name in ("path", "image_encoder", "published_adapter")),  # their content counts
 )
-
-
-class CompareError(LitMultiIPError):
-    """A plan that cannot be carried out; the message names the remedy."""
-
-
-@dataclass
-class Row:
-    """A method of the comparison.
-
-    Args:
-        configs: method configs, laid over one another.
-        title: its name in the report.
-        group: ``paper`` for the paper's five, ``control`` for the others.
-        fit: train it before it is tested; what is tested otherwise is the published adapter as it is, or a method that
-            learns within the test.
-        seeds: train it once per training seed; otherwise it has no training seed.
-        seed_options: what a training seed is given to; data, split and test tasks have their own.
-        run: a run that was trained before, to be tested in place of a fit of its own.
-        options: of both commands, such as ``model.trained: aggregator``.
-        paper: the paper's own figures.
-    """
-
-    configs: list[str]
-    title: str
-    group: Literal["paper", "control"] = "control"
-    fit: bool = False
-    seeds: bool = False
-    seed_options: list[str] = field(default_factory=lambda: ["seed_everything", "data.training_seed"])
-    run: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    paper: dict[str, float] | None = None
-
-
-@dataclass
-class Contrast:
-    """A difference between two rows that tells one cause apart.
-
-    Args:
-        title: the cause.
-        minus: the row with it, and the row without.
-        text: what the two rows differ in.
-    """
-
-    title: str
-    minus: tuple[str, str]
-    text: str = ""
+LIBRARIES = ("lit_multiip", "torch", "torchvision", "lightning", "diffusers", "transformers")
 
 
 def compare(
@@ -101,7 +60,7 @@ def compare(
     test_options: dict[str, Any] | None = None,
     seeds: list[int] | None = None,
     only: list[str] | None = None,
-    output: str = "runs/compare/mini",
+    output: str = OUTPUT,
     processes: PositiveInt = 1,
     dry_run: bool = False,
 ) -> None:
@@ -113,7 +72,7 @@ def compare(
         title: of the report.
         contrasts: differences that tell causes apart.
         configs: laid over every row's own, such as configs/data/lfw.yaml or configs/on/sd15.yaml.
-        options: of every command, such as ``data.held_out: 4``.
+        options: of every command, such as `data.held_out: 4`.
         test_options: of every test.
         seeds: training seeds of the rows that have them; [0] by default. Data, split and test tasks stay the same.
         only: run these rows; the report is of all that is there.
@@ -121,199 +80,210 @@ def compare(
         processes: steps at a time, each with its share of the CPU cores and a log in its run's folder.
         dry_run: print the commands, and run none.
     """
-    folder, seeds = Path(output), [0] if seeds is None else seeds
-    _check_plan(rows, reference, contrasts or [], seeds, only)
-    plan = {
-        "title": title,
-        "reference": reference,
-        "seeds": seeds,
-        "rows": [
-            {"key": key, "title": row.title, "group": row.group, "trained": row.fit or row.seeds, "paper": row.paper}
-            | {"versions": [f"version_{seed}" for seed in (seeds if row.seeds else seeds[:1])]}
-            for key, row in rows.items()
-        ],
-        "contrasts": [asdict(contrast) for contrast in contrasts or []],
-    }
-    steps = list(make_steps(rows, reference, configs or [], options or {}, test_options or {}, seeds, folder))
-    steps = [step for step in steps if only is None or step.row in only]
+    seeds = [0] if seeds is None else seeds
+    plan = Plan(
+        rows, reference, title, contrasts or [], configs or [], options or {}, test_options or {}, seeds, output
+    )
+    plan.check(only)
+    steps = make_steps(plan.expand(only), Inputs())
     if dry_run:
-        for step in steps:
-            state = "done" if step.is_done() else "to do"
-            print(f"{state}: python -m lit_multiip {shlex.join([step.command, *step.arguments])}")
+        print_steps(steps)
         return
+    folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "plan.json", plan)
+    write_json(folder / "plan.json", describe_plan(plan.expand()))
     run_steps(steps, processes)
 
     from lit_multiip.comparison.report import report
 
-    report(str(folder))
+    report(output)
 
 
-def make_steps(
-    rows: Mapping[str, Row],
-    reference: str,
-    configs: Sequence[str],
-    options: Mapping[str, Any],
-    test_options: Mapping[str, Any],
-    seeds: Sequence[int],
-    folder: Path,
-) -> Iterator[Step]:
-    """Yield the commands of a plan: the fits and tests of the rows, in their order, by training seed.
+def print_steps(steps: Sequence[Step]) -> None:
+    """Print each step's command, and whether it is done."""
+    for step in steps:
+        state = "done" if step.is_done() else "to do"
+        print(f"{state}: python -m lit_multiip {shlex.join([step.command, *step.arguments])}")
 
-    Anchor rows cost several tests' time, and are made once: by the reference row's first test.
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """Return what `report` must know of a plan without grids."""
+    rows = [
+        {"key": key, "title": row.title, "group": row.group, "trained": row.fit or row.seeds, "paper": row.paper}
+        | {"versions": [f"version_{seed}" for seed in plan.seeds_of(row)]}
+        for key, row in plan.rows.items()
+    ]
+    contrasts = [asdict(contrast) for contrast in plan.contrasts]
+    return {
+        "title": plan.title,
+        "reference": plan.reference,
+        "seeds": list(plan.seeds),
+        "rows": rows,
+        "contrasts": contrasts,
+    }
+
+
+def make_steps(plan: Plan, inputs: Inputs) -> list[Step]:
+    """Return the fits and tests of a plan without grids, in the order of its rows, by training seed.
+
+    Rows whose trainings do not differ share one. Anchor rows cost several tests' time, and are made once, by the
+    reference row's first test.
     """
-    code = code_fingerprint()
-    for name, row in rows.items():
-        files = [*row.configs, *configs]
-        for seed in seeds if row.seeds else seeds[:1]:
-            run = folder / name / f"version_{seed}"
-            own = {**options, **row.options}
-            if row.seeds:
-                own |= dict.fromkeys(row.seed_options, seed)
-            place = {"save_dir": str(folder), "name": name, "version": f"version_{seed}"}
-            shared = [part for file in files for part in ("--config", file)]
-            shared += [f"--{key}={_as_argument(value)}" for key, value in own.items()]
-            trained = Path(row.run) if row.run is not None else run
-            texts = [Path(file).read_text(encoding="utf-8") for file in files]
-            source = {name: _as_argument(value) for name, value in own.items() if name.startswith("data.source")}
-            photos = photos_fingerprint(tuple(configs), tuple(sorted(source.items())))
-            key = combined_key(code, texts, own, _weights(files, own), photos)
+    steps: list[Step] = []
+    fitted: dict[str, Path] = {}  # the run of each training, by what decides it
+    for name, row in plan.rows.items():
+        for seed in plan.seeds_of(row):
+            run = Path(plan.output) / name / f"version_{seed}"
+            configs = [part for file in [*row.configs, *plan.configs] for part in ("--config", file)]
+            options = {**plan.options, **row.options} | (dict.fromkeys(row.seed_options, seed) if row.seeds else {})
+            given = _as_arguments(options)
+
+            # what is trained, or was
+            depends, begin = "", [*configs, *given]
             if row.run is not None:
-                key = combined_key(key, _checkpoint_hash(trained))
+                configs, depends = inputs.read_run(row.run)
+                begin = ["--run", row.run, *given]
             elif row.fit:
-                logger_options = [f"--trainer.logger.init_args.{key}={value}" for key, value in place.items()]
-                yield Step(name, seed, "fit", run, [*shared, *logger_options], key)
-            anchors = name == reference and seed == seeds[0]
-            final = {"score.anchors": anchors, **test_options, "score.output": str(run / "test")}
-            last = [f"--{key}={_as_argument(value)}" for key, value in final.items()]
-            chosen = shared
-            if row.run is not None:
-                chosen = ["--run", str(trained), *(f"--{key}={_as_argument(value)}" for key, value in own.items())]
-            elif row.fit:
-                chosen = ["--run", str(trained)]
-            yield Step(name, seed, "test", run, [*chosen, *last], combined_key(key, final, _scorers(files, final)))
+                depends = inputs.key("fit", begin)
+                if depends not in fitted:
+                    place = {"save_dir": plan.output, "name": name, "version": f"version_{seed}"}
+                    logged = _as_arguments({f"trainer.logger.init_args.{key}": value for key, value in place.items()})
+                    steps.append(Step(name, seed, "fit", run, [*begin, *logged], depends))
+                begin = ["--run", str(fitted.setdefault(depends, run))]
+
+            # what is tested
+            anchors = name == plan.reference and seed == plan.seeds[0]
+            tested = {"score.anchors": anchors, **plan.test_options, **row.test_options}
+            key = inputs.key("test", [*configs, *_as_arguments(options | tested)], depends)
+            tested["score.output"] = str(run / "test")
+            steps.append(Step(name, seed, "test", run, [*begin, *_as_arguments(tested)], key))
+    return steps
 
 
-def code_fingerprint() -> str:
-    """Hash of the package's modules that a number may depend on."""
-    files = sorted(PACKAGE.rglob("*.py"))
-    matters = [file for file in files if not file.relative_to(PACKAGE).as_posix().startswith(PRESENTATION)]
-    return combined_key(*([str(file.relative_to(PACKAGE)), file.read_text(encoding="utf-8")] for file in matters))
+def _as_arguments(options: Mapping[str, Any]) -> list[str]:
+    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options.items()]
 
 
-@functools.cache
-def photos_fingerprint(configs: tuple[str, ...], source: tuple[tuple[str, str], ...]) -> str:
-    """Hash of all people, photos and prompts of a source.
+class Inputs:
+    """What the result of a step depends on: the config of its command line, and the content of all that it names.
 
-    Args:
-        configs: that name the source, laid over one another.
-        source: options of it, and their values.
+    Sources, components and runs are read once; parsing takes a fifth of a second a command.
     """
+
+    def __init__(self) -> None:
+        self.parser = _parser()
+        self._people: dict[str, str] = {}
+        self._backbones: dict[str, list[str]] = {}
+        self._runs: dict[str, tuple[list[str], str]] = {}
+
+    def key(self, command: Literal["fit", "test"], arguments: Sequence[str], depends: str = "") -> str:
+        """Return a hash of what the result of a command depends on.
+
+        Args:
+            command: how scores are made matters to `test` alone.
+            arguments: configs and options.
+            depends: hash of what it tests.
+
+        Raises:
+            CompareError: the command line cannot be parsed.
+        """
+        try:
+            config = self.parser.parse_args(list(arguments), with_meta=False)
+        except UsageError as error:
+            raise CompareError(f"the plan cannot be carried out, {command} {shlex.join(arguments)}: {error}") from error
+        values = config.as_dict()
+        config.score.extractors = None  # which would read their weights
+        built = self.parser.instantiate_classes(config)
+        facts = [depends, *self._fingerprint_backbone(config, built.data.backbone)]
+        facts.append(self._fingerprint_people(config, built.data))
+        facts.append(repr(built.model.sampling))  # in a config null stands for its defaults
+        _drop(values, ["model", "init_args", "sampling"])
+        for place in ("data.source", *PLACES):
+            _drop(values, place.split("."))
+        score = values.pop("score")
+        if command == "test":
+            critics = [shipped_critic(name) / "model.safetensors" for name in ("critic", "critic_b")]
+            facts += [hash_file(file) for file in critics if file.is_file()]
+            facts.append(json.dumps(_by_content(score, folders=True), sort_keys=True, default=str))
+        text = json.dumps(_by_content(values), sort_keys=True, default=str)
+        return hash_text(json.dumps([*facts, *_hash_own_modules(text), text]))
+
+    def read_run(self, run: str) -> tuple[list[str], str]:
+        """Return the config of a trained run as arguments, and the hash of its best checkpoint.
+
+        Raises:
+            CompareError: it has none.
+        """
+        if run not in self._runs:
+            checkpoint = best_checkpoint(Path(run))
+            if checkpoint is None:
+                raise CompareError(f"run '{run}' has no checkpoint that can be loaded: train it first")
+            values = yaml.safe_load((Path(run) / "config.yaml").read_text(encoding="utf-8"))
+            for of_fit in ("ckpt_path", "weights_only"):
+                values.pop(of_fit, None)
+            self._runs[run] = ["--config", json.dumps(values)], hash_file(checkpoint)
+        return self._runs[run]
+
+    def _fingerprint_people(self, config: Namespace, data: MultiPhotoData) -> str:
+        """Hash all people, photos, prompts and roles of a source."""
+        name = repr(config.data.source)
+        if name not in self._people:
+            people = data.source.people()
+            photos = ((p.name, p.split or "", x.name, x.content_key(), x.prompt) for p in people for x in p.photos)
+            self._people[name] = hash_text(json.dumps(sorted(photos)))
+        return self._people[name]
+
+    def _fingerprint_backbone(self, config: Namespace, backbone: Backbone) -> list[str]:
+        """Name the content of a backbone's components, of what embeds photos, and of its adapter."""
+        name = repr(config.backbone)
+        if name not in self._backbones:
+            found = []
+            for component in COMPONENTS:
+                with suppress(BackboneError):  # not every pipeline has every component
+                    found.append(backbone.fingerprint(component))
+            with suppress(BackboneError):
+                found.append(backbone.fingerprint_photo_encoder())
+            adapter = backbone.adapter_file()
+            found += [] if adapter is None else [json.dumps(_by_content(adapter))]
+            self._backbones[name] = found
+        return self._backbones[name]
+
+
+@cache
+def _parser() -> Any:
+    """Return what parses the options of a command; making it takes seconds."""
     from lit_multiip.cli import make_cli
 
-    files = [part for config in configs for part in ("--config", config)]
-    data: Any = make_cli([*files, *(f"--{key}={value}" for key, value in source)], execute=False).datamodule
-    people = data.source.people()
-    return combined_key(*sorted((p.name, x.name, x.content_key(), x.prompt) for p in people for x in p.photos))
+    return make_cli([], execute=False).parser
 
 
-def combined_key(*parts: Any) -> str:
-    """Hash of what a step depends on, JSON-able."""
-    return hash_text(json.dumps(parts, sort_keys=True))
+def _drop(values: dict[str, Any], path: Sequence[str]) -> None:
+    """Remove what stands at a path of keys, where it is there."""
+    for key in path[:-1]:
+        values = values.get(key) or {}
+    values.pop(path[-1], None)
 
 
-def _weights(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
-    """Fingerprints of the backbone, of its adapter, and of the user's own modules that the configs name."""
-    import yaml
+def _by_content(value: Any, folders: bool = False) -> Any:
+    """Return nested values with the content's hash in place of every name of a file, or of a folder too."""
+    if isinstance(value, Mapping):
+        return {key: _by_content(part, folders) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_by_content(part, folders) for part in value]
+    if isinstance(value, str) and value:
+        path = Path(os.path.expanduser(value))
+        if os.path.isfile(path):  # unlike `Path.is_file` it takes any text
+            return hash_file(path)
+        if folders and os.path.isdir(path):
+            return [hash_file(file) for file in sorted(path.rglob("*")) if file.is_file()]
+    return value
 
-    given: dict[str, Any] = {}
-    classes = set()
-    for file in files:
-        text = Path(file).read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-        given |= (content or {}).get("backbone") or {}
-        classes |= set(re.findall(r"class_path:\s*([\w.]+)", text))
-    own = {key.removeprefix("backbone."): value for key, value in options.items() if key.startswith("backbone.")}
-    face = (given.pop("face_encoder", None) or {}) | {
-        key.partition(".")[2]: own.pop(key) for key in list(own) if key.startswith("face_encoder.")
-    }
-    backbone = Backbone(**given | own, face_encoder=FaceEncoder(**face) if face else None)
-    found = [*_components(backbone.path)]
-    if backbone.image_encoder is not None:
-        found.append(backbone.fingerprint_image_encoder())
-    if backbone.face_encoder is not None:
-        found.append(backbone.face_encoder.fingerprint())
-    if (adapter := backbone.adapter_file()) is not None:
-        path = Path(adapter).expanduser()
-        found.append(hash_file(path) if path.is_file() else adapter)  # else on the hub
-    for module in sorted({name.rpartition(".")[0] for name in classes}):
-        if module.split(".")[0] in ("lit_multiip", "torch", "lightning", "diffusers"):
-            continue
-        spec = importlib.util.find_spec(module) if module else None
+
+def _hash_own_modules(text: str) -> list[str]:
+    """Hash the user's own modules, those of the classes that a config in JSON names."""
+    found = []
+    for name in sorted(set(re.findall(r'"class_path": "([\w.]+)\.\w+"', text))):
+        spec = None if name.split(".")[0] in LIBRARIES else importlib.util.find_spec(name)
         if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
             found.append(hash_file(Path(spec.origin)))
     return found
-
-
-def _scorers(files: Sequence[str], options: Mapping[str, Any]) -> list[str]:
-    """Fingerprints of the networks that score: the package's critics, and the files that the scores' settings name."""
-    import yaml
-
-    named = [yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {} for file in files]
-    texts = set(_strings([[config.get("score") for config in named], list(options.values())]))
-    critics = [str(shipped_critic(name) / "model.safetensors") for name in ("critic", "critic_b")]
-    paths = [*critics, *(os.path.expanduser(text) for text in sorted(texts))]
-    return [hash_file(Path(path)) for path in paths if os.path.isfile(path)]
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Yield every string in nested lists and mappings."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _strings(part)
-
-
-@functools.cache
-def _components(backbone: str) -> tuple[str, ...]:
-    """Fingerprints of a backbone's components; gigabytes are read, so once and not for every step."""
-    found = []
-    for component in COMPONENTS:
-        try:
-            found.append(Backbone(backbone).fingerprint(component))
-        except BackboneError:  # not every pipeline has every component
-            continue
-    return tuple(found)
-
-
-def _checkpoint_hash(run: Path) -> str:
-    checkpoint = best_checkpoint(run)
-    if checkpoint is None:
-        raise CompareError(f"run '{run}' has no checkpoint that can be loaded: train it first")
-    return hash_file(checkpoint)
-
-
-def _check_plan(
-    rows: Mapping[str, Row],
-    reference: str,
-    contrasts: Sequence[Contrast],
-    seeds: Sequence[int],
-    only: Sequence[str] | None,
-) -> None:
-    named = {reference, *(key for contrast in contrasts for key in contrast.minus), *(only or [])}
-    for key in sorted(named - rows.keys()):
-        raise CompareError(f"there is no row '{key}': the plan has {', '.join(rows)}")
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise CompareError(f"seeds are {list(seeds)}: give at least one, each once")
-    for key, row in rows.items():
-        if not re.fullmatch(r"\w[\w.-]*", key):
-            raise CompareError(f"row '{key}' cannot be a folder: use letters, digits, '.', '_' and '-'")
-        for config in row.configs:
-            if not Path(config).is_file():
-                raise CompareError(f"row '{key}' names the config '{config}', which is not a file")
-
-
-def _as_argument(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

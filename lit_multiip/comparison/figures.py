@@ -1,29 +1,68 @@
-"""Figures of a comparison: methods x people as the paper's Figure 6, and paired differences with their intervals."""
+"""Figures of a comparison, each drawn once by matplotlib and saved as PNG, SVG and PDF.
+
+Methods x people as the paper's Figure 6, paired differences with their intervals, and the plane of identity against
+prompt agreement.
+"""
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from lit_multiip.comparison.tables import scored, titled
-from lit_multiip.comparison.tests import Comparison, ComparisonError, Test, verdict
+from lit_multiip.comparison.rows import Comparison, ComparisonError, judge_difference
+from lit_multiip.comparison.tables import format_score, title_of
 from lit_multiip.evaluation.intervals import Score
-from lit_multiip.evaluation.pictures import labelled_grid
 
-PEOPLE = 6  # pictured, at most
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = ("png", "svg", "pdf")
+PEOPLE = 6  # in Figure 6, at most
+CELL = (128, 256)  # px of an image in Figure 6, least and most
+LEGEND = "Filled: the 95% interval is clear of zero, for better (blue) or for worse (orange). Hollow: it is not."
 PANELS = ("identity_held_out", "fid", "prompt")
-WIDTH, LINE, TOP, BOTTOM, EDGE = 370, 40, 34, 34, 10  # of a panel, px
-COLOURS = {"better": "#1f6feb", "worse": "#c2410c", "unclear": "#6b7280", "ink": "#1f2328", "rule": "#d0d7de"}
+INK, RULE = "#1f2328", "#d0d7de"
+COLOURS = {"better": "#0b5fd0", "worse": "#b23b0a", "unclear": "#59636e"}
+# Okabe and Ito's palette, which the colour-blind can tell apart too; without yellow and black
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.color": INK,
+    "text.parse_math": False,  # a caption may hold a `$`
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "image.composite_image": False,  # every picture stays one of its own in SVG and PDF
+    "svg.hashsalt": "lit_multiip",  # the same figure is the same file
+}
+
+
+def save(figure: Figure, stem: Path) -> None:
+    """Write a figure as `<stem>.png`, `.svg` and `.pdf`."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        for kind in FORMATS:
+            undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+            figure.savefig(f"{stem}.{kind}", metadata=undated)
+
+
+# ---- Figure 6 -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Person:
+class PicturedPerson:
     """A column of Figure 6."""
 
     prompt: str
@@ -32,24 +71,24 @@ class Person:
     image: str  # of the task, by the same name in every test
 
 
-def pictured(comparison: Comparison) -> list[Person]:
-    """The first task of the first people whose photos the tests wrote; chosen by nothing else."""
+def pictured_people(comparison: Comparison) -> list[PicturedPerson]:
+    """Return the first task of each of the first people whose photos the tests wrote; looks do not decide."""
     test = next((test for row in comparison.present for test in row.tests if test.metrics.get("photos")), None)
     if test is None:
         return []
     photos = test.metrics["photos"]
-    people: dict[str, Person] = {}
+    people: dict[str, PicturedPerson] = {}
     for line in test.lines:
         own = photos.get(line["person"])
         if own is not None and line["held_out"] in own["held_out"] and len(people) < PEOPLE:
             references = [test.folder / file for file in own["references"]]
             held_out = test.folder / own["held_out"][line["held_out"]]
-            people.setdefault(line["person"], Person(line["prompt"], references, held_out, line["image"]))
+            people.setdefault(line["person"], PicturedPerson(line["prompt"], references, held_out, line["image"]))
     return list(people.values())
 
 
-def opened(path: Path) -> Image.Image:
-    """A picture, read to its end.
+def read_picture(path: Path) -> Image.Image:
+    """Read a picture to its end.
 
     Raises:
         ComparisonError: it is missing or cut off.
@@ -61,44 +100,67 @@ def opened(path: Path) -> Image.Image:
         raise ComparisonError(f"'{path}' is missing or cut off ({error}): run its test again") from error
 
 
-def mosaic(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one size in a square, row by row, with thin gaps."""
-    columns = int(np.ceil(np.sqrt(len(pictures))))
-    side, gap = pictures[0].width, max(1, pictures[0].width // 32)
-    full = columns * (side + gap) - gap
-    square = Image.new("RGB", (full, full), "white")
-    for i, picture in enumerate(pictures):
-        row, column = divmod(i, columns)
-        square.paste(picture.resize((side, side)), (column * (side + gap), row * (side + gap)))
-    return square
+def figure6(comparison: Comparison) -> Figure | None:
+    """Draw references, held-out photo and what each row's first training made of them, a column a person.
 
-
-def figure6_rows(comparison: Comparison) -> list[tuple[str, list[Image.Image | None]]]:
-    """References, held-out photo and what each row's first training made of them, a cell a person; None: not there."""
-    people = pictured(comparison)
+    Returns:
+        None where no test wrote photos.
+    """
+    people = pictured_people(comparison)
     if not people:
-        return []
-    rows: list[tuple[str, list[Image.Image | None]]] = [
-        ("references", [mosaic([opened(path) for path in person.references]) for person in people]),
-        ("held-out photo", [opened(person.held_out) for person in people]),
-    ]
-    for row in comparison.rows:
-        first: Test | None = row.tests[0] if row.tests else None
-        cells = [None if first is None else opened(first.folder / person.image) for person in people]
-        rows.append((row.title, cells))
-    return rows
-
-
-def figure6(comparison: Comparison) -> Image.Image | None:
-    """Figure 6 as one picture; None where no test wrote photos."""
-    rows = [(title, cells) for title, cells in figure6_rows(comparison) if any(cells)]
-    if not rows:
         return None
-    held_out = rows[1][1][0]
-    assert held_out is not None
-    titles, cells = [title for title, _ in rows], [cells for _, cells in rows]
-    prompts = [person.prompt for person in pictured(comparison)]
-    return labelled_grid(cells, titles, prompts, max(held_out.width, 128))
+    rows = [("references", [person.references for person in people])]
+    rows.append(("held-out photo", [[person.held_out] for person in people]))
+    for row in comparison.present:
+        rows.append((row.title, [[row.tests[0].folder / person.image] for person in people]))
+
+    # a cell is its pictures' own size, or a whole multiple of it
+    side, (least, most) = read_picture(people[0].held_out).width, CELL
+    cell = min(side * math.ceil(least / side), most)
+    font, gap = cell / 11, max(4, cell // 32)  # px
+    heads = [textwrap.fill(person.prompt[:200], 18) for person in people]
+    top = round((max(head.count("\n") for head in heads) + 2) * 1.3 * font)
+    left = round(1.6 * cell)
+    width, height = left + len(people) * (cell + gap), top + len(rows) * (cell + gap)
+    figure, axes = _blank(width, height)
+
+    def write(x: float, y: float, text: str, ha: Literal["left", "center"], va: Literal["center", "bottom"]) -> None:
+        axes.text(x, y, text, fontsize=font * 72 / figure.dpi, linespacing=1.2, ha=ha, va=va)
+
+    for column, head in enumerate(heads):
+        write(left + column * (cell + gap) + cell / 2, top - gap, head, "center", "bottom")
+    for number, (title, pictures) in enumerate(rows):
+        y = top + number * (cell + gap)
+        write(gap, y + cell / 2, textwrap.fill(title, 28, break_on_hyphens=False), "left", "center")
+        for column, paths in enumerate(pictures):
+            _tile(axes, paths, left + column * (cell + gap), y, cell)
+    return figure
+
+
+def _blank(width: int, height: int, dpi: int = 100) -> tuple[Figure, Axes]:
+    """Return a figure of `width` x `height` px, and axes over all of it that count these px from the top left."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((width / dpi, height / dpi), dpi=dpi)
+        axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
+    return figure, axes
+
+
+def _tile(axes: Axes, paths: Sequence[Path], x: int, y: int, side: int) -> None:
+    """Draw pictures in a square of `side` px, row by row."""
+    columns = math.ceil(math.sqrt(len(paths)))
+    gap = 1 if columns > 1 else 0
+    part = (side + gap) // columns - gap
+    for i, path in enumerate(paths):
+        row, column = divmod(i, columns)
+        left, top = x + column * (part + gap), y + row * (part + gap)
+        picture = read_picture(path)
+        way = "hanning" if part % picture.width else "nearest"  # pixels stay as they are where that is possible
+        axes.imshow(picture, extent=(left, left + part, top + part, top), aspect="auto", interpolation=way)
 
 
 # ---- paired differences ---------------------------------------------------------------------------------------------
@@ -106,121 +168,120 @@ def figure6(comparison: Comparison) -> Image.Image | None:
 
 @dataclass(frozen=True)
 class Panel:
-    """Differences of one score against the reference row, a line a row."""
+    """Differences of one score against the reference row, a line a row: title, difference, better or worse."""
 
     key: str
     title: str
     lines: list[tuple[str, Score, str]]
 
 
-@dataclass(frozen=True)
-class Mark:
-    """A line, a dot or a text of a panel."""
-
-    kind: Literal["line", "dot", "hollow", "start", "middle", "end"]
-    x: float
-    y: float
-    colour: str
-    x2: float = 0.0
-    y2: float = 0.0
-    width: float = 1.0
-    text: str = ""
-    bold: bool = False
-
-
 def panels(comparison: Comparison, extractor: str) -> list[Panel]:
-    """A panel for identity, FID and prompt agreement, as far as the tests have them."""
+    """Return a panel for identity, FID and prompt agreement, as far as the tests have them."""
     reference = comparison.row(comparison.reference)
     found = []
     for name in PANELS:
-        key, title = f"{name}/{extractor}", titled(name)
+        key, title = f"{name}/{extractor}", title_of(name)
         lines = []
         for row in comparison.present if reference.tests else []:
             score = comparison.difference(reference.key, row.key).get(key) if row is not reference else None
             if score is not None:
-                lines.append((row.title, score, verdict(score, title)))
+                lines.append((row.title, score, judge_difference(score, title)))
         if lines:
-            better = {"↑": ", higher is better", "↓": ", lower is better"}  # fonts of pictures have no arrows
-            found.append(Panel(key, title.rstrip(" ↑↓") + better.get(title[-1], ""), lines))
+            found.append(Panel(key, title, lines))
     return found
 
 
-def marks(panel: Panel) -> tuple[list[Mark], int]:
-    """What to draw of a panel, in px, and its height."""
+def forest(found: Sequence[Panel]) -> Figure:
+    """Draw panels side by side: a dot and its 95% interval a row, filled where the interval does not hold zero."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    titles = list(dict.fromkeys(title for panel in found for title, _, _ in panel.lines))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(
+            (3 + 3 * len(found), 1.2 + 0.42 * len(titles)), dpi=150, layout=ConstrainedLayoutEngine(wspace=0.06)
+        )
+        grid = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+        for axes, panel in zip(grid, found, strict=True):
+            axes.axvline(0, color=RULE, zorder=0)
+            for title, score, kind in panel.lines:
+                _interval(axes, titles.index(title), score, COLOURS[kind], filled=kind != "unclear")
+            better = {"↑": "higher is better", "↓": "lower is better"}[panel.title[-1]]
+            axes.set_title(f"{panel.title[:-2]}, {better}", loc="left", fontweight="bold", fontsize=10)
+            axes.set_xlim(*_limits(panel))
+            axes.locator_params(axis="x", nbins=5)
+            axes.spines["left"].set_visible(False)
+            axes.tick_params(axis="y", length=0)
+        grid[0].set_yticks(range(len(titles)), [textwrap.fill(title, 40, break_on_hyphens=False) for title in titles])
+        grid[0].set_ylim(len(titles) - 0.5, -0.75)
+        figure.supxlabel(LEGEND, fontsize=8, color=COLOURS["unclear"])
+    return figure
+
+
+def _interval(axes: Axes, y: float, score: Score, colour: str, filled: bool) -> None:
+    if score.low is not None and score.high is not None:
+        axes.plot([score.low, score.high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
+    axes.plot(score.value, y, "o", color=colour, markerfacecolor=colour if filled else "white", markersize=6)
+    text, right = str(format_score(score, signed=True)), axes.get_yaxis_transform()
+    axes.text(1, y - 0.22, text, color=colour, ha="right", va="bottom", fontsize=7.5, transform=right)
+
+
+def _limits(panel: Panel) -> tuple[float, float]:
+    """Return limits that hold zero and every interval, and that are not mere rounding apart."""
     bounds = [bound for _, s, _ in panel.lines for bound in (s.value, s.low, s.high, 0.0) if bound is not None]
     low, high = min(bounds), max(bounds)
-    span = (high - low) or 1.0
-    height = TOP + LINE * len(panel.lines) + BOTTOM
-
-    def x(value: float) -> float:
-        return EDGE + (value - low) / span * (WIDTH - 2 * EDGE)
-
-    drawn = [Mark("start", EDGE, 16, "ink", text=panel.title, bold=True)]
-    floor = height - BOTTOM
-    for i, (title, score, better) in enumerate(panel.lines):
-        y = TOP + LINE * i
-        short = title if len(title) <= 32 else title[:31] + "…"
-        values = str(scored(score, signed=True))
-        drawn.append(Mark("line", x(0), y + 17, "rule", x(0), y + 31, 1.5))
-        if score.low is not None and score.high is not None:
-            drawn.append(Mark("line", x(score.low), y + 24, better, x(score.high), y + 24, 2.5))
-        drawn.append(Mark("start", EDGE, y + 10, "ink", text=short))
-        drawn.append(Mark("end", WIDTH - EDGE, y + 10, better, text=values))
-        drawn.append(Mark("hollow" if better == "unclear" else "dot", x(score.value), y + 24, better))
-    drawn.append(Mark("line", EDGE, floor + 4, "rule", WIDTH - EDGE, floor + 4))
-    step = tick_step(span)
-    ticks = [n * step for n in range(int(np.ceil(low / step - 1e-9)), int(np.floor(high / step + 1e-9)) + 1)]
-    for tick in ticks:
-        drawn.append(Mark("line", x(tick), floor + 4, "rule", x(tick), floor + 8))
-        at = min(max(x(tick), EDGE + 12), WIDTH - EDGE - 12)
-        drawn.append(Mark("middle", at, floor + 22, "unclear", text="0" if tick == 0 else f"{tick:+.3g}"))
-    return drawn, height
+    margin = max(0.06 * (high - low), 1e-3)
+    return low - margin, high + margin
 
 
-def tick_step(span: float) -> float:
-    """Distance of ticks, 1, 2 or 5 times a power of ten, for two to six of them in a span."""
-    power = 10.0 ** np.floor(np.log10(span))
-    return next(float(n * power) for n in (0.1, 0.2, 0.5, 1, 2) if span / (n * power) <= 5)
+# ---- the plane ------------------------------------------------------------------------------------------------------
 
 
-def forest_png(found: Sequence[Panel], scale: int = 2) -> Image.Image:
-    """Panels side by side, on white."""
-    drawings = [marks(panel) for panel in found]
-    step = WIDTH + 2 * EDGE
-    picture = Image.new("RGB", (step * len(found) * scale, max(h for _, h in drawings) * scale), "white")
-    draw = ImageDraw.Draw(picture)
-    for number, (drawn, _) in enumerate(drawings):
-        left = EDGE + number * step
-        for mark in drawn:
-            x, y, colour = (left + mark.x) * scale, mark.y * scale, COLOURS[mark.colour]
-            if mark.kind == "line":
-                width = max(1, round(mark.width * scale))
-                draw.line((x, y, (left + mark.x2) * scale, mark.y2 * scale), colour, width)
-            elif mark.kind in ("dot", "hollow"):
-                r = 4.5 * scale
-                fill = colour if mark.kind == "dot" else "white"
-                draw.ellipse((x - r, y - r, x + r, y + r), fill, colour, 2 * scale)
-            else:
-                font = ImageFont.load_default((15 if mark.bold else 12) * scale)
-                anchor = {"start": "ls", "middle": "ms", "end": "rs"}[mark.kind]
-                draw.text((x, y), mark.text, colour, font, anchor=anchor)
-    return picture
+@dataclass(frozen=True)
+class Series:
+    """The points of one row in the plane of two scores.
+
+    Args:
+        title: in the legend.
+        points: (x, y) each.
+        front: indices of the Pareto front.
+        chosen: index of the point that was chosen; None for none.
+    """
+
+    title: str
+    points: Sequence[tuple[float, float]]
+    front: Sequence[int] = ()
+    chosen: int | None = None
 
 
-def forest_svg(panel: Panel) -> str:
-    """A panel for a page, coloured by its style sheet's classes of the names of `COLOURS`."""
-    drawn, height = marks(panel)
-    parts = []
-    for mark in drawn:
-        x, y = f"{mark.x:.1f}", f"{mark.y:.1f}"
-        if mark.kind == "line":
-            ends = f'x1="{x}" y1="{y}" x2="{mark.x2:.1f}" y2="{mark.y2:.1f}"'
-            parts.append(f'<line class="{mark.colour}" {ends} stroke-width="{mark.width}"/>')
-        elif mark.kind in ("dot", "hollow"):
-            parts.append(f'<circle class="{mark.colour} {mark.kind}" cx="{x}" cy="{y}" r="4.5" stroke-width="2"/>')
-        else:
-            bold = " bold" if mark.bold else ""
-            text = f'x="{x}" y="{y}" text-anchor="{mark.kind}">{escape(mark.text)}</text>'
-            parts.append(f'<text class="{mark.colour}{bold}" {text}')
-    label = escape(f"Paired differences in {panel.title}", quote=True)
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+def plane(series: Sequence[Series], x_title: str, y_title: str, title: str) -> Figure:
+    """Draw each row in a colour: its points, filled and joined where on its Pareto front, and a ring at the chosen one.
+
+    Raises:
+        ValueError: there is no point.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    if not any(one.points for one in series):
+        raise ValueError("there is no point to draw: give at least one")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((6.4, 4.8 + 0.22 * len(series)), dpi=200, layout="constrained")
+        axes = figure.subplots()
+        axes.grid(color=RULE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        for number, one in enumerate(series):
+            repeats, place = divmod(number, len(PALETTE))
+            colour, marker = PALETTE[place], "os^Dv"[repeats % 5]
+            front = sorted(one.points[i] for i in one.front)
+            axes.plot([], [], marker, color=colour, label=one.title)
+            axes.plot(*zip(*one.points, strict=True), marker, color=colour, markerfacecolor="white")
+            if front:
+                axes.plot(*zip(*front, strict=True), f"{marker}-", color=colour)
+            if one.chosen is not None:
+                axes.plot(*one.points[one.chosen], "o", color=colour, markerfacecolor="none", markersize=13)
+        axes.set(xlabel=x_title, ylabel=y_title)
+        axes.set_title(title, fontsize=10)
+        figure.legend(loc="outside lower left", frameon=False)
+    return figure

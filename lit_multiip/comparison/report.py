@@ -1,16 +1,25 @@
-"""`report`: from a folder of tests to Markdown, LaTeX rows, PNG figures and one self-contained page."""
+"""`report`: from a folder of tests to Markdown, LaTeX tables, figures, and one page that needs nothing else.
+
+The Markdown is the source: the page is that text in HTML, with the figures inside it.
+"""
 
 from __future__ import annotations
 
+import base64
 import re
+from functools import partial
+from html import unescape
+from io import BytesIO
 from pathlib import Path
 
-from lit_multiip.comparison import tables as findings
-from lit_multiip.comparison.figures import figure6, forest_png, panels
-from lit_multiip.comparison.page import page
+from PIL import Image
+
+from lit_multiip.comparison import figures, tables
+from lit_multiip.comparison.rows import Comparison
 from lit_multiip.comparison.tables import Cell, Table
-from lit_multiip.comparison.tests import Comparison, load_comparison
+from lit_multiip.comparison.tests import load_comparison
 from lit_multiip.evaluation.results import markdown
+from lit_multiip.files import package_file
 
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -20,6 +29,9 @@ LATEX = {
     "↑": r"$\uparrow$",
     "↓": r"$\downarrow$",
 }
+LARGEST_PNG = 2 << 20  # bytes, in the page; larger ones become JPEG there
+# what python-markdown makes of names that strangers chose, and a report has no use for
+NOT_MARKDOWN = ("html", "link", "reference", "short_reference", "image_reference", "short_image_ref", "autolink")
 
 
 def report(folder: str) -> Path:
@@ -34,46 +46,46 @@ def report(folder: str) -> Path:
     comparison = load_comparison(Path(folder))
     out = Path(folder) / "report"
     out.mkdir(exist_ok=True)
-    for old in out.glob("*.png"):
+    for old in (file for kind in figures.FORMATS for file in out.glob(f"*.{kind}")):
         old.unlink()
-    figures = []
-    picture = figure6(comparison)
-    if picture is not None:
-        picture.save(out / "figure6.png")
-        figures.append(("figure6.png", "Methods x people: the same prompts, references and held-out photos"))
-    for name in comparison.extractors:
-        found = panels(comparison, name)
-        if found:
-            forest_png(found).save(out / f"differences_{name}.png")
-            title = comparison.row(comparison.reference).title
-            figures.append((f"differences_{name}.png", f"{title} minus each row by {name}, with 95% intervals"))
-    (out / "report.md").write_text(as_markdown(comparison, figures), encoding="utf-8")
+    text = as_markdown(comparison, draw_figures(comparison, out))
+    (out / "report.md").write_text(text, encoding="utf-8")
     (out / "table.tex").write_text(as_latex(comparison), encoding="utf-8")
-    (out / "index.html").write_text(page(comparison), encoding="utf-8")
+    (out / "index.html").write_text(as_page(text, out), encoding="utf-8")
     for i, name in enumerate(comparison.extractors):
-        print(_markdown_table(findings.table1(comparison, name, costs=i == 0)) + "\n")
+        print(_markdown_table(tables.table1(comparison, name, costs=i == 0)) + "\n")
     print(f"Report: {out / 'index.html'}", flush=True)
     return out / "index.html"
 
 
-def as_markdown(comparison: Comparison, figures: list[tuple[str, str]]) -> str:
-    """The whole report in Markdown; figures as (file, text)."""
-    tables: list[Table | None] = []
-    for i, name in enumerate(comparison.extractors):
-        first = findings.table1(comparison, name, costs=i == 0)
-        tables += [first, findings.spreads(first), findings.differences(comparison, name)]
-        tables += [findings.attribution(comparison, name), findings.anchors(comparison, name)]
-    tables += [findings.paper(comparison), findings.wall_times(comparison), findings.audits(comparison)]
-    parts = [
-        f"# {comparison.title}",
-        findings.summary(comparison),
-        findings.attributed(comparison),
-        _bullets(comparison.notes()),
-    ]
-    parts += [f"![{text}]({file})" for file, text in figures]
-    parts += [_markdown_table(table) for table in tables if table is not None]
-    parts += ["## How it was measured", _bullets([f"{name}: {value}" for name, value in findings.facts(comparison)])]
-    parts += ["## Limitations", _bullets(findings.limitations(comparison))]
+def draw_figures(comparison: Comparison, out: Path) -> list[tuple[str, str]]:
+    """Draw what there is to draw into `out`.
+
+    Returns:
+        Each figure's PNG file and caption.
+    """
+    drawn = []
+    picture = figures.figure6(comparison)
+    if picture is not None:
+        figures.save(picture, out / "figure6")
+        drawn.append(("figure6.png", "Methods x people: the same prompts, references and held-out photos"))
+    for name in comparison.extractors:
+        found = figures.panels(comparison, name)
+        if found:
+            figures.save(figures.forest(found), out / f"differences_{name}")
+            title = comparison.row(comparison.reference).title
+            drawn.append((f"differences_{name}.png", f"{title} minus each row by {name}, with 95% intervals"))
+    return drawn
+
+
+def as_markdown(comparison: Comparison, drawn: list[tuple[str, str]]) -> str:
+    """Return the whole report in Markdown; figures as (file, caption)."""
+    parts = [f"# {comparison.title}", tables.summarise(comparison), tables.summarise_contrasts(comparison)]
+    parts += [_bullets(comparison.notes())]
+    parts += [f"![{caption}]({file})" for file, caption in drawn]
+    parts += map(_markdown_table, tables.all_tables(comparison))
+    parts += ["## How it was measured", _bullets([f"{name}: {value}" for name, value in tables.list_facts(comparison)])]
+    parts += ["## Limitations", _bullets(tables.list_limitations(comparison))]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -90,13 +102,52 @@ def _markdown_table(table: Table) -> str:
     return f"## {table.title}\n\n{markdown([['', *table.columns], *body])}{notes}"
 
 
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+
+def as_page(text: str, folder: Path) -> str:
+    """Make one HTML page of a report in Markdown; what lies in `folder` and the text shows is put into the page."""
+    from jinja2 import Environment
+    from markdown import Markdown
+    from markupsafe import Markup
+
+    reader = Markdown(extensions=["tables", "toc"], output_format="html")
+    reader.preprocessors.deregister("html_block")
+    for name in NOT_MARKDOWN:
+        reader.inlinePatterns.deregister(name)
+    body = reader.convert(text)
+    body = re.sub(r'<p>(<img alt="([^"]*)" src=)"([\w.-]+)\.png"[^>]*></p>', partial(_figure, folder), body)
+    # wide tables scroll by themselves, by keyboard too; intervals stand under their values
+    body = body.replace("<table>", '<div class="scroll" role="region" aria-label="table" tabindex="0"><table>')
+    body = body.replace("</table>", "</table></div>")
+    body = re.sub(r"(?<=[\d>]) (\[[^]<]+\])(?=</td>)", r" <small>\1</small>", body)
+    [title] = reader.toc_tokens
+    sections = [(section["id"], unescape(section["name"])) for section in title["children"]]
+    template = Environment(autoescape=True).from_string(package_file("comparison/page.html.jinja").read_text("utf-8"))
+    return template.render(title=unescape(title["name"]), sections=sections, body=Markup(body))
+
+
+def _figure(folder: Path, match: re.Match[str]) -> str:
+    """Return a figure with its caption, as pixels where it shows photos, else as SVG."""
+    image, caption, name = match.groups()
+    kind = "png" if name == "figure6" else "svg+xml"
+    content = (folder / f"{name}.{kind[:3]}").read_bytes()
+    if kind == "png" and len(content) > LARGEST_PNG:
+        kind, buffer = "jpeg", BytesIO()
+        Image.open(BytesIO(content)).convert("RGB").save(buffer, "JPEG", quality=88)
+        content = buffer.getvalue()
+    data = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return f'<figure>{image}"{data}"><figcaption>{caption}</figcaption></figure>'
+
+
+# ---- LaTeX ----------------------------------------------------------------------------------------------------------
+
+
 def as_latex(comparison: Comparison) -> str:
-    """Table 1 as a booktabs tabular an extractor, and the paper's own figures beside ours."""
+    """Return Table 1 as a booktabs tabular an extractor, and the paper's own figures beside ours."""
     parts = ["% Needs \\usepackage{booktabs} and \\usepackage{graphicx}."]
-    tables: list[Table | None] = [
-        findings.table1(comparison, name, i == 0) for i, name in enumerate(comparison.extractors)
-    ]
-    for table in filter(None, [*tables, findings.paper(comparison)]):
+    first = [tables.table1(comparison, name, i == 0) for i, name in enumerate(comparison.extractors)]
+    for table in filter(None, [*first, tables.paper_table(comparison)]):
         lines: list[str] = []
         for i, line in enumerate(table.lines):
             if i and line.group != table.lines[i - 1].group:
@@ -110,7 +161,7 @@ def as_latex(comparison: Comparison) -> str:
 
 
 def latex(text: str) -> str:
-    """Text with everything escaped that LaTeX takes for a command."""
+    """Escape everything in a text that LaTeX takes for a command."""
     return "".join(LATEX.get(character, character) for character in text)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any, Literal, NamedTuple
 
-from lit_multiip.evaluation.results import write_json
+from lit_multiip.evaluation.results import commit, write_json
 from lit_multiip.files import LitMultiIPError
 from lit_multiip.runs import best_checkpoint, newest_checkpoint
 
@@ -30,7 +30,7 @@ class StepError(LitMultiIPError):
 
 
 class Step(NamedTuple):
-    """One command: ``fit`` or ``test`` of a row and training seed."""
+    """One command: `fit` or `test` of a row and training seed."""
 
     row: str
     seed: int
@@ -55,7 +55,7 @@ class Step(NamedTuple):
             return False
         if self.command == "fit" and best_checkpoint(self.run) is None:
             return False
-        return (_read_stamp(self.stamp) or {}).get("key") == self.key
+        return (read_stamp(self.stamp) or {}).get("key") == self.key
 
 
 def run_steps(steps: Sequence[Step], processes: int = 1) -> None:
@@ -64,7 +64,7 @@ def run_steps(steps: Sequence[Step], processes: int = 1) -> None:
     Args:
         steps: in the order in which they are begun.
         processes: steps at a time. With more than one, each has its share of the CPU cores, and what a step prints is
-            in ``fit.log`` or ``test.log`` of its run's folder.
+            in `fit.log` or `test.log` of its run's folder.
 
     Raises:
         StepError: a step failed. Those that run are waited for, no further one is begun, and what is finished stays.
@@ -103,10 +103,10 @@ def _run(step: Step, processes: int) -> None:
     started, arguments = time.perf_counter(), list(step.arguments)
     began = step.run / f"{step.command}.began.json"
     if step.command == "fit":
-        if (_read_stamp(began) or {}).get("key") == step.key and newest_checkpoint(step.run) is not None:
+        if (read_stamp(began) or {}).get("key") == step.key and newest_checkpoint(step.run) is not None:
             arguments += ["--ckpt_path", "last"]
         else:
-            _clear(step.run)
+            _clear_run(step.run)
     step.run.mkdir(parents=True, exist_ok=True)
     write_json(began, {"key": step.key})
     command = [sys.executable, "-m", "lit_multiip", step.command, *arguments]
@@ -115,24 +115,25 @@ def _run(step: Step, processes: int) -> None:
         code = subprocess.run(command, check=False).returncode
     else:
         log = step.run / f"{step.command}.log"
-        threads = {"OMP_NUM_THREADS": str(max(1, _cores() // processes))}  # the user's own number goes first
+        threads = {"OMP_NUM_THREADS": str(max(1, count_cores() // processes))}  # the user's own number goes first
         with log.open("wb") as file:
             code = subprocess.run(
                 command, check=False, stdout=file, stderr=subprocess.STDOUT, env=threads | os.environ
             ).returncode
-        where, end = f"see '{log}'", f". It ends in\n{_tail(log)}" if code else ""
+        where, end = f"see '{log}'", f". It ends in\n{_last_lines(log)}" if code else ""
     if code:
         raise StepError(
             f"{step.command} of row '{step.row}', training seed {step.seed}, ended with exit code {code}: {where}, "
             "mend it and run this again; finished steps are kept. "
             f"The command: python -m lit_multiip {shlex.join(command[3:])}{end}"
         )
-    write_json(step.stamp, {"key": step.key, "seconds": time.perf_counter() - started, "command": command[3:]})
+    done = {"key": step.key, "seconds": time.perf_counter() - started, "command": command[3:], "commit": commit()}
+    write_json(step.stamp, done)
     began.unlink()
 
 
-def _read_stamp(path: Path) -> dict[str, Any] | None:
-    """What a step left; None where there is nothing that can be read."""
+def read_stamp(path: Path) -> dict[str, Any] | None:
+    """Read what a step left; None where there is nothing that can be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -140,17 +141,18 @@ def _read_stamp(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _cores() -> int:
+def count_cores() -> int:
+    """Return how many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _tail(log: Path) -> str:
+def _last_lines(log: Path) -> str:
     """The last lines of a log, progress bars as they last stood."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     return "\n".join([line for line in lines if line.strip()][-LINES_SHOWN:])
 
 
-def _clear(run: Path) -> None:
+def _clear_run(run: Path) -> None:
     """Remove what an earlier fit left, so that its checkpoints are not taken for the new one's."""
     for path in [*run.glob("checkpoints/*.ckpt"), *run.glob("events.out.tfevents.*"), run / "fit.json"]:
         path.unlink(missing_ok=True)

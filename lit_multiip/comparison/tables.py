@@ -1,4 +1,4 @@
-"""What a comparison found, as tables of cells and as sentences; Markdown, LaTeX and the page only typeset them."""
+"""What a comparison found, as tables of cells and as sentences; `report` only typesets them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_multiip.comparison.tests import Comparison, Row, Scores, best, clear, leader, short_commit, verdict
+from lit_multiip.comparison.rows import (
+    ComparedRow,
+    Comparison,
+    Scores,
+    best_cells,
+    find_leader,
+    is_clear,
+    short_commit,
+)
 from lit_multiip.evaluation.intervals import Score
 from lit_multiip.evaluation.results import TITLES, cell
 
-GROUPS = {"paper": "The paper's methods", "control": "Controls"}
 COSTS = {"personalise": "s to personalise", "image": "s per image", "parameters": "trained parameters"}
 NOT_RUN = "not run yet"
 PAPER_SCALE = "LFW, Inception: another scale and extractor, not comparable"
@@ -25,8 +32,7 @@ class Cell:
     value: str
     interval: str = ""
     spread: str = ""  # over trainings
-    best: bool = False  # or, of a difference, clear of zero
-    verdict: str = ""  # of a difference: better, worse or unclear
+    best: bool = False  # of its block; or, of a difference, clear of zero
 
     def __str__(self) -> str:
         return f"{self.value} {self.interval}".strip()
@@ -51,22 +57,33 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
 
-def titled(name: str) -> str:
-    """A score's title in tables."""
+def title_of(name: str) -> str:
+    """Return a score's title in tables."""
     return TITLES.get(name, name.replace("_", " "))
 
 
-def scored(score: Score | None, signed: bool = False) -> Cell:
-    """A score with its interval, if there is one."""
+def format_score(score: Score | None, signed: bool = False) -> Cell:
+    """Write a score as text, with its interval if there is one; `signed` puts a plus before what is above zero."""
     value, _, interval = cell(score and score._asdict()).partition(" ")
     return Cell(f"+{value}" if signed and score is not None and score.value > 0 else value, interval)
 
 
+def all_tables(comparison: Comparison) -> list[Table]:
+    """Return every table that this comparison has, in the order of the report; costs stand in the first."""
+    found: list[Table | None] = []
+    for number, name in enumerate(comparison.extractors):
+        first = table1(comparison, name, costs=number == 0)
+        found += [first, spread_table(first), difference_table(comparison, name)]
+        found += [contrast_table(comparison, name), anchor_table(comparison, name)]
+    found += [paper_table(comparison), wall_time_table(comparison), audit_table(comparison)]
+    return [table for table in found if table is not None]
+
+
 def table1(comparison: Comparison, extractor: str, costs: bool) -> Table:
-    """All rows' scores by one extractor, and what they cost."""
+    """Return all rows' scores by one extractor, and what they cost."""
     names = comparison.columns(extractor)
-    marked = best(comparison, extractor)
-    header = [*map(titled, names), *(COSTS.values() if costs else ()), "trainings"]
+    marked = best_cells(comparison, extractor)
+    header = [*map(title_of, names), *(COSTS.values() if costs else ()), "trainings"]
     lines = []
     for row in comparison.rows:
         if not row.tests:
@@ -79,21 +96,20 @@ def table1(comparison: Comparison, extractor: str, costs: bool) -> Table:
             if score is None:
                 cells.append(Cell("left out"))
                 continue
-            shown = scored(score)
+            shown = format_score(score)
             each = comparison.of_each[row.key][key]
-            spread = (
-                f"{_rounded(min(each), shown.value)} to {_rounded(max(each), shown.value)}" if len(each) > 1 else ""
-            )
+            ends = [_round_like(value, shown.value) for value in (min(each), max(each))]
+            spread = " to ".join(ends) if len(each) > 1 else ""
             cells.append(Cell(shown.value, shown.interval, spread, (row.key, key) in marked))
         if costs:
-            cells += [Cell(_cost(name, value)) for name, value in comparison.costs(row).items()]
-        cells.append(Cell(_trainings(row)))
+            cells += [Cell(_format_cost(name, value)) for name, value in comparison.costs(row).items()]
+        cells.append(Cell(_count_trainings(row)))
         lines.append(Line(row.title, cells, row.group))
     classes = comparison.extractors[extractor].get("num_classes")
     counts = comparison.protocol
     notes = [
         f"{counts['tasks']} images of {counts['people']} people a row ({counts['held_out']} held-out photos x "
-        f"{_counted(counts['seeds'], 'noise seed')}, {counts['references']} references). 95% intervals by person"
+        f"{count_nouns(counts['seeds'], 'noise seed')}, {counts['references']} references). 95% intervals by person"
         + (f"; IS over K = {classes} classes." if classes else "."),
         "Bold is the best of its block, where the paired difference to the runner-up is clear of zero.",
     ]
@@ -105,8 +121,8 @@ def table1(comparison: Comparison, extractor: str, costs: bool) -> Table:
     return Table(f"Table 1, by {extractor}", header, lines, notes)
 
 
-def spreads(table: Table) -> Table | None:
-    """Lowest and highest training of each score of a `table1`, for where they do not fit into its cells."""
+def spread_table(table: Table) -> Table | None:
+    """Return the lowest and highest training of each score of a `table1`; None where no row has several."""
     lines = [
         Line(line.title, [Cell(c.spread) for c in line.cells], line.group)
         for line in table.lines
@@ -122,8 +138,8 @@ def spreads(table: Table) -> Table | None:
     )
 
 
-def differences(comparison: Comparison, extractor: str) -> Table:
-    """The reference row minus each other row."""
+def difference_table(comparison: Comparison, extractor: str) -> Table:
+    """Return the reference row minus each other row."""
     reference = comparison.row(comparison.reference)
     names = comparison.columns(extractor)
     lines = []
@@ -134,11 +150,11 @@ def differences(comparison: Comparison, extractor: str) -> Table:
         f"{reference.title} minus the row, paired over the same people, photos, prompts and noise. Bold is what is "
         "clear of zero: the 95% interval does not hold it."
     ]
-    return Table(f"{reference.title} minus each row, by {extractor}", [*map(titled, names)], lines, notes)
+    return Table(f"{reference.title} minus each row, by {extractor}", [*map(title_of, names)], lines, notes)
 
 
-def attribution(comparison: Comparison, extractor: str) -> Table | None:
-    """What each cause adds: more photos, hold-out training, more tokens, attention."""
+def contrast_table(comparison: Comparison, extractor: str) -> Table | None:
+    """Return what each contrast of the plan adds, such as more photos or attention."""
     if not comparison.contrasts:
         return None
     names = comparison.columns(extractor)
@@ -148,11 +164,11 @@ def attribution(comparison: Comparison, extractor: str) -> Table | None:
         lines.append(_difference_line(comparison, extractor, names, a, b, contrast.title))
         text = f" {contrast.text}" if contrast.text else ""
         notes.append(f"{contrast.title}: {a.title} minus {b.title}.{text}")
-    return Table(f"Where the gain comes from, by {extractor}", [*map(titled, names)], lines, notes)
+    return Table(f"Where the gain comes from, by {extractor}", [*map(title_of, names)], lines, notes)
 
 
-def attributed(comparison: Comparison) -> str:
-    """What each cause adds to identity and FID by the first extractor, in words."""
+def summarise_contrasts(comparison: Comparison) -> str:
+    """Say what each contrast adds to identity and FID, by the first extractor."""
     extractor = next(iter(comparison.extractors))
     said = []
     for name, words in HEADLINES.items():
@@ -161,60 +177,63 @@ def attributed(comparison: Comparison) -> str:
             a, b = (comparison.row(key) for key in contrast.minus)
             if a.tests and b.tests:
                 score = comparison.difference(a.key, b.key).get(f"{name}/{extractor}")
-                parts += [f"{contrast.title} {_weighed(score)}"] if score is not None else []
+                parts += [f"{contrast.title} {format_difference(score)}"] if score is not None else []
         if parts:
-            better = "higher" if titled(name).endswith("↑") else "lower"
+            better = "higher" if title_of(name).endswith("↑") else "lower"
             said.append(f"To {words} ({better} is better), by {extractor}, each cause adds: {'; '.join(parts)}.")
     return " ".join(said)
 
 
 def _difference_line(
-    comparison: Comparison, extractor: str, names: list[str], a: Row, b: Row, title: str, group: str = ""
+    comparison: Comparison,
+    extractor: str,
+    names: list[str],
+    a: ComparedRow,
+    b: ComparedRow,
+    title: str,
+    group: str = "",
 ) -> Line:
     if not (a.tests and b.tests):
         return Line(title, [Cell(NOT_RUN), *[Cell("")] * (len(names) - 1)], group)
     found = comparison.difference(a.key, b.key)
     scores = [found.get(f"{name}/{extractor}") for name in names]
-    cells = []
-    for name, score in zip(names, scores, strict=True):
-        shown = scored(score, signed=True)
-        weighed = verdict(score, titled(name)) if score is not None else ""
-        cells.append(Cell(shown.value, shown.interval, best=clear(score), verdict=weighed))
+    shown = [format_score(score, signed=True) for score in scores]
+    cells = [Cell(c.value, c.interval, best=is_clear(score)) for c, score in zip(shown, scores, strict=True)]
     return Line(title, cells, group)
 
 
-def anchors(comparison: Comparison, extractor: str) -> Table | None:
-    """Rows that say what a score is worth."""
+def anchor_table(comparison: Comparison, extractor: str) -> Table | None:
+    """Return the rows that say what a score is worth."""
     found = comparison.anchors
     names = [n for n in comparison.columns(extractor) if any(f"{n}/{extractor}" in anchor.scores for anchor in found)]
     if not names:
         return None
-    lines = [Line(a.title, [scored(a.scores.get(f"{name}/{extractor}")) for name in names]) for a in found]
-    return Table(f"Anchors, by {extractor}", [*map(titled, names)], lines)
+    lines = [Line(a.title, [format_score(a.scores.get(f"{name}/{extractor}")) for name in names]) for a in found]
+    return Table(f"Anchors, by {extractor}", [*map(title_of, names)], lines)
 
 
-def paper(comparison: Comparison) -> Table | None:
-    """The paper's own figures beside ours."""
+def paper_table(comparison: Comparison) -> Table | None:
+    """Return the paper's own figures beside ours."""
     rows = [row for row in comparison.rows if row.paper]
     if not rows:
         return None
     extractor = next(iter(comparison.extractors))
     header, lines = [], []
     for name in ("is", "fid"):
-        header += [f"{titled(name)} of the paper", f"{titled(name)} here, {extractor}"]
+        header += [f"{title_of(name)} of the paper", f"{title_of(name)} here, {extractor}"]
     for row in rows:
         scores: Scores = comparison.scores.get(row.key, {})
         cells = []
         for name in ("is", "fid"):
             own = (row.paper or {}).get(name)
-            ours = scored(scores.get(f"{name}/{extractor}")) if row.tests else Cell(NOT_RUN)
+            ours = format_score(scores.get(f"{name}/{extractor}")) if row.tests else Cell(NOT_RUN)
             cells += [Cell("" if own is None else f"{own:.2f}"), ours]
         lines.append(Line(row.title, cells))
     return Table("The paper's own figures beside ours", header, lines, [f"The paper's: {PAPER_SCALE}."])
 
 
-def wall_times(comparison: Comparison) -> Table:
-    """Seconds of each part of each row's tests, the mean over trainings."""
+def wall_time_table(comparison: Comparison) -> Table:
+    """Return the seconds of each part of each row's tests, the mean over trainings."""
     parts = list(dict.fromkeys(part for row in comparison.present for t in row.tests for part in t.metrics["seconds"]))
     lines = []
     for row in comparison.present:
@@ -224,13 +243,13 @@ def wall_times(comparison: Comparison) -> Table:
     return Table("Wall time of the tests, seconds", ["sampling" if p == "method" else p for p in parts], lines)
 
 
-def audits(comparison: Comparison) -> Table | None:
-    """What the audits of the tests found, a column for each distinct set of findings."""
+def audit_table(comparison: Comparison) -> Table | None:
+    """Return what the audits of the tests found, a column for each distinct set of findings."""
     found: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for row in comparison.present:
         for test in row.tests:
             if audit := test.metrics.get("audit"):
-                titles = found.setdefault(tuple(_flat(audit)), [])
+                titles = found.setdefault(tuple(_flatten(audit)), [])
                 titles += [row.title] if row.title not in titles else []
     if not found:
         return None
@@ -239,9 +258,11 @@ def audits(comparison: Comparison) -> Table | None:
     return Table("What the audits found", [", ".join(titles) for titles in found.values()], lines)
 
 
-def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
+def _flatten(value: Any, name: str = "") -> list[tuple[str, str]]:
     if isinstance(value, Mapping):
-        return [pair for key, item in value.items() for pair in _flat(item, f"{name} {key}".strip().replace("_", " "))]
+        return [
+            pair for key, item in value.items() for pair in _flatten(item, f"{name} {key}".strip().replace("_", " "))
+        ]
     if isinstance(value, list):
         if any(isinstance(item, Mapping) for item in value):
             return [(name, f"{len(value)} listed")]
@@ -251,8 +272,8 @@ def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
     return [(name, text or (f"{value:.4g}" if isinstance(value, float) else str(value)))]
 
 
-def facts(comparison: Comparison) -> list[tuple[str, str]]:
-    """Protocol, extractors, versions and commit, by name."""
+def list_facts(comparison: Comparison) -> list[tuple[str, str]]:
+    """Return protocol, extractors, versions and commit, each with its name."""
     counts, test = comparison.protocol, comparison.first
     describe, versions = test.metrics["describe"], test.metrics.get("versions") or {}
     names = {name: Path(str(f["source"])).name for name, f in comparison.extractors.items() if f.get("source")}
@@ -261,9 +282,9 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
     return [
         ("Protocol", f"{counts['sha256'][:12]}: the same people, photos, prompts and noise seeds in every row"),
         ("N", f"{counts['tasks']} images of {counts['people']} people a row and training"),
-        ("Held out", f"{counts['held_out']} photos, {_counted(counts['seeds'], 'noise seed')} each"),
+        ("Held out", f"{counts['held_out']} photos, {count_nouns(counts['seeds'], 'noise seed')} each"),
         ("References", f"{counts['references']} a person, one fixed set"),
-        ("Trainings", "; ".join(f"{row.title}: {_trainings(row)}" for row in comparison.rows)),
+        ("Trainings", "; ".join(f"{row.title}: {_count_trainings(row)}" for row in comparison.rows)),
         ("Backbone", "unknown" if backbone is None else Path(str(backbone)).name),
         ("Image side", f"{describe['image_side']} px" if describe.get("image_side") else "unknown"),
         ("Sampling", ", ".join(f"{k} {v}" for k, v in (describe.get("sampling") or {}).items()) or "unknown"),
@@ -273,8 +294,8 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
     ]
 
 
-def limitations(comparison: Comparison) -> list[str]:
-    """What the numbers cannot say."""
+def list_limitations(comparison: Comparison) -> list[str]:
+    """Return what the numbers cannot say."""
     said = [
         "FID, KID and IS depend on N and on the extractor: compare them within a table only, never with other tables.",
         "Intervals are over people. They say nothing of another training; the spread between trainings does, where "
@@ -294,67 +315,67 @@ def limitations(comparison: Comparison) -> list[str]:
     return said
 
 
-def summary(comparison: Comparison) -> str:
-    """One paragraph: who leads in identity and FID, by how much, and whether that is clear of zero."""
+def summarise(comparison: Comparison) -> str:
+    """Say who leads in identity and FID, by how much, and whether that is clear of zero."""
     first, *others = comparison.extractors
-    said = [_headline(comparison, first), *(_second_opinion(comparison, name) for name in others)]
+    said = [_name_leaders(comparison, first), *(_name_leaders_briefly(comparison, name) for name in others)]
     lacking = [row.title for row in comparison.rows if not row.tests]
     if lacking:
         said.append(f"{len(lacking)} of {len(comparison.rows)} rows are not run yet, and may lead.")
     return " ".join(filter(None, said)) or "No row has identity or FID."
 
 
-def _second_opinion(comparison: Comparison, extractor: str) -> str:
-    said, (methods, whose, _) = [], _contestants(comparison)
+def _name_leaders_briefly(comparison: Comparison, extractor: str) -> str:
+    said, (methods, whose, _) = [], _split_rows(comparison)
     for name, words in HEADLINES.items():
-        found = leader(comparison, f"{name}/{extractor}", methods)
+        found = find_leader(comparison, f"{name}/{extractor}", methods)
         if found is not None:
-            how = "" if found[1] is None else f", {'clear' if clear(found[2]) else 'not clear'} of {found[1].title}"
+            how = "" if found[1] is None else f", {'clear' if is_clear(found[2]) else 'not clear'} of {found[1].title}"
             said.append(f"{found[0].title} in {words}{how}")
     return f"By {extractor} the best of {whose} is {'; '.join(said)}." if said else ""
 
 
-def _contestants(comparison: Comparison) -> tuple[list[Row], str, list[Row]]:
-    """The paper's methods, what to call them, and the controls; in a table without the paper's, all are alike."""
+def _split_rows(comparison: Comparison) -> tuple[list[ComparedRow], str, list[ComparedRow]]:
+    """Return the paper's methods, what to call them, and the controls; without the paper's, all rows are alike."""
     methods = [row for row in comparison.rows if row.group == "paper"]
     if not methods:
         return list(comparison.rows), "the rows", []
     return methods, "the paper's methods", [row for row in comparison.rows if row.group != "paper"]
 
 
-def _headline(comparison: Comparison, extractor: str) -> str:
-    said, (methods, whose, controls) = [], _contestants(comparison)
+def _name_leaders(comparison: Comparison, extractor: str) -> str:
+    said, (methods, whose, controls) = [], _split_rows(comparison)
     for name, words in HEADLINES.items():
         key = f"{name}/{extractor}"
-        found = leader(comparison, key, methods)
+        found = find_leader(comparison, key, methods)
         if found is None:
             continue
         first, second, difference = found
         text = f"{first.title} has the best {words} of {whose} by {extractor}"
-        text += f", {scored(comparison.scores[first.key][key])}"
+        text += f", {format_score(comparison.scores[first.key][key])}"
         if second is not None:
-            text += f"; to the runner-up, {second.title}, the difference is {_weighed(difference)}"
+            text += f"; to the runner-up, {second.title}, the difference is {format_difference(difference)}"
         said.append(text + ".")
         reference = comparison.row(comparison.reference)
         if first is not reference and second is not reference and reference.tests:
             to = comparison.difference(reference.key, first.key).get(key)
-            said.append(f"{reference.title} minus {first.title}: {_weighed(to)}.")
-        control = leader(comparison, key, [first, *controls])
+            said.append(f"{reference.title} minus {first.title}: {format_difference(to)}.")
+        control = find_leader(comparison, key, [first, *controls])
         if control is not None and control[0] is not first:
             to = comparison.difference(control[0].key, first.key).get(key)
-            said.append(
-                f"A control has a better point estimate: {control[0].title} minus {first.title} is {_weighed(to)}."
-            )
+            by = f"{control[0].title} minus {first.title} is {format_difference(to)}"
+            said.append(f"A control has a better point estimate: {by}.")
     return " ".join(said)
 
 
-def _weighed(score: Score | None) -> str:
+def format_difference(score: Score | None) -> str:
+    """Write a difference as text, and whether it is clear of zero."""
     if score is None or score.low is None:
         return "without an interval"
-    return f"{scored(score, signed=True)}, {'clear' if clear(score) else 'not clear'} of zero"
+    return f"{format_score(score, signed=True)}, {'clear' if is_clear(score) else 'not clear'} of zero"
 
 
-def _trainings(row: Row) -> str:
+def _count_trainings(row: ComparedRow) -> str:
     planned = len(row.tests) + len(row.missing)
     if row.missing:
         return f"{len(row.tests)} of {planned}"
@@ -362,15 +383,16 @@ def _trainings(row: Row) -> str:
     return str(planned) if row.trained or per_person or planned > 1 else "none"
 
 
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def count_nouns(number: int, noun: str) -> str:
+    """Write a number and a noun, such as `2 seeds`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _rounded(value: float, like: str) -> str:
+def _round_like(value: float, like: str) -> str:
     return f"{value:.{len(like.partition('.')[2])}f}"
 
 
-def _cost(name: str, value: float | None) -> str:
+def _format_cost(name: str, value: float | None) -> str:
     if value is None:
         return "not measured" if name == "personalise" else "unknown"
     if name != "parameters":

@@ -1,4 +1,4 @@
-"""The record of whom a checkpoint was trained on, as digests."""
+"""The record of whom weights were trained on, as digests: in checkpoints, and in exported adapters."""
 
 from __future__ import annotations
 
@@ -12,39 +12,72 @@ from torch import Tensor
 from lit_multiip.data.people import Person
 from lit_multiip.files import hash_text
 
-RECORD = "trained_on"  # key in a checkpoint
+RECORD = "trained_on"  # key in a checkpoint, section of an exported adapter's file
+INCOMPLETE = "incomplete"  # key in a record, present where some weights carry no record of their own
+
+Record = Mapping[str, Tensor]
 
 
-def training_record(people: Sequence[Person], earlier: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Record whom a checkpoint has seen, in training or in its choice by validation.
+def training_record(people: Sequence[Person], *earlier: Record | None) -> dict[str, Tensor]:
+    """Record whom weights have seen, in training or in their choice by validation.
 
     Names and photos are kept as SHA-256 alone: a checkpoint that is passed on tells nobody's name.
 
     Args:
-        people: The training and validation people.
-        earlier: The record of a checkpoint that this training went on from.
+        people: the training and validation people.
+        earlier: records of the weights that this training started from; None where those were trained on nobody.
 
     Returns:
         `people` (P, 32) and `photos` (Q, 32), uint8, sorted; digests of names (Unicode NFC) and of photos' contents.
+        `incomplete` (), where an earlier record is incomplete.
     """
     found = {
-        "people": (_name_digest(person.name) for person in people),
+        "people": (digest_name(person.name) for person in people),
         "photos": (bytes.fromhex(photo.original().content_key()) for person in people for photo in person.photos),
     }
-    return {key: _distinct(digests, None if earlier is None else earlier[key]) for key, digests in found.items()}
+    known = [record for record in earlier if record is not None]
+    record = {key: _sort(digests, [record[key] for record in known]) for key, digests in found.items()}
+    return record | {INCOMPLETE: torch.tensor(1)} if any(map(is_incomplete, known)) else record
 
 
-def _name_digest(name: str) -> bytes:
+def merge_records(*records: Record | None) -> dict[str, Tensor] | None:
+    """Join records; None if there is none."""
+    return training_record([], *records) if any(record is not None for record in records) else None
+
+
+def unknown_record() -> dict[str, Tensor]:
+    """Return the record of weights that carry none: nobody is on it, and it is incomplete."""
+    return training_record([]) | {INCOMPLETE: torch.tensor(1)}
+
+
+def read_record(section: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Return the record in a section of a file; what is missing or malformed is an unknown record."""
+    keys = ("people", "photos")
+    if section is None or any(
+        key not in section or section[key].dtype != torch.uint8 or section[key].shape[1:] != (32,) for key in keys
+    ):
+        return unknown_record()
+    return {key: value for key, value in section.items() if key in (*keys, INCOMPLETE)}
+
+
+def is_incomplete(record: Record) -> bool:
+    """Return whether some of the weights may have seen people who are not on the record."""
+    return INCOMPLETE in record
+
+
+def digest_name(name: str) -> bytes:
+    """Return the SHA-256 of a person's name in Unicode's NFC."""
     return bytes.fromhex(hash_text(unicodedata.normalize("NFC", name)))
 
 
-def _digests(record: Mapping[str, Tensor] | None, key: str) -> set[bytes]:
-    return set() if record is None else {row.tobytes() for row in record[key].numpy()}
+def digests_in(record: Record, key: str) -> set[bytes]:
+    """Return the digests of a record, of `people` or of `photos`."""
+    return {row.tobytes() for row in record[key].numpy()}
 
 
-def _distinct(digests: Iterable[bytes], earlier: Tensor | None) -> Tensor:
-    """Sorted rows (P, 32) uint8; packed all the way, for there may be millions."""
-    packed = bytearray() if earlier is None else bytearray(earlier.numpy().tobytes())
+def _sort(digests: Iterable[bytes], earlier: Sequence[Tensor]) -> Tensor:
+    """Distinct rows in order, (P, 32) uint8; packed all the way, for there may be millions."""
+    packed = bytearray(b"".join(rows.numpy().tobytes() for rows in earlier))
     for digest in digests:
         packed += digest
     rows = np.unique(np.frombuffer(packed, "S32"))

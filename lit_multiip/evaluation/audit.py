@@ -1,8 +1,8 @@
-"""Was anything known that should not have been? What a test checks of its own tasks, and of a checkpoint's record.
+"""Was anything known that should not have been? What a test checks of its own tasks, and of the record of training.
 
 Everything is worked out again from the tasks and the record, not by the code that drew and split them. An exact leak
-is refused before anything is sampled; near-duplicates, which may be honest photos that look alike, are counted and
-listed for a person to look at.
+is refused before anything is drawn; near-duplicates, which may be honest photos that look alike, are listed for a
+person to look at.
 """
 
 from __future__ import annotations
@@ -11,20 +11,29 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from lit_multiip.data import mini_faces
 from lit_multiip.data.photos import DrawnPhoto, Photo
-from lit_multiip.data.record import RECORD, _digests, _name_digest, training_record
+from lit_multiip.data.record import (
+    RECORD,
+    Record,
+    digest_name,
+    digests_in,
+    is_incomplete,
+    merge_records,
+    training_record,
+    unknown_record,
+)
 from lit_multiip.data.tasks import Task
 from lit_multiip.files import LitMultiIPError
+from lit_multiip.pixels import square
+from lit_multiip.runs import read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +41,9 @@ NO_TEST = {  # sides other than the test's that can be scored
     "validation": "- training: NO TEST, validation people: for choosing options, which then suit them",
     "train": "- training: NO TEST, training people: for seeing what was learned by heart",
 }
+NO_RECORD = "the weights, or those they started from, carry no record of whom they were trained on"
 SIGNATURE_SIDE = 32  # px
 SIMILAR_PIXELS = 0.95
-SIMILAR_EMBEDDING = 0.995
-LISTED = 20  # near-duplicates that are written out; all are counted
 
 FloatArray = npt.NDArray[np.float64]
 Pairs = list[tuple[Photo, Photo]]
@@ -45,41 +53,50 @@ class LeakError(LitMultiIPError):
     """A held-out photo is among its references, or a test person was trained on; the message names them."""
 
 
-# ---- what a fit was trained on ----------------------------------------------------------------------------------
+# ---- what the weights were trained on ---------------------------------------------------------------------------
 
 
-def find_record(trainer: Any, describe: Mapping[str, Any]) -> tuple[str, dict[str, Tensor] | None]:
-    """Find out what the tested weights were trained on.
+class Recorded(Protocol):
+    """What is asked of a method here."""
+
+    trained_on: Record | None  # of the weights that it starts from; None where this project trained none of them
+
+
+def find_record(trainer: Any, method: Recorded) -> tuple[str, Record | None]:
+    """Find out what the tested weights were trained on: those of a checkpoint, and those that its method started from.
 
     Returns:
-        `recorded` and the record; `nothing` where this project trained nothing; or `unknown`. Where those
-        who are scored are no test people (`data.tested`): their side, `validation` or `train`, and no record.
+        `recorded`, `nothing` where this project trained nothing, or `unknown` where some weights carry no record; and
+        the record, as far as there is one. Where those who are scored are no test people (`data.tested`): their side,
+        `validation` or `train`, and no record.
     """
-    from lit_multiip.runs import read_checkpoint
-
-    side = getattr(trainer.datamodule, "tested", "test")
+    side: str = getattr(trainer.datamodule, "tested", "test")
     if side != "test":
         return side, None
-    path = trainer.ckpt_path
-    if path is None and trainer.global_step > 0:  # fit and test of one Trainer
-        split = trainer.datamodule.split
-        return "recorded", training_record([*split.train, *split.validation])
-    if path is None:
-        return ("unknown" if describe.get("ip_adapter") == "file" else "nothing"), None
-    record = None if "://" in str(path) else read_checkpoint(Path(path)).get(RECORD)
-    return ("unknown", None) if record is None else ("recorded", record)
+    path, own = trainer.ckpt_path, None
+    if path is not None:
+        own = unknown_record() if "://" in str(path) else read_checkpoint(Path(path)).get(RECORD, unknown_record())
+    elif trainer.global_step > 0:  # fit and test of one Trainer
+        own = training_record([*trainer.datamodule.split.train, *trainer.datamodule.split.validation])
+    record = merge_records(own, method.trained_on)
+    if record is None:
+        return "nothing", None
+    return "unknown" if is_incomplete(record) else "recorded", record if len(record["people"]) else None
 
 
 # ---- exact leaks, and copies by pixels --------------------------------------------------------------------------
 
 
-def audit_tasks(tasks: Sequence[Task], status: str, record: Mapping[str, Tensor] | None) -> dict[str, Any]:
-    """Check all that can be known before anything is sampled.
+def audit_tasks(
+    tasks: Sequence[Task], status: str, record: Record | None, show_progress: bool = True
+) -> dict[str, Any]:
+    """Check all that can be known before anything is drawn.
 
     Args:
-        tasks: The test.
-        status: What is known of training; see `find_record`.
-        record: Of `training_record`, where there is one.
+        tasks: the test.
+        status: what is known of training; see `find_record`.
+        record: of `training_record`, where there is one.
+        show_progress: show a bar while photos are compared.
 
     Returns:
         JSON-able. What is 0 "or refused" never reaches a file with another value.
@@ -99,26 +116,27 @@ def audit_tasks(tasks: Sequence[Task], status: str, record: Mapping[str, Tensor]
         |                             | are trained on: 0, or refused; None for real people                  |
 
     Raises:
-        LeakError: A held-out photo is among its references, or a test person or photo was trained on.
+        LeakError: a held-out photo is among its references, or a test person or photo was trained on.
     """
     shown = list(dict.fromkeys(photo for task in tasks for photo in (task.held_out, *task.references)))
-    pairs = _pairs(tasks)
+    pairs = list(dict.fromkeys((task.held_out, reference) for task in tasks for reference in task.references))
     keys = {photo: photo.original().content_key() for photo in shown}
-    # before photos are read: this is told at once
+    # before photos are read: a leak of training is told at once
     training = _check_training(tasks, keys, status, record)
-    looks = {photo: look(photo.image()) for photo in tqdm(shown, "comparing photos", unit="photo", delay=3)}
+    bar = tqdm(shown, "comparing photos", unit="photo", delay=3, disable=not show_progress)
+    signatures = {photo: make_signature(photo.image()) for photo in bar}
     for held_out, reference in pairs:
         for what, same in (
             ("the same file", (held_out.person, held_out.name) == (reference.person, reference.name)),
             ("equal in content", keys[held_out] == keys[reference]),
-            ("equal in every pixel", looks[held_out].digest == looks[reference].digest),
+            ("equal in every pixel", signatures[held_out].digest == signatures[reference].digest),
         ):
             if same:
                 raise LeakError(
                     f"held-out photo '{held_out.name}' of '{held_out.person}' is {what} as its reference "
                     f"'{reference.name}': delete one of the two"
                 )
-    similar = np.array([pixel_similarity(looks[a], looks[b]) for a, b in pairs])
+    similar = np.array([pixel_similarity(signatures[a], signatures[b]) for a, b in pairs])
     return {
         "people": len({task.person for task in tasks}),
         "tasks": len(tasks),
@@ -131,16 +149,16 @@ def audit_tasks(tasks: Sequence[Task], status: str, record: Mapping[str, Tensor]
 
 
 def _check_training(
-    tasks: Sequence[Task], keys: Mapping[Photo, str], status: str, record: Mapping[str, Tensor] | None
+    tasks: Sequence[Task], keys: Mapping[Photo, str], status: str, record: Record | None
 ) -> dict[str, Any]:
     facts: dict[str, Any] = dict.fromkeys(("people", "photos", "people_seen", "photos_seen"))
     if record is not None:
-        people, photos = _digests(record, "people"), _digests(record, "photos")
-        names = {task.person: _name_digest(task.person) for task in tasks}
+        people, photos = digests_in(record, "people"), digests_in(record, "photos")
+        names = {task.person: digest_name(task.person) for task in tasks}
         if seen := [name for name, digest in names.items() if digest in people]:
             raise LeakError(
                 f"{len(seen)} of {len(names)} test people were trained or validated on, such as '{seen[0]}': test with "
-                "the split, seed and source that the checkpoint was trained with, or leave them out"
+                "the split, seed and source that the weights were trained with, or leave them out"
             )
         if copies := [photo for photo, key in keys.items() if bytes.fromhex(key) in photos]:
             raise LeakError(
@@ -163,7 +181,7 @@ def _check_training(
 # ---- near-duplicates --------------------------------------------------------------------------------------------
 
 
-class Look(NamedTuple):
+class Signature(NamedTuple):
     """A photo reduced to what its copies share."""
 
     digest: str  # SHA-256 of size and pixels
@@ -171,84 +189,59 @@ class Look(NamedTuple):
     colour: FloatArray  # (32, 32, 3), zero mean and unit variance over all
 
 
-def look(image: Image.Image) -> Look:
+def make_signature(image: Image.Image) -> Signature:
     """Reduce an RGB photo for `pixel_similarity`: its central square at 32 x 32 px, standardised."""
-    from lit_multiip.pixels import square
-
     small = square(image, SIGNATURE_SIDE)
     digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-    return Look(digest, _standardised(np.asarray(small.convert("L"))), _standardised(np.asarray(small)))
+    return Signature(digest, _standardise(np.asarray(small.convert("L"))), _standardise(np.asarray(small)))
 
 
-def pixel_similarity(a: Look, b: Look) -> float:
-    """How nearly two photos are one, in -1..1: the correlation of their pixels, as they are or mirrored.
+def pixel_similarity(a: Signature, b: Signature) -> float:
+    """Return how nearly two photos are one, in -1..1: the correlation of their pixels, as they are or mirrored.
 
     The lesser of the correlations in greyscale and in colour, at 32 x 32 px, so that neither equal outlines in other
     colours nor equal colours make a copy. Blind to re-encoding, scaling, brightness and contrast; not to cropping: 4%
     less on every side read 0.86 to 0.97.
 
-    Measured, where `SIMILAR_PIXELS` is 0.95. Different photos of one person: of 4,933 pairs of 68 people of LFW
-    deep-funneled 1 reaches it, and that one is a copy (Julianne_Moore_0001 and _0008, 0.96, the same shot cropped
-    twice; the next is 0.84, the 99.9% quantile 0.81); of 34,580 pairs of 380 drawn people 1 does, by chance (0.955;
-    99.9% quantile 0.83). Mirrored, none (at most 0.85 and 0.91). Copies of those, the least of 68 and 80 photos: JPEG
-    quality 20 0.998 and 0.951; half the size 1.000 and 1.000; a third of the size and JPEG 50 0.992 and, for drawings
-    then 21 px wide, 0.86.
+    Measured, where `SIMILAR_PIXELS` is 0.95:
+
+    - Different photos of one person of LFW deep-funneled: of 8,167 pairs of 108 people three reach it, and these are
+      copies (Ari_Fleischer_0006 and _0011, 0.999; Renee_Zellweger_0010 and _0013, 0.977; Julianne_Moore_0001 and
+      _0008, 0.962: one shot each, encoded or cropped twice). The next are two shots of one moment, 0.920, and then
+      0.854; the 99.9% quantile is 0.84. Mirrored, none (at most 0.854).
+    - Drawn people: of 34,580 pairs of 380 people one reaches it, by chance (0.955; 99.9% quantile 0.83). Mirrored, none
+      (at most 0.91).
+    - Copies, the least of 68 photos of LFW and of 80 drawn ones: JPEG quality 20, 0.998 and 0.951; half the size, 1.000
+      and 1.000; a third of the size and JPEG 50, 0.992 and, for drawings then 21 px wide, 0.86.
     """
-    return float(max(min((a.grey * flipped).mean(), (a.colour * coloured).mean()) for flipped, coloured in _views(b)))
-
-
-def embedding_similarity(pairs: Pairs, embedding: Tensor, place: Mapping[Photo, int]) -> FloatArray:
-    """Cosine of the embeddings of each pair, (P,); rows of `embedding` (M, E) as `place` says.
-
-    An embedding that tells people apart makes photos of one person alike, and is the weaker witness: by the
-    miniature's critic, 4,550 pairs of different drawn photos of one person reach 0.992 (99% quantile 0.985), and
-    4,933 of LFW 0.983, where copies at half the size fall to 0.81 and to 1.00. `SIMILAR_EMBEDDING` is above all
-    different photos, so it finds light re-encoding alone; other extractors have not been measured.
-    """
-    unit = torch.nn.functional.normalize(embedding.double(), dim=1)
-    rows = torch.tensor([[place[a], place[b]] for a, b in pairs])  # (P, 2)
-    return (unit[rows[:, 0]] * unit[rows[:, 1]]).sum(dim=1).numpy()
+    views = ((b.grey, b.colour), (b.grey[:, ::-1], b.colour[:, ::-1]))  # as it is, and mirrored
+    return float(max(min((a.grey * grey).mean(), (a.colour * colour).mean()) for grey, colour in views))
 
 
 def near_duplicates(pairs: Pairs, similarity: FloatArray, threshold: float) -> dict[str, Any]:
-    """Pairs that are as similar as `threshold` or more.
+    """List the pairs that are as similar as `threshold` or more.
 
     Returns:
-        `threshold`, `count`, `largest` (the most similar pair, whether near or not) and `pairs`, of which the 20 most
-        similar are written out; a pair has `person`, `held_out`, `reference` and `similarity`.
+        `threshold`, `count`, `largest` (the most similar pair, whether near or not) and `pairs`, all of them, the most
+        similar first; a pair has `person`, `held_out`, `reference` and `similarity`.
     """
     order = np.argsort(-similarity, kind="stable")
     count = int((similarity >= threshold).sum())
 
-    def pair(i: int) -> dict[str, Any]:
+    def describe(i: int) -> dict[str, Any]:
         held_out, reference = pairs[i]
         names = {"person": held_out.person, "held_out": held_out.name, "reference": reference.name}
         return {**names, "similarity": float(similarity[i])}
 
-    listed = [pair(i) for i in order[: min(count, LISTED)]]
-    return {"threshold": threshold, "count": count, "largest": pair(order[0]), "pairs": listed}
-
-
-def audit_embeddings(
-    audit: dict[str, Any], name: str, tasks: Sequence[Task], embedding: Tensor, place: Mapping[Photo, int]
-) -> None:
-    """Add what an extractor finds near to an audit, as `near_duplicates.<name>`.
-
-    Pairs of which a face was not found are left out; without any other pair nothing is added.
-    """
-    pairs = _pairs(tasks)
-    similar = embedding_similarity(pairs, embedding, place)
-    found = np.flatnonzero(~np.isnan(similar))
-    if len(found):
-        near = near_duplicates([pairs[i] for i in found], similar[found], SIMILAR_EMBEDDING)
-        audit["near_duplicates"][name] = near
+    near = [describe(i) for i in order[:count]]
+    return {"threshold": threshold, "count": count, "largest": describe(order[0]), "pairs": near}
 
 
 # ---- for people to read -----------------------------------------------------------------------------------------
 
 
 def summary(audit: Mapping[str, Any]) -> str:
-    """What was checked and found, a line each."""
+    """Write what was checked and found, a line each."""
     lines = [
         f"Audit: {audit['people']} people, {audit['tasks']} tasks, {audit['photos']} photos; "
         f"{audit['pairs']} pairs of a held-out photo and a reference of it",
@@ -259,12 +252,13 @@ def summary(audit: Mapping[str, Any]) -> str:
         nearest = f"nearest {most['similarity']:.3f}, {most['person']}: {most['held_out']} and {most['reference']}"
         lines.append(f"- near-duplicates by {by} ({near['threshold']:g} or more): {near['count'] or 'none'}; {nearest}")
     training = audit["training"]
+    known = f"; no test person among the {training['people']} people on record" if training["people"] else ""
     lines.append(
         {
-            "recorded": f"- training: {training['people']} people and {training['photos']} photos on the checkpoint's "
+            "recorded": f"- training: {training['people']} people and {training['photos']} photos on the weights' "
             "record, training and validation; no test person and no test photo among them",
             "nothing": "- training: nothing was trained in this project",
-            "unknown": "- training: UNKNOWN, the weights carry no record of whom they were trained on",
+            "unknown": f"- training: UNKNOWN, {NO_RECORD}{known}",
             **NO_TEST,
         }[training["status"]]
     )
@@ -279,24 +273,15 @@ def warn(audit: Mapping[str, Any]) -> None:
         if near["count"]:
             most = near["largest"]
             logger.warning(
-                "%d held-out photos have a near-duplicate by %s among their references, such as '%s' and '%s' of '%s' "
-                "(%.3f): look at them, and delete copies; all are in metrics.json",
-                len({(pair["person"], pair["held_out"]) for pair in near["pairs"]}),
-                *(by, most["held_out"], most["reference"], most["person"], most["similarity"]),
+                "%d of %d pairs of a held-out photo and its reference are near-duplicates by %s, such as '%s' and '%s' "
+                "of '%s' (%.3f): look at them, and delete copies; metrics.json lists all",
+                *(near["count"], audit["pairs"], by),
+                *(most["held_out"], most["reference"], most["person"], most["similarity"]),
             )
     if audit["training"]["status"] == "unknown":
-        logger.warning("the tested weights carry no record of whom they were trained on: test people may be among them")
+        logger.warning("%s: test people may be among them", NO_RECORD)
 
 
-def _pairs(tasks: Sequence[Task]) -> Pairs:
-    """Each held-out photo with each of its references, once."""
-    return list(dict.fromkeys((task.held_out, reference) for task in tasks for reference in task.references))
-
-
-def _views(photo: Look) -> list[tuple[FloatArray, FloatArray]]:
-    return [(photo.grey, photo.colour), (photo.grey[:, ::-1], photo.colour[:, ::-1])]
-
-
-def _standardised(pixels: npt.NDArray[Any]) -> FloatArray:
-    centred = pixels - pixels.mean(dtype=np.float64)
-    return centred / max(float(centred.std()), 1e-9)
+def _standardise(pixels: npt.NDArray[Any]) -> FloatArray:
+    centred: FloatArray = pixels - pixels.mean(dtype=np.float64)
+    return np.divide(centred, max(float(centred.std()), 1e-9))

@@ -38,7 +38,7 @@ class CriticExtractor(Extractor):
     Features are 64-d; logits are over the K people that it was trained on; features of unit norm are the identity.
 
     Args:
-        folder: What `Critic.save` wrote; its name becomes part of every score's key. None takes the package's own.
+        folder: what `Critic.save` wrote; its name becomes part of every score's key. None takes the package's own.
 
     Raises:
         FileNotFoundError: there is no critic in the folder.
@@ -61,7 +61,7 @@ class CriticExtractor(Extractor):
 
     def compute(self, images: Tensor) -> Extraction:
         """See `Extractor.compute`. Features have unit variance over their 64 entries, as KID's cubic kernel expects."""
-        raw, logits, _ = self.critic(_at_its_size(images))  # (B, 64), (B, K)
+        raw, logits, _ = self.critic(_resize(images))  # (B, 64), (B, K)
         features = raw.shape[1] ** 0.5 * F.normalize(raw, dim=1)
         return Extraction(features, logits, features)
 
@@ -71,7 +71,7 @@ class CriticExtractor(Extractor):
         Attributes count as `named_attributes` says; NaN for prompts that name none.
         """
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            heads = self.critic(_at_its_size(images))[2]
+            heads = self.critic(_resize(images))[2]
         read = {name: heads[name].argmax(dim=1).tolist() for name in mini_faces.SCENE_ATTRIBUTES}  # (B,) each
         shares = []
         for number, prompt in enumerate(prompts):
@@ -101,7 +101,7 @@ def named_attributes(prompt: str) -> dict[str, int]:
     return named
 
 
-def _at_its_size(images: Tensor) -> Tensor:
+def _resize(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) -> uint8 (B, 3, 64, 64)."""
     size = (mini_faces.SIDE, mini_faces.SIDE)
     if images.shape[-2:] == size:
@@ -135,7 +135,8 @@ class _Mix(nn.Module):
         self.mlp = nn.Sequential(nn.Conv2d(width, 3 * width, 1), nn.GELU(), nn.Conv2d(3 * width, width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.norm(self.spatial(x)))
+        mixed: Tensor = self.mlp(self.norm(self.spatial(x)))
+        return x + mixed
 
 
 def _patchnet() -> nn.Module:
@@ -162,7 +163,7 @@ class Critic(nn.Module):
     """One softmax over K training people on 64 features, and one head per scene attribute and trait.
 
     Args:
-        architecture: ``convnet`` or ``patchnet``; two critics of different build check each other.
+        architecture: `convnet` or `patchnet`; two critics of different build check each other.
         people: K, the number of people in the softmax.
     """
 
@@ -188,7 +189,7 @@ class Critic(nn.Module):
         return features, self.people(features), {name: head(hidden) for name, head in self.heads.items()}
 
     def save(self, folder: Path) -> None:
-        """Write ``config.json`` and ``model.safetensors`` (fp16)."""
+        """Write `config.json` and `model.safetensors` (fp16)."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
         state = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
@@ -196,7 +197,7 @@ class Critic(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> Critic:
-        """Read what ``save`` wrote, in fp32 and eval mode."""
+        """Read what `save` wrote, in fp32 and eval mode."""
         config = json.loads((folder / "config.json").read_text())
         critic = cls(config["architecture"], config["people"])
         critic.load_state_dict(load_file(folder / "model.safetensors"))

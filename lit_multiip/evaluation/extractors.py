@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.image.fid import NoTrainInceptionV3
 
+from lit_multiip.backbone.pipeline import Backbone
+
 
 @dataclass(frozen=True)
 class Extraction:
@@ -20,6 +23,13 @@ class Extraction:
     features: Tensor | None = None  # (B, D), for FID, KID and diversity
     logits: Tensor | None = None  # (B, K), for the inception scores
     embedding: Tensor | None = None  # (B, E), unit norm: who is shown; a row of NaN where no face was found
+
+    def vectors(self) -> Tensor:
+        """Return what images are compared by: embeddings of identity (B, E), else features (B, D)."""
+        vectors = self.features if self.embedding is None else self.embedding
+        if vectors is None:
+            raise ValueError("an extractor gave neither features nor an embedding: give one of them in its `compute`")
+        return vectors
 
 
 class Extractor(nn.Module, ABC):
@@ -113,6 +123,38 @@ class Extractor(nn.Module, ABC):
         NaN where that is undefined: here for every image, since most extractors cannot read.
         """
         return torch.full((len(images),), float("nan"))
+
+
+def refuse_conditioning_network(extractor: Extractor, backbone: Backbone) -> None:
+    """Refuse an extractor whose network conditions the images: a network may not both condition and score.
+
+    It is known by its source (the backbone's folder or hub id, its image encoder's, the face network's file) and by its
+    weights. Other copies elsewhere are not recognised.
+
+    Raises:
+        ValueError: the extractor is one of them.
+    """
+    if extractor.source is None:
+        return
+    face = backbone.face_encoder
+    if face is not None and (extractor.source == face.path or extractor.sha256 == face.sha256()):
+        raise ValueError(
+            f"extractor {extractor.name!r} is the face network that conditions ({face.path}), and would score its own "
+            "work: take another extractor"
+        )
+    if not backbone.uses_clip:
+        return
+    encoder, weights = backbone.image_encoder_file()
+    source = os.path.realpath(extractor.source)
+    places = (backbone.path, backbone.place, encoder)
+    same = [place for place in places if extractor.source == place or source == os.path.realpath(place)]
+    if weights is not None and weights.is_file() and extractor.shares_weights(weights):
+        same.append(encoder)
+    if same or Path(source).is_relative_to(os.path.realpath(encoder)):
+        raise ValueError(
+            f"extractor {extractor.name!r} has the weights of the image encoder that conditions "
+            f"({(same or [encoder])[0]}), and would score its own work: take another extractor"
+        )
 
 
 class Inception(Extractor):

@@ -33,14 +33,14 @@ class FaceRecognition(Extractor):
     """Any face-recognition network in an ONNX file, as `FaceNetwork` takes it, as an extractor of identity.
 
     Args:
-        path: The ONNX file, or `org/repository/file.onnx` on the Hugging Face hub.
-        name: Part of every score's key; None takes the file's.
-        side: As `FaceNetwork`, and so are the next five.
-        mean: Of each colour channel.
-        std: Of each colour channel.
-        colours: Order of the channels.
-        crop: The square that is seen without a detector.
-        detector: Finds and aligns the face.
+        path: the ONNX file, or `org/repository/file.onnx` on the Hugging Face hub.
+        name: part of every score's key; None takes the file's.
+        side: as `FaceNetwork`, and so are the next five.
+        mean: of each colour channel.
+        std: of each colour channel.
+        colours: order of the channels.
+        crop: the square that is seen without a detector.
+        detector: finds and aligns the face.
     """
 
     can_identify = True
@@ -73,9 +73,9 @@ class SFace(Extractor):
     Its authors report 99.60 % on LFW's pairs, at a cosine of 0.363. A face that is not found has an embedding of NaN.
 
     Args:
-        path: The ONNX file, or `org/repository/file.onnx` on the Hugging Face hub.
-        detector: Finds the face; None is YuNet from the hub.
-        name: Part of every score's key.
+        path: the ONNX file, or `org/repository/file.onnx` on the Hugging Face hub.
+        detector: finds the face; None is YuNet from the hub.
+        name: part of every score's key.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -1,8 +1,8 @@
 """Confidence intervals by person: images of one person depend on one another, so people are resampled or left out.
 
-Per-image scores take the cluster bootstrap. Scores of a whole set of images (FID, KID, IS) take the delete-a-group
-jackknife: drawing people with replacement repeats images, which is itself a distance (50 people x 10 images from equal
-distributions: FID 2.96, its bootstrap 4.55 to 5.98).
+The mean of a per-image score takes the t interval over people, or, of many, the cluster bootstrap. Scores of a whole
+set of images (FID, KID, IS) take the delete-a-group jackknife: drawing people with replacement repeats images, which is
+itself a distance (50 people x 10 images from equal distributions: FID 2.96, its bootstrap 4.55 to 5.98).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ FloatArray = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Statistic = Callable[[Mask], float]
 
+FEW_PEOPLE = 30  # below, a percentile interval is too short
+
 
 class Score(NamedTuple):
     """A score and its confidence interval; `low` and `high` are None where the samples allow no interval."""
@@ -30,14 +32,23 @@ class Score(NamedTuple):
     people: int
 
 
-def person_bootstrap(
+def person_mean(
     values: npt.ArrayLike, people: npt.ArrayLike, seed: int = 0, resamples: int = 2000, level: float = 0.95
 ) -> Score:
-    """Mean of a per-image score, with a percentile interval from a cluster bootstrap over people.
+    """Mean of a per-image score, with an interval by person: of Student's t below 30 people, of a bootstrap from there.
 
-    Estimated is sum_i v_i / n, the mean over images: a person weighs as much as they have images. Each resample draws
-    as many people as there are, with replacement, and takes the mean of all their images. Below some 20 people the
-    percentile interval is too short (10 people: about 90% where 95% is asked).
+    Estimated is v = sum_i v_i / n, the mean over images: a person p weighs as much as they have images, n_p of n.
+
+    - Bootstrap: each resample draws as many people as there are, with replacement, and takes the mean of all their
+      images; the interval is between percentiles. Of few people it is too short (6, 10 and 20 people: 85, 88 and
+      93% where 95% is asked).
+    - Student's t, which holds at any number of people where their means are about normal:
+
+          v ± t_{P-1} sqrt(P / (P - 1) sum_p (sum_{i in p} (v_i - v))^2) / n
+
+      which is the t interval over person means where all have equally many images (the linearised ratio, Cochran,
+      Sampling Techniques, 1977, section 6.4). Measured coverage where 95% is asked: 94.3 to 95.4% at 6 to 29 people
+      of 2 to 5 images. It is symmetric, and may reach beyond a score's range.
 
     Args:
         values: score of each image, (T,); NaN where it is undefined for that image, which is then left out.
@@ -67,10 +78,14 @@ def person_bootstrap(
     value, n_people = float(values.mean()), len(counts)
     if n_people < 2:
         return Score(value, None, None, len(values), n_people)
-    # how often each person is drawn is multinomial: all resamples are two matrix products
-    draws = np.random.default_rng(seed).multinomial(n_people, np.full(n_people, 1 / n_people), size=resamples)  # (R, P)
-    means = (draws @ sums) / (draws @ counts)  # (R,)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    limits = (1 - level) / 2, (1 + level) / 2
+    if n_people < FEW_PEOPLE:
+        variance = n_people / (n_people - 1) * np.square(sums - value * counts).sum() / len(values) ** 2
+        low, high = value + stats.t.ppf(limits, n_people - 1) * np.sqrt(variance)
+    else:
+        # how often each person is drawn is multinomial: all resamples are two matrix products
+        draws = np.random.default_rng(seed).multinomial(n_people, np.full(n_people, 1 / n_people), size=resamples)
+        low, high = np.quantile((draws @ sums) / (draws @ counts), limits)  # of (R,) means
     return Score(value, float(low), float(high), len(values), n_people)
 
 
@@ -82,7 +97,7 @@ def paired_difference(
     resamples: int = 2000,
     level: float = 0.95,
 ) -> Score:
-    """Mean of a_i - b_i over images i of the same tasks, with `person_bootstrap`'s interval.
+    """Mean of a_i - b_i over images i of the same tasks, with `person_mean`'s interval.
 
     Args:
         values_a: scores of method A, (T,); NaN where undefined.
@@ -93,10 +108,10 @@ def paired_difference(
         level: confidence level, in (0, 1).
 
     Raises:
-        ValueError: as `person_bootstrap`.
+        ValueError: as `person_mean`.
     """
     a, b = _aligned(values_a, people)[0], _aligned(values_b, people)[0]
-    return person_bootstrap(a - b, people, seed, resamples, level)
+    return person_mean(a - b, people, seed, resamples, level)
 
 
 def delete_group_jackknife(

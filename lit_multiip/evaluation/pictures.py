@@ -36,14 +36,14 @@ def labelled_grid(
     square are padded with white, never cut.
 
     Args:
-        rows: Images by row; None leaves a cell empty. All rows as long as `column_labels`.
-        row_labels: One a row, wrapped to fit.
-        column_labels: One a column, wrapped to fit.
-        side: Side of a cell, px.
-        title: Over the whole picture.
+        rows: images by row; None leaves a cell empty. All rows as long as `column_labels`.
+        row_labels: one a row, wrapped to fit.
+        column_labels: one a column, wrapped to fit.
+        side: side of a cell, px.
+        title: over the whole picture.
 
     Raises:
-        ValueError: Numbers of labels, rows and cells do not fit, or there is no cell.
+        ValueError: numbers of labels, rows and cells do not fit, or there is no cell.
     """
     n_columns = len(column_labels)
     if not rows or not n_columns or side < 1:
@@ -55,9 +55,9 @@ def labelled_grid(
     step, left = cell + GAP, 3 * cell // 2
     size = max(12, cell // 9)
     font, title_font = ImageFont.load_default(size), ImageFont.load_default(size * 1.3)
-    heads = [_wrapped(label, font, cell) for label in column_labels]
+    heads = [_wrap_text(label, font, cell) for label in column_labels]
     head = max(text.count("\n") + 1 for text in heads) * round(1.5 * size)  # px
-    heading = _wrapped(title, title_font, left + n_columns * step - 2 * GAP) if title else ""
+    heading = _wrap_text(title, title_font, left + n_columns * step - 2 * GAP) if title else ""
     top = (heading.count("\n") + 1) * 2 * size if title else 0
     picture = Image.new("RGB", (left + n_columns * step, top + head + len(rows) * step), "white")
     draw = ImageDraw.Draw(picture)
@@ -66,11 +66,11 @@ def labelled_grid(
         draw.text((left + column * step + cell / 2, top), text, "black", font, anchor="ma", align="center")
     for number, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
         y = top + head + number * step
-        lines = _wrapped(label, font, left - 3 * GAP).split("\n")[: max(1, int(cell / (1.4 * size)))]
+        lines = _wrap_text(label, font, left - 3 * GAP).split("\n")[: max(1, int(cell / (1.4 * size)))]
         draw.text((GAP, y + cell / 2), "\n".join(lines), "black", font, anchor="lm")
         for column, image in enumerate(row):
             if image is not None:
-                picture.paste(_fitted(image, cell), (left + column * step, y))
+                picture.paste(_fit_cell(image, cell), (left + column * step, y))
     return picture
 
 
@@ -85,15 +85,15 @@ def references_held_out_generated(
     """The picture that shows whether a method works: references | held-out photo | generated, a task a row.
 
     Args:
-        references: Of each task, any number; shorter rows are left empty on the right.
-        held_out: One a task.
-        generated: One a task.
-        row_labels: One a task, such as its person and prompt.
-        side: Side of a cell, px.
-        title: Over the whole picture.
+        references: of each task, any number; shorter rows are left empty on the right.
+        held_out: one a task.
+        generated: one a task.
+        row_labels: one a task, such as its person and prompt.
+        side: side of a cell, px.
+        title: over the whole picture.
 
     Raises:
-        ValueError: Their numbers differ, or there are none.
+        ValueError: their numbers differ, or there are none.
     """
     most = max((len(photos) for photos in references), default=0)
     rows: list[list[Cell]] = [
@@ -123,14 +123,14 @@ def photos_with_bars(
     """Photos in a row, strips of bars under them (below zero in orange), and other images to the right.
 
     Args:
-        photos: Of one person, N.
-        bars: Strips with N values each, from top to bottom; each has its own scale.
-        beside: Images to the right, by label.
-        side: Side of a cell, px.
-        title: Over the whole picture.
+        photos: of one person, N.
+        bars: strips with N values each, from top to bottom; each has its own scale.
+        beside: images to the right, by label.
+        side: side of a cell, px.
+        title: over the whole picture.
 
     Raises:
-        ValueError: A strip has another number of values, or of texts, than there are photos.
+        ValueError: a strip has another number of values, or of texts, than there are photos.
     """
     for strip in bars:
         if not len(photos) == len(strip.values) == len(strip.texts):
@@ -149,7 +149,7 @@ def photos_with_bars(
     for number, strip in enumerate(bars):
         y = top.height + number * strip_height
         draw.line((left, y, left + len(photos) * step - GAP, y), "lightgrey")
-        label = _wrapped(strip.label, font, left - 3 * GAP)
+        label = _wrap_text(strip.label, font, left - 3 * GAP)
         draw.text((GAP, y + strip_height / 2), label, "black", font, anchor="lm")
         finite = [value for value in strip.values if math.isfinite(value)]
         high, low = max([0.0, strip.even or 0.0, *finite]), min([0.0, *finite])
@@ -169,12 +169,12 @@ def photos_with_bars(
     return picture
 
 
-def _fitted(image: Image.Image, cell: int) -> Image.Image:
+def _fit_cell(image: Image.Image, cell: int) -> Image.Image:
     method = Image.Resampling.NEAREST if max(image.size) <= cell else Image.Resampling.LANCZOS
     return ImageOps.pad(image.convert("RGB"), (cell, cell), method, color="white")
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+def _wrap_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
     """Break text at spaces, and words that are too long within, so that no line is wider than `width` px."""
     # names of files may hold bytes that are no text, which cannot be drawn
     text = text.encode("utf-8", "replace").decode()

@@ -1,4 +1,4 @@
-"""What a test leaves behind: metrics.json, scores.csv and a table, and who made them."""
+"""What a test leaves behind: images, pictures, metrics.json, scores.csv and a table, and who made them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,27 @@ import json
 import math
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
 
+from lit_multiip.data.photos import Photo
+from lit_multiip.data.tasks import Task
+from lit_multiip.evaluation.extractors import Extractor
 from lit_multiip.evaluation.intervals import Score
-from lit_multiip.evaluation.scores import ImageSet, summarise_difference
+from lit_multiip.evaluation.pictures import labelled_grid, to_picture
+from lit_multiip.evaluation.summaries import ImageSet
 from lit_multiip.files import write_durably
+from lit_multiip.pixels import square
 
+PHOTO_PEOPLE = 12  # whose photos are written beside the images
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "torchmetrics", "lit_multiip")
 
 # Score -> title in tables; the arrow says what is better. This is their order, too.
@@ -39,6 +48,69 @@ TITLES = {
 }
 
 
+# ---- pictures ---------------------------------------------------------------------------------------------------
+
+
+def write_images(folder: Path, images: Tensor, files: Sequence[str], show_progress: bool = True) -> None:
+    """Write images (T, 3, H, W) uint8 as `images/<file>`, T files as `image_files` names them."""
+    bar = tqdm(images, "writing images", unit="image", delay=3, disable=not show_progress)
+    for image, file in zip(bar, files, strict=True):
+        path = folder / "images" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_picture(image).save(path)
+
+
+def draw_grid(tasks: Sequence[Task], rows: Mapping[str, Tensor], method: str, side: int, people: int) -> Image.Image:
+    """Draw references | held-out photo | one image of each row, for the first task of each of the first people."""
+    first = {task.person: i for i, task in reversed(list(enumerate(tasks)))}  # each person's first task
+    n_references = min(4, len(tasks[0].references))
+    cells, labels = [], []
+    for i in sorted(first.values())[:people]:
+        photos = [*tasks[i].references[:n_references], tasks[i].held_out]
+        squares = [square(photo.image(), side) for photo in photos]
+        cells.append([*squares, *(to_picture(images[i]) for images in rows.values())])
+        labels.append(f"{tasks[i].person}\n{tasks[i].prompt}")
+    columns = [*(f"reference {i + 1}" for i in range(n_references)), "held-out photo"]
+    title = f"{method}: made from the references and the held-out photo's prompt"
+    return labelled_grid(cells, labels, [*columns, *(row.replace("_", " ") for row in rows)], side, title)
+
+
+def write_photos(
+    folder: Path, tasks: Sequence[Task], files: Sequence[str], read: Callable[[Photo], Tensor]
+) -> dict[str, Any]:
+    """Write the real photos of the first 12 people, `photos/<person>/{reference_1.., held_out_<stem>}.png`.
+
+    Args:
+        folder: of the test.
+        tasks: what was tested.
+        files: each task's image, as `image_files` names it.
+        read: gives a photo's pixels, (3, H, W) uint8.
+
+    Returns:
+        By person: `references`, files in the order of their draw, and `held_out`, a file by the photo's name.
+    """
+    names: dict[str, Any] = {}
+    for task, file in zip(tasks, files, strict=True):
+        if task.person not in names and len(names) == PHOTO_PEOPLE:
+            continue
+        own = names.setdefault(task.person, {"references": [], "held_out": {}})
+        place = Path("photos", task.person)
+        written: list[tuple[Path, Photo]] = []
+        if not own["references"]:
+            written += [(place / f"reference_{i + 1}.png", photo) for i, photo in enumerate(task.references)]
+            own["references"] = [path.as_posix() for path, _ in written]
+        if task.held_out.name not in own["held_out"]:
+            written.append((place / f"held_out_{Path(file).stem.rpartition('_s')[0]}.png", task.held_out))
+            own["held_out"][task.held_out.name] = written[-1][0].as_posix()
+        for path, photo in written:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            to_picture(read(photo)).save(folder / path)
+    return names
+
+
+# ---- scores -----------------------------------------------------------------------------------------------------
+
+
 def results(
     protocol: Mapping[str, Any],
     rows: Mapping[str, Mapping[str, Score]],
@@ -49,11 +121,11 @@ def results(
     """Content of metrics.json.
 
     Args:
-        protocol: Of `tasks.protocol`.
-        rows: Scores by row (the method's first, then the anchors') and key, as `scores.summarise` makes them.
-        extractors: What is to be known of each, by name.
-        describe: What the method says of itself; `method` is the name of its row.
-        seconds: Wall time by part.
+        protocol: of `tasks.protocol`.
+        rows: scores by row (the method's first, then the anchors') and key, as `scores.summarise` makes them.
+        extractors: what is to be known of each, by name.
+        describe: what the method says of itself; `method` is the name of its row.
+        seconds: by part, see `ScoreTest`.
     """
     return {
         "protocol": dict(protocol),
@@ -66,9 +138,44 @@ def results(
     }
 
 
+def describe_extractors(extractors: Sequence[Extractor]) -> dict[str, dict[str, Any]]:
+    """What is to be known of each extractor, by name."""
+    names = ("num_features", "num_classes", "can_identify", "source")
+    return {
+        extractor.name: {name: getattr(extractor, name) for name in names}
+        | ({} if extractor.sha256 is None else {"sha256": extractor.sha256})
+        for extractor in extractors
+    }
+
+
+def write_scores(
+    path: Path,
+    tasks: Sequence[Task],
+    files: Sequence[str],
+    cells: Mapping[str, Sequence[Mapping[str, float]]],
+    method: str,
+) -> None:
+    """Write scores.csv, a line a row and task, with the scores of its image.
+
+    Args:
+        path: of the file.
+        tasks: what was tested.
+        files: the method's images of these, as `image_files` names them.
+        cells: by row, the scores of each task's image.
+        method: the row whose images are written.
+    """
+    lines = [
+        {"row": row, "person": task.person, "held_out": task.held_out.name, "prompt": task.prompt}
+        | {"seed": task.seed, "image": f"images/{file}" if row == method else "", **cell}
+        for row, scores in cells.items()
+        for task, file, cell in zip(tasks, files, scores, strict=True)
+    ]
+    write_csv(path, lines)
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write strict JSON at once or not at all; numbers that are not finite become null."""
-    text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(_null_if_not_finite(content), indent=2, allow_nan=False) + "\n"
     write_durably(path, lambda file: file.write(text.encode()))
 
 
@@ -85,8 +192,8 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def write_features(path: Path, generated: ImageSet, held_out: ImageSet) -> None:
     """Keep what an extractor saw, so that two tests can be compared in pairs without looking at their images again.
 
-    Keys: ``generated.features`` (T, D), ``generated.logits`` (T, K), ``held_out.features`` (P, D), ``person`` and
-    ``held_out.person`` (numbers of people), and ``score.<name>`` (T,) for the scores of images.
+    Keys: `generated.features` (T, D), `generated.logits` (T, K), `held_out.features` (P, D), `person` and
+    `held_out.person` (numbers of people), and `score.<name>` (T,) for the scores of images.
     """
     names = {name: i for i, name in enumerate(sorted({*generated.people.tolist(), *held_out.people.tolist()}))}
     arrays = {
@@ -101,7 +208,7 @@ def write_features(path: Path, generated: ImageSet, held_out: ImageSet) -> None:
 
 
 def read_features(path: Path) -> tuple[ImageSet, ImageSet]:
-    """Read what ``write_features`` wrote: the generated images and the held-out photos."""
+    """Read what `write_features` wrote: the generated images and the held-out photos."""
     arrays = load_file(path)
     scores = {key.removeprefix("score."): v.numpy() for key, v in arrays.items() if key.startswith("score.")}
     generated = ImageSet(
@@ -110,36 +217,14 @@ def read_features(path: Path) -> tuple[ImageSet, ImageSet]:
     return generated, ImageSet(arrays["held_out.person"].numpy(), arrays.get("held_out.features"))
 
 
-def paired(test: str, baseline: str) -> None:
-    """Print the differences of two tests on the same tasks, each with its paired 95% interval by person.
-
-    Args:
-        test: folder that ``test`` wrote, such as runs/self_attn/version_0/test.
-        baseline: folder to subtract.
-    """
-    folders = Path(test), Path(baseline)
-    for folder in folders:
-        if not (folder / "metrics.json").is_file():
-            raise FileNotFoundError(f"'{folder}' has no metrics.json: give a folder that `test` wrote")
-    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
-    table(*metrics)  # refuses tests of different protocols
-    names = [f"{m['describe']['method']} ({folder})" for m, folder in zip(metrics, folders, strict=True)]
-    print(f"{names[0]} minus {names[1]}, 95% intervals of paired differences by person")
-    for path in sorted(folders[0].glob("features_*.safetensors")):
-        (a, held_out), (b, _) = read_features(path), read_features(folders[1] / path.name)
-        scores = summarise_difference(path.stem.removeprefix("features_"), a, b, held_out)
-        body = [[key, cell(score._asdict())] for key, score in scores.items()]
-        print("\n" + markdown([["score", "difference"], *body]))
-
-
 def table(*tests: Mapping[str, Any]) -> str:
     """Scores of one or several tests in Markdown, a table an extractor: methods first, then the first test's anchors.
 
     Args:
-        tests: Contents of metrics.json.
+        tests: contents of metrics.json.
 
     Raises:
-        ValueError: There are none, or they are of different protocols: their numbers cannot be compared.
+        ValueError: there are none, or they are of different protocols: their numbers cannot be compared.
     """
     if not tests:
         raise ValueError("there is no test to tabulate: give at least one metrics.json")
@@ -173,11 +258,11 @@ def table(*tests: Mapping[str, Any]) -> str:
         classes = f" (IS over K = {facts['num_classes']} classes)" if facts.get("num_classes") else ""
         header = ["", "images / people", *(TITLES.get(column, str(column)) for column in columns)]
         parts.append(f"### by {name}{classes}\n\n{markdown([header, *body])}")
-        parts += [f"- {line}" for test in tests for line in _not_found(test, name)]
+        parts += [f"- {line}" for test in tests for line in _report_missing_faces(test, name)]
     return "\n\n".join(parts) + "\n"
 
 
-def _not_found(test: Mapping[str, Any], extractor: str) -> list[str]:
+def _report_missing_faces(test: Mapping[str, Any], extractor: str) -> list[str]:
     """What a test says of faces that an extractor did not find, a line a row that lacks any."""
     counts: Mapping[str, Sequence[int]] = test.get("faces_not_found", {}).get(extractor, {})
     return [
@@ -219,13 +304,13 @@ def cell(score: Mapping[str, Any] | None) -> str:
     value, low, high = score["value"], score["low"], score["high"]
     most = 3 if abs(value) >= 0.1 else 4
     if low is None or high is None:
-        return _fixed(value, most)
+        return _format_fixed(value, most)
     half_width = (high - low) / 2
     decimals = min(max(1 - math.floor(math.log10(half_width)), 0), most) if half_width > 0 else most
-    return f"{_fixed(value, decimals)} [{_fixed(low, decimals)}, {_fixed(high, decimals)}]"
+    return f"{_format_fixed(value, decimals)} [{_format_fixed(low, decimals)}, {_format_fixed(high, decimals)}]"
 
 
-def _fixed(value: float, decimals: int) -> str:
+def _format_fixed(value: float, decimals: int) -> str:
     return f"{round(value, decimals) + 0.0:.{decimals}f}"  # the sum makes 0 of -0
 
 
@@ -245,9 +330,9 @@ def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def _finite(value: Any) -> Any:
+def _null_if_not_finite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): _null_if_not_finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [_null_if_not_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

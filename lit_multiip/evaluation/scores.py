@@ -1,4 +1,4 @@
-"""From the features of images to scores: FID, KID, IS, identity, diversity, and all of them with intervals.
+"""Scores from features: FID, KID and IS of sets of images; identity, copying and diversity of each image.
 
 Everything here takes arrays that an extractor made once per image, and computes in float64 on the CPU.
 """
@@ -6,8 +6,6 @@ Everything here takes arrays that an extractor made once per image, and computes
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,16 +16,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import poly_kernel
 
-from lit_multiip.evaluation.intervals import (
-    FloatArray,
-    Mask,
-    Score,
-    Statistic,
-    delete_group_jackknife,
-    paired_difference,
-    paired_jackknife,
-    person_bootstrap,
-)
+from lit_multiip.evaluation.intervals import FloatArray
 
 Features = npt.NDArray[Any] | Tensor
 
@@ -137,10 +126,11 @@ def cosine(a: Features, b: Features) -> FloatArray:
     Raises:
         ValueError: shapes differ, or a row is zero or not finite, so that it has no direction.
     """
-    a_, b_ = _array(a), _array(b)
+    a_, b_ = as_float64(a), as_float64(b)
     if a_.shape != b_.shape:
         raise ValueError(f"cannot compare embeddings of shapes {a_.shape} and {b_.shape}: give one row for each row")
-    return (_unit(a_) * _unit(b_)).sum(axis=-1)
+    cosines: FloatArray = (_to_unit(a_) * _to_unit(b_)).sum(axis=-1)
+    return cosines
 
 
 def identity_scores(
@@ -165,7 +155,9 @@ def identity_scores(
     Raises:
         ValueError: shapes do not fit, or an embedding is zero, infinite, or NaN in part.
     """
-    generated_, held_out_, references_ = (_unit_if_found(_array(rows)) for rows in (generated, held_out, references))
+    generated_, held_out_, references_ = (
+        _to_unit_if_found(as_float64(rows)) for rows in (generated, held_out, references)
+    )
     labels = np.asarray(people)
     if labels.shape != generated_.shape[:1] or references_.ndim != 3 or len(references_) != len(labels):
         shapes = f"generated {generated_.shape}, references {references_.shape} and people {labels.shape}"
@@ -174,7 +166,7 @@ def identity_scores(
     return {
         "held_out": (generated_ * held_out_).sum(axis=1),
         # a sum has the direction of the mean
-        "held_out_mean": _cosine_if_found(generated_, _sums(np.nan_to_num(held_out_), person)[person]),
+        "held_out_mean": _cosine_if_found(generated_, _sum_groups(np.nan_to_num(held_out_), person)[person]),
         "references": _cosine_if_found(generated_, np.nansum(references_, axis=1)),
     }
 
@@ -195,11 +187,13 @@ def nearest_reference(generated: Features, references: Features) -> FloatArray:
     Raises:
         ValueError: shapes do not fit, or an embedding is zero, infinite, or NaN in part.
     """
-    generated_, references_ = _unit_if_found(_array(generated)), _unit_if_found(_array(references))
+    generated_, references_ = _to_unit_if_found(as_float64(generated)), _to_unit_if_found(as_float64(references))
     if references_.ndim != 3 or not references_.shape[1] or references_[:, 0].shape != generated_.shape:
         shapes = f"generated {generated_.shape} and references {references_.shape}"
         raise ValueError(f"{shapes} do not fit: give (T, D) and (T, R, D)")
-    return np.fmax.reduce(np.einsum("td,trd->tr", generated_, references_), axis=1)  # which prefers numbers to NaN
+    cosines = np.einsum("td,trd->tr", generated_, references_)
+    nearest: FloatArray = np.fmax.reduce(cosines, axis=1)  # which prefers numbers to NaN
+    return nearest
 
 
 def diversity(features: Features, groups: npt.ArrayLike) -> FloatArray:
@@ -217,225 +211,14 @@ def diversity(features: Features, groups: npt.ArrayLike) -> FloatArray:
     Raises:
         ValueError: shapes do not fit, or features are zero or not finite.
     """
-    unit, labels = _unit(_array(features)), np.asarray(groups)
+    unit, labels = _to_unit(as_float64(features)), np.asarray(groups)
     if unit.ndim != 2 or labels.shape != unit.shape[:1]:
         raise ValueError(f"features {unit.shape} and groups {labels.shape} do not fit: give (T, D) and (T,)")
     _, group = np.unique(labels, return_inverse=True)  # (T,)
     others = np.bincount(group)[group] - 1.0  # (T,), how many
-    cosines = ((_sums(unit, group)[group] - unit) * unit).sum(axis=1)  # (T,), summed over the others
+    cosines = ((_sum_groups(unit, group)[group] - unit) * unit).sum(axis=1)  # (T,), summed over the others
     with np.errstate(invalid="ignore"):
         return np.where(others > 0, 1 - cosines / others, np.nan)
-
-
-@dataclass(frozen=True, eq=False)
-class ImageSet:
-    """What one extractor says of a set of images, one row an image. Leave out what it cannot say.
-
-    Scores of sets are remembered, so that a set may stand in many differences and is computed once.
-    """
-
-    people: npt.NDArray[Any]  # (T,)
-    features: Features | None = None  # (T, D), for FID and KID
-    logits: Features | None = None  # (T, K), for both inception scores
-    per_image: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)  # name -> (T,), NaN where undefined
-    known: dict[tuple[str, ImageSet, bytes], float] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        """Refuse rows that do not match."""
-        arrays = {"features": self.features, "logits": self.logits, **self.per_image}
-        for name, array in arrays.items():
-            if array is not None and len(array) != len(self.people):
-                rows = f"{name!r} has {len(array)} rows and people {len(self.people)}"
-                raise ValueError(f"{rows}: give one row an image, in the same order")
-
-
-def summarise(
-    extractor: str,
-    generated: ImageSet | Sequence[ImageSet],
-    real: ImageSet,
-    groups: int = 20,
-    resamples: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-    left_out: dict[str, str] | None = None,
-) -> dict[str, Score]:
-    """All scores of one method by one extractor, with intervals by person.
-
-    FID, KID and both inception scores take the delete-a-group jackknife, which leaves a group of people out of the
-    generated and the real images at once; scores per image take the bootstrap.
-
-    Args:
-        extractor: its name, such as `critic` or `inception-2048`; part of every key, so that scores are never mixed up.
-        generated: the method's images. Several sets are those of several trainings, row for row on the same tasks: a
-            score of sets is then the mean over the trainings, and an image's score the mean over those trainings in
-            which it is defined.
-        real: the real photos for FID and KID, each photo once; not used where they or `generated` have no features.
-        groups: of the jackknife.
-        resamples: of the bootstrap.
-        level: confidence level, in (0, 1).
-        seed: of the dealing into groups and of the resampling.
-        left_out: is given the reason of every score that is left out, by its key; None warns of it instead.
-
-    Returns:
-        `fid/<extractor>`, `kid/<extractor>`, `is/<extractor>`, `is_uniform/<extractor>` and `<name>/<extractor>` for
-        each of `generated.per_image`; `n` counts generated images, of one training. A score undefined for these images
-        is left out (diversity of a single seed, without a warning).
-
-    Raises:
-        ValueError: the sets are not of the same people, row for row.
-    """
-    sets = _trainings(generated)
-    people = np.concatenate([sets[0].people, real.people])
-    scores = {}
-    for name, statistic in _mean_statistics(sets, real).items():
-        key = f"{name}/{extractor}"
-        options: dict[str, Any] = {"groups": groups, "level": level, "seed": seed, "description": key}
-        score = delete_group_jackknife(_nan_if_too_few(statistic, key, left_out), people, **options)
-        scores[key] = _count_generated(score, sets[0])
-    for name, values in _mean_per_image(sets).items():
-        key = f"{name}/{extractor}"
-        scores[key] = person_bootstrap(values, sets[0].people, seed, resamples, level)
-        if left_out is not None and np.isnan(scores[key].value):
-            left_out[key] = f"it is undefined for all {len(values)} images"
-    return {key: score for key, score in scores.items() if not np.isnan(score.value)}
-
-
-def summarise_difference(
-    extractor: str,
-    a: ImageSet | Sequence[ImageSet],
-    b: ImageSet | Sequence[ImageSet],
-    real: ImageSet,
-    groups: int = 20,
-    resamples: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-    left_out: dict[str, str] | None = None,
-) -> dict[str, Score]:
-    """Paired differences A - B of two methods on the same tasks, keyed as `summarise`, for the scores that both have.
-
-    Args:
-        extractor: its name.
-        a: images of method A; several sets are those of several trainings, as `summarise` takes them.
-        b: images of method B, row for row on the same tasks; it may have been trained more or less often.
-        real: the real photos for FID and KID.
-        groups: of the jackknife.
-        resamples: of the bootstrap.
-        level: confidence level, in (0, 1).
-        seed: of the dealing into groups and of the resampling.
-        left_out: as `summarise` takes it.
-
-    Raises:
-        ValueError: the rows of A and B are not of the same people.
-    """
-    a, b = _trainings(a), _trainings(b)
-    if not np.array_equal(a[0].people, b[0].people):
-        raise ValueError("the rows of A and B are not of the same people: score both methods on the same tasks")
-    people = np.concatenate([a[0].people, real.people])
-    statistics_a, statistics_b = _mean_statistics(a, real), _mean_statistics(b, real)
-    scores = {}
-    for name in statistics_a.keys() & statistics_b.keys():
-        key = f"{name}/{extractor}"
-        options: dict[str, Any] = {"groups": groups, "level": level, "seed": seed, "description": key}
-        both = [_nan_if_too_few(found[name], key, left_out) for found in (statistics_a, statistics_b)]
-        scores[key] = _count_generated(paired_jackknife(both[0], both[1], people, **options), a[0])
-    values_a, values_b = _mean_per_image(a), _mean_per_image(b)
-    for name in values_a.keys() & values_b.keys():
-        values = values_a[name], values_b[name]
-        scores[f"{name}/{extractor}"] = paired_difference(*values, a[0].people, seed, resamples, level)
-    return {key: score for key, score in sorted(scores.items()) if not np.isnan(score.value)}
-
-
-def values_of_each(extractor: str, generated: Sequence[ImageSet], real: ImageSet) -> dict[str, list[float]]:
-    """Every score of each training alone, without intervals, keyed as `summarise`; NaN where it is undefined."""
-    everyone = np.ones(len(generated[0].people) + len(real.people), dtype=bool)
-    found: dict[str, list[float]] = {}
-    for images in generated:
-        values = {}
-        for name, statistic in _set_statistics(images, real).items():
-            try:
-                values[name] = statistic(everyone)
-            except TooFewSamples:
-                values[name] = float("nan")
-        for name, scores in images.per_image.items():
-            values[name] = float(np.mean(scores[~np.isnan(scores)])) if not np.isnan(scores).all() else float("nan")
-        for name, value in values.items():
-            found.setdefault(f"{name}/{extractor}", []).append(value)
-    return found
-
-
-def _trainings(generated: ImageSet | Sequence[ImageSet]) -> list[ImageSet]:
-    sets = [generated] if isinstance(generated, ImageSet) else list(generated)
-    if not sets:
-        raise ValueError("there are no images to score: give those of at least one training")
-    if any(not np.array_equal(images.people, sets[0].people) for images in sets[1:]):
-        raise ValueError("the trainings' rows are not of the same people: score all of them on the same tasks")
-    return sets
-
-
-def _mean_statistics(sets: Sequence[ImageSet], real: ImageSet) -> dict[str, Statistic]:
-    each = [_set_statistics(images, real) for images in sets]
-
-    def mean(name: str) -> Statistic:
-        return lambda keep: float(np.mean([statistics[name](keep) for statistics in each]))
-
-    return {name: mean(name) for name in each[0] if all(name in statistics for statistics in each)}
-
-
-def _mean_per_image(sets: Sequence[ImageSet]) -> dict[str, FloatArray]:
-    """Each image's mean score over the trainings in which it is defined, (T,) by name."""
-    means = {}
-    for name in sets[0].per_image:
-        if all(name in images.per_image for images in sets):
-            values = np.stack([np.asarray(images.per_image[name], dtype=np.float64) for images in sets])  # (S, T)
-            defined = ~np.isnan(values)
-            with np.errstate(invalid="ignore"):
-                means[name] = np.where(defined, values, 0.0).sum(axis=0) / defined.sum(axis=0)
-    return means
-
-
-def _set_statistics(generated: ImageSet, real: ImageSet) -> dict[str, Statistic]:
-    """Scores of sets as functions of a mask over the generated and then the real images."""
-    split = len(generated.people)
-    statistics: dict[str, Callable[[Mask], float]] = {}
-    if generated.features is not None and real.features is not None:
-        features, real_features = _array(generated.features), _array(real.features)
-        statistics["fid"] = lambda keep: fid(real_features[keep[split:]], features[keep[:split]])
-        statistics["kid"] = lambda keep: kid(real_features[keep[split:]], features[keep[:split]])
-    if generated.logits is not None:
-        logits = _array(generated.logits)
-        statistics["is"] = lambda keep: inception_score(logits[keep[:split]])
-        statistics["is_uniform"] = lambda keep: inception_score_uniform(logits[keep[:split]])
-
-    def remembered(name: str, statistic: Statistic) -> Statistic:
-        def look_up(keep: Mask) -> float:
-            key = (name, real, keep.tobytes())
-            if key not in generated.known:
-                generated.known[key] = statistic(keep)
-            return generated.known[key]
-
-        return look_up
-
-    return {name: remembered(name, statistic) for name, statistic in statistics.items()}
-
-
-def _nan_if_too_few(statistic: Statistic, key: str, left_out: dict[str, str] | None) -> Statistic:
-    """A run over a person or two must still write the scores it has."""
-
-    def tolerant(keep: Mask) -> float:
-        try:
-            return statistic(keep)
-        except TooFewSamples as error:
-            if left_out is None:
-                warnings.warn(f"score or interval left out: {error}", stacklevel=2)
-            elif keep.all():
-                left_out[key] = str(error)
-            return float("nan")
-
-    return tolerant
-
-
-def _count_generated(score: Score, generated: ImageSet) -> Score:
-    return score._replace(n=len(generated.people), people=len(np.unique(generated.people)))
 
 
 class _Precomputed(nn.Module):
@@ -478,35 +261,37 @@ def _finite(name: str, values: Features) -> Tensor:
     return rows
 
 
-def _array(values: Features) -> FloatArray:
-    """Values as float64 in numpy, from any device and dtype."""
+def as_float64(values: Features) -> FloatArray:
+    """Return values as float64 in numpy, from any device and dtype."""
     return torch.as_tensor(values).detach().to("cpu", torch.float64).numpy()
 
 
-def _unit(rows: FloatArray) -> FloatArray:
+def _to_unit(rows: FloatArray) -> FloatArray:
     norms = np.linalg.norm(rows, axis=-1, keepdims=True)  # (..., 1)
     bad = np.argwhere(~(np.isfinite(norms[..., 0]) & (norms[..., 0] > 0))).tolist()
     if bad:
         raise ValueError(f"embeddings at {bad[:5]} ({len(bad)} in all) are zero or not finite: check the images")
-    return rows / norms
+    unit: FloatArray = rows / norms
+    return unit
 
 
-def _unit_if_found(rows: FloatArray) -> FloatArray:
-    """Unit embeddings; those that are all NaN stay so."""
+def _to_unit_if_found(rows: FloatArray) -> FloatArray:
+    """Return unit embeddings; those that are all NaN stay so."""
     found = ~np.isnan(rows).all(axis=-1)
     unit = np.full_like(rows, np.nan)
-    unit[found] = _unit(rows[found])
+    unit[found] = _to_unit(rows[found])
     return unit
 
 
 def _cosine_if_found(unit: FloatArray, sums: FloatArray) -> FloatArray:
-    """Cosine of unit rows to sums of rows, (T, D) and (T, D) -> (T,); NaN where nothing was summed."""
+    """Return the cosine of unit rows to sums of rows, (T, D) and (T, D) -> (T,); NaN where nothing was summed."""
     norms = np.linalg.norm(sums, axis=-1)  # (T,)
-    return (unit * sums).sum(axis=-1) / np.where(norms > 0, norms, np.nan)
+    cosines: FloatArray = (unit * sums).sum(axis=-1) / np.where(norms > 0, norms, np.nan)
+    return cosines
 
 
-def _sums(rows: FloatArray, group: npt.NDArray[np.intp]) -> FloatArray:
-    """Sum of the rows of each group, (T, D) and (T,) -> (G, D)."""
+def _sum_groups(rows: FloatArray, group: npt.NDArray[np.intp]) -> FloatArray:
+    """Add up the rows of each group, (T, D) and (T,) -> (G, D)."""
     sums = np.zeros((group.max(initial=-1) + 1, rows.shape[1]))
     np.add.at(sums, group, rows)
     return sums

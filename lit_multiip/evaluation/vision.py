@@ -28,8 +28,8 @@ class CLIP(Extractor):
     not multiplied by 100 or 2.5. Prompts are cut off where they are longer than the network reads.
 
     Args:
-        model: Folder or hub id of a model with `get_image_features` and `get_text_features`, such as a CLIP or SigLIP.
-        name: Part of every score's key; None takes the last part of `model`.
+        model: folder or hub id of a model with `get_image_features` and `get_text_features`, such as a CLIP or SigLIP.
+        name: part of every score's key; None takes the last part of `model`.
 
     Raises:
         OSError: the model is not there, and the hub does not give it.
@@ -49,43 +49,44 @@ class CLIP(Extractor):
             raise ValueError(f"'{model}' is a {kind}, which has no embeddings of text: give a CLIP, or take DINO")
         self._tokenizer = _load(AutoTokenizer, model)
         self._text: dict[str, Tensor] = {}  # unit embeddings (E,) on the CPU; rows share their prompts
-        self.name, self.source = name or _last_part(model), model
+        self.name, self.source = name or _name_of(model), model
         self.freeze()
-        self.num_features = self._width()
+        self.num_features = self._measure_width()
 
-    def _width(self) -> int:
+    def _measure_width(self) -> int:
         """Width of its image embeddings, E."""
-        side = _side(self._processor)
+        side = _input_side(self._processor)
         embedding = self.compute(torch.zeros(1, 3, side, side, dtype=torch.uint8)).embedding
         assert embedding is not None
         return embedding.shape[1]
 
     def shares_weights(self, file: Path) -> bool:
         """See `Extractor.shares_weights`: whether a CLIP image encoder starts with this one's weights."""
-        return _same_weights(self.network, file)
+        return _have_same_weights(self.network, file)
 
     @torch.no_grad()
     def compute(self, images: Tensor) -> Extraction:
         """See `Extractor.compute`."""
-        embeddings = _pooled(self.network.get_image_features(pixel_values=_inputs(self._processor, images)))  # (B, E)
+        pixels = _preprocess(self._processor, images)
+        embeddings = _pooled_embeddings(self.network.get_image_features(pixel_values=pixels))  # (B, E)
         return Extraction(embeddings, embedding=embeddings)
 
     def prompt_agreement(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """CLIP-T: cosine of each image and its prompt, (B, 3, H, W) and B prompts -> (B,), in -1..1."""
         embedding = self.extract(images).embedding
         assert embedding is not None
-        self._read([prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text], images.device)
+        self._encode_prompts([prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text], images.device)
         text = torch.stack([self._text[prompt] for prompt in prompts])  # (B, E)
         return (embedding.cpu() * text).sum(dim=-1)
 
-    def _read(self, prompts: Sequence[str], device: torch.device) -> None:
+    def _encode_prompts(self, prompts: Sequence[str], device: torch.device) -> None:
         if not prompts:
             return
-        length = min(self._tokenizer.model_max_length, _longest(self.network.config))
+        length = min(self._tokenizer.model_max_length, _longest_prompt(self.network.config))
         options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": length}
         tokens = self._tokenizer(list(prompts), return_tensors="pt", **options).to(device)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            embeddings = _pooled(self.network.get_text_features(**tokens)).float()
+            embeddings = _pooled_embeddings(self.network.get_text_features(**tokens)).float()
         self._text |= dict(zip(prompts, F.normalize(embeddings, dim=-1).cpu(), strict=True))
 
 
@@ -95,8 +96,8 @@ class DINO(Extractor):
     The class tokens, not normalised, are the features of FID and KID. Any vision transformer with a class token goes.
 
     Args:
-        model: Folder or hub id. DreamBooth's DINO metric is that of `facebook/dino-vits16`.
-        name: Part of every score's key; None takes the last part of `model`.
+        model: folder or hub id. DreamBooth's DINO metric is that of `facebook/dino-vits16`.
+        name: part of every score's key; None takes the last part of `model`.
 
     Raises:
         OSError: the model is not there, and the hub does not give it.
@@ -111,16 +112,16 @@ class DINO(Extractor):
 
         self.network, self._processor = _load(AutoModel, model), _load(AutoImageProcessor, model)
         self.num_features = int(self.network.config.hidden_size)
-        self.name, self.source = name or _last_part(model), model
+        self.name, self.source = name or _name_of(model), model
         self.freeze()
 
     def shares_weights(self, file: Path) -> bool:
         """See `Extractor.shares_weights`."""
-        return _same_weights(self.network, file)
+        return _have_same_weights(self.network, file)
 
     def compute(self, images: Tensor) -> Extraction:
         """See `Extractor.compute`."""
-        hidden = self.network(pixel_values=_inputs(self._processor, images)).last_hidden_state  # (B, T, D)
+        hidden = self.network(pixel_values=_preprocess(self._processor, images)).last_hidden_state  # (B, T, D)
         return Extraction(hidden[:, 0], embedding=hidden[:, 0])
 
 
@@ -144,7 +145,7 @@ def _load(auto: Any, model: str) -> Any:
         ) from error
 
 
-def _inputs(processor: Any, images: Tensor) -> Tensor:
+def _preprocess(processor: Any, images: Tensor) -> Tensor:
     """What a model's own preprocessing makes of images, uint8 (B, 3, H, W) => (B, 3, S, S)."""
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3), which every processor takes
     values: Tensor = processor(images=list(pixels), input_data_format="channels_last", return_tensors="pt")[
@@ -153,7 +154,7 @@ def _inputs(processor: Any, images: Tensor) -> Tensor:
     return values.to(images.device, torch.float32)
 
 
-def _side(processor: Any) -> int:
+def _input_side(processor: Any) -> int:
     """Side of an image, px, that preprocessing leaves as it is, or 224."""
     for size in (getattr(processor, "crop_size", None), getattr(processor, "size", None)):
         if size and (side := size.get("height") or size.get("shortest_edge")):
@@ -161,16 +162,16 @@ def _side(processor: Any) -> int:
     return 224
 
 
-def _pooled(output: Any) -> Tensor:
+def _pooled_embeddings(output: Any) -> Tensor:
     """Embeddings (B, E), which transformers returns bare before version 5."""
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
-def _longest(config: Any) -> int:
+def _longest_prompt(config: Any) -> int:
     return int(config.text_config.max_position_embeddings)
 
 
-def _same_weights(network: torch.nn.Module, file: Path) -> bool:
+def _have_same_weights(network: torch.nn.Module, file: Path) -> bool:
     """Whether a safetensors file has the network's patch embedding: what differs by training differs there first."""
     state = network.state_dict()
     mine = [value for name, value in state.items() if "patch_embedding" in name and value.ndim == 4]
@@ -185,5 +186,5 @@ def _same_weights(network: torch.nn.Module, file: Path) -> bool:
     return False
 
 
-def _last_part(model: str) -> str:
+def _name_of(model: str) -> str:
     return re.sub(r"[^\w.-]", "_", Path(model).expanduser().name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar, Literal
@@ -25,6 +26,8 @@ from lit_multiip.backbone.ip_adapter import (
 )
 from lit_multiip.backbone.lora import LORA_FILE, add_lora, lora_disabled, read_lora, require_peft
 from lit_multiip.backbone.pipeline import Backbone
+from lit_multiip.data.record import RECORD, read_record
+from lit_multiip.files import hash_file
 from lit_multiip.methods.aggregators import Aggregator, SelfAttention
 from lit_multiip.methods.method import Batch, Method, References
 
@@ -71,6 +74,8 @@ class MultiIPAdapter(Method):
         require_peft(lora_rank)
         self.make_aggregator, self.ip_adapter, self.trained = aggregator, ip_adapter, trained
         self.lora_rank = lora_rank
+        self.adapter_is_random = False  # made from the text K and V, with a random projection, and not trained since
+        self._adapter_file: Path | None = None  # where the adapter's weights were read
 
     # ---- building -----------------------------------------------------------------------------------------------
 
@@ -81,8 +86,12 @@ class MultiIPAdapter(Method):
         path = self.backbone.adapter_file() if self.ip_adapter == "auto" else self.ip_adapter
         if path is None or path == "text":
             state: Any = ip_adapter_from_text(self.unet, width)
+            self.adapter_is_random = True
         else:
             state = read_ip_adapter(path)
+            self._adapter_file = find_adapter_file(path)
+            if RECORD in state or path == self.ip_adapter:  # a published adapter is a part of the backbone
+                self.trained_on = read_record(state.get(RECORD))
             if face is not None and face.beside_clip:
                 _widen(state["image_proj"], self.backbone.clip_dim, width)
         install_ip_adapter(self.unet, state, width)
@@ -157,7 +166,9 @@ class MultiIPAdapter(Method):
         # Lightning averages these numbers over ranks as integers, so they are multiples of the number of ranks
         size = count * (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
         right = self.condition(batch["references"])
-        variants = {"right": right, "shuffled": self.condition(batch["other_references"]), "dropped": 0 * right}
+        variants = {"right": right, "dropped": 0 * right}
+        if "other_references" in batch:  # not where there is only one person
+            variants["shuffled"] = self.condition(batch["other_references"])
         sums = dict.fromkeys(variants, torch.zeros((), device=x.device))
         for number, time in enumerate(VALIDATION_TIMES):
             generators = [torch.Generator().manual_seed(int(seed) + number) for seed in batch["seed"]]
@@ -171,7 +182,7 @@ class MultiIPAdapter(Method):
                 if name == "right":
                     self.log(f"val/loss_t{int(t[0])}", loss, batch_size=size, sync_dist=True)
         self.log("val/loss", sums["right"], batch_size=size, sync_dist=True, prog_bar=True)
-        for name in ("shuffled", "dropped"):
+        for name in list(variants)[1:]:
             self.log(f"val/gap_{name}", sums[name] - sums["right"], batch_size=size, sync_dist=True, prog_bar=True)
 
     # ---- drawing ------------------------------------------------------------------------------------------------
@@ -204,6 +215,7 @@ class MultiIPAdapter(Method):
 
         One person's, after a pass to warm up, times the people; the test itself reads what was encoded once.
         """
+        self.refuse_random_adapter()
         tasks = getattr(getattr(self.trainer, "datamodule", None), "tasks", None)
         if not tasks or not self.trainer.is_global_zero:
             return
@@ -213,6 +225,27 @@ class MultiIPAdapter(Method):
             self.condition(encoder(tasks[0].references).to(self.device)[None]).cpu()
             seconds = perf_counter() - start
         self.spent["personalise"] = seconds * len({task.person for task in tasks})
+
+    def on_predict_start(self) -> None:
+        """Refuse to draw with an adapter that nobody trained."""
+        self.refuse_random_adapter()
+
+    def refuse_random_adapter(self) -> None:
+        """Refuse to draw with an adapter that was made at random and that nobody trained.
+
+        Raises:
+            BackboneError: it is one.
+        """
+        if self.adapter_is_random:
+            raise BackboneError(
+                f"the adapter was made at random and never trained (model.ip_adapter '{self.ip_adapter}', backbone "
+                f"'{self.backbone.path}'): give a trained one by --model.ip_adapter <file>, or run fit first and then "
+                "this on its run"
+            )
+
+    def on_train_start(self) -> None:
+        """Take the adapter for trained from here on."""
+        self.adapter_is_random = False
 
     def photo_encoder(self) -> PhotoEncoder:
         """Load what makes the embeddings of photos; it is no part of the module."""
@@ -240,13 +273,27 @@ class MultiIPAdapter(Method):
             "lora_rank": self.lora_rank,
         }
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another method or backbone; its adapter is a trained one."""
+        super().on_load_checkpoint(checkpoint)
+        self.adapter_is_random = False
+
+    @cached_property
+    def _adapter_sha256(self) -> str | None:
+        return None if self._adapter_file is None else hash_file(self._adapter_file)
+
     def describe(self) -> dict[str, Any]:
-        """Method, backbone, sampling and numbers of parameters, for a results file."""
+        """Method, backbone, adapter, sampling and numbers of parameters, for a results file.
+
+        `ip_adapter_sha256` is of the file that the adapter was read from, before any training; None where it was made
+        from the text K and V.
+        """
         face = self.backbone.face_encoder
         file = self.ip_adapter if self.ip_adapter in ("auto", "text") else "file"
         return super().describe() | {
             "aggregator": self.settings(),
             "ip_adapter": file,
+            "ip_adapter_sha256": self._adapter_sha256,
             "image_encoder": self.backbone.image_encoder,
             "face_encoder": None if face is None else asdict(face),
         }

@@ -120,7 +120,8 @@ class NormAvgPool(Aggregator):
         """Average unit vectors, and give the result the mean norm of the photos."""
         norms = embeds.norm(dim=2, keepdim=True)  # (B, N, 1)
         direction = F.normalize(F.normalize(embeds, dim=2).mean(dim=1, keepdim=True), dim=2)  # (B, 1, D)
-        return direction * norms.mean(dim=1, keepdim=True)  # (B, 1, D)
+        pooled: Tensor = direction * norms.mean(dim=1, keepdim=True)  # (B, 1, D)
+        return pooled
 
 
 class WeightedSum(Aggregator):
@@ -244,7 +245,7 @@ class SelfAttention(Aggregator):
         if self.attend:
             query, key, value = map(self._split, (self.to_q(embeds), self.to_k(embeds), mixed))  # (B, h, N, d)
             mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # (B, N, D)
-        rows = embeds + mixed if self.residual else mixed  # (B, N, D)
+        rows: Tensor = embeds + mixed if self.residual else mixed  # (B, N, D)
         return rows.mean(dim=1, keepdim=True) if self.pool == "mean" else rows  # (B, M, D)
 
     def attention_weights(self, embeds: Tensor) -> Tensor:
@@ -266,7 +267,7 @@ class SelfAttention(Aggregator):
         return self.attention_weights(embeds).mean(dim=(1, 2))  # (B, h, N, N) => (B, N)
 
     def _split(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, D) -> (B, h, N, d)
+        return projected.view(*projected.shape[:2], self.heads, -1).transpose(1, 2)  # (B, N, D) -> (B, h, N, d)
 
     def extra_repr(self) -> str:
         """Show the options in `print(module)`."""

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from lit_multiip.backbone.components import BackboneError
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampler, Sampling
+from lit_multiip.data.record import Record
 from lit_multiip.runs import CheckpointError
 
 Batch = dict[str, Any]
 References = Literal["right", "none", "other", "zero"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+WEIGHTS = {"state_dict", "current_model_state"}  # parts of a checkpoint; of an averaged method the first is the average
 
 
 class Watch:
@@ -89,6 +91,7 @@ class Method(L.LightningModule):
         self.watch = Watch()  # a callback may put itself in its place
         # Wall seconds of this process's test that are not drawing: "personalise", of all people, and others by name.
         self.spent: dict[str, float] = {"personalise": 0.0}
+        self.trained_on: Record | None = None  # whom the weights know that it starts from
         self.unet: Any = None
         self._sampler: Sampler | None = None
 
@@ -262,7 +265,8 @@ class Method(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what was trained, and what it was trained on."""
         trained = self.trained_parameters()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        for part in WEIGHTS & checkpoint.keys():
+            checkpoint[part] = {name: value for name, value in checkpoint[part].items() if name in trained}
         checkpoint["lit_multiip"] = self.provenance()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -285,3 +289,6 @@ class Method(L.LightningModule):
         missing = set(self.trained_parameters()) ^ set(checkpoint["state_dict"])
         if missing:
             raise CheckpointError(f"the checkpoint and the model differ in weights such as '{min(missing)}'")
+        if checkpoint.keys() >= WEIGHTS:  # WeightAveraging wants the frozen ones too
+            for part in WEIGHTS:
+                checkpoint[part] = self.state_dict() | checkpoint[part]

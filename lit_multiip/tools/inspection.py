@@ -10,190 +10,44 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from PIL import Image
-from scipy import stats
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from lit_multiip.data import mini_faces
-from lit_multiip.data.photos import DrawnPhoto, Photo
-from lit_multiip.data.tasks import Task
+from lit_multiip.data.photos import Photo
 from lit_multiip.evaluation import results as report
-from lit_multiip.evaluation.intervals import FloatArray, Score, person_bootstrap
+from lit_multiip.evaluation.intervals import Score, person_mean
 from lit_multiip.evaluation.pictures import Bars, photos_with_bars, to_picture
-from lit_multiip.methods.adapter import VALIDATION_TIMES
-
-# What is measured of a photo -> how it is called.
-MEASURES = {
-    "weight": "weight",
-    "loss_increase": "loss without it",
-    "token_shift": "image tokens without it, 1 - cos",
-}
-TRUTHS = {
-    "rarity": "shows what others hide",
-    "needed": "shows what others hide and the held-out photo shows",
-    "visible_regions": "regions it shows",
-}
-
-
-# ---- measures of one person -------------------------------------------------------------------------------------
-
-
-def leave_one_out(photos: Tensor) -> Tensor:
-    """All photos but one, (N, D) -> (N, N - 1, D); row n is without photo n."""
-    return torch.stack([torch.cat([photos[:n], photos[n + 1 :]]) for n in range(len(photos))])
-
-
-def restoration_losses(model: Any, item: Mapping[str, Any], conditions: Tensor, batch_size: int = 16) -> Tensor:
-    """Denoising loss of one held-out photo under several conditions, at the noise and times that validation uses.
-
-    Args:
-        model: Has `denoising_loss`, `noise` and `scaling_factor`, as `MultiIPAdapter`.
-        item: Of `TaskDataset`: moments (2C, h, w), text (what the UNet takes besides) and seed ().
-        conditions: Aggregated embeddings, (K, M, D).
-        batch_size: Conditions a pass of the UNet.
-
-    Returns:
-        (K,), the mean over `VALIDATION_TIMES`; noise and times are the same for all K.
-    """
-    x = item["moments"].chunk(2)[0][None] * model.backbone.scaling_factor  # (1, C, h, w)
-    steps = model.noise.config.num_train_timesteps
-    losses = torch.zeros(len(conditions), device=x.device)
-    for number, time in enumerate(VALIDATION_TIMES):
-        generator = torch.Generator().manual_seed(int(item["seed"]) + number)
-        eps = torch.randn(x.shape[1:], generator=generator)[None].to(x)
-        parts = []
-        for part in conditions.split(batch_size):
-            k = len(part)
-            t = torch.full((k,), int(time * steps), device=x.device)
-            text = {name: value.expand(k, *value.shape) for name, value in item["text"].items()}
-            parts.append(model.denoising_loss(x.expand(k, -1, -1, -1), eps.expand(k, -1, -1, -1), t, text, part))
-        losses += torch.cat(parts) / len(VALIDATION_TIMES)
-    return losses
-
-
-def mean_token(model: Any, embeds: Tensor) -> Tensor:
-    """Mean of the image tokens that the UNet attends to, (K, M, D) -> (K, E)."""
-    project = model.unet.encoder_hid_proj.image_projection_layers[0]
-    tokens = project(embeds.flatten(0, 1))  # (K M, 4, E)
-    return tokens.unflatten(0, embeds.shape[:2]).mean(dim=(1, 2))
-
-
-def visible_traits(photo: Photo) -> npt.NDArray[np.bool_] | None:
-    """Which of `mini_faces.TRAITS` a drawn photo shows, (T,); None of a real one."""
-    if not isinstance(photo, DrawnPhoto):
-        return None
-    scene = mini_faces.scene(photo.seed, photo.index, photo.number)
-    return np.array([scene.shows(trait) for trait in mini_faces.TRAITS])
-
-
-def rarity(shows: npt.NDArray[np.bool_]) -> FloatArray:
-    """How much a photo shows that the others hide: r_n = sum_t shows_nt / sum_m shows_mt.
-
-    A trait that one photo alone shows counts 1 for it, a trait that all N show 1 / N for each.
-
-    Args:
-        shows: Whether photo n shows trait t, (N, T).
-
-    Returns:
-        (N,), which sum to the number of traits that anything shows.
-    """
-    counts = shows.sum(axis=0)  # (T,)
-    return (shows / np.maximum(counts, 1)).sum(axis=1)
-
-
-def visible_regions(shows: npt.NDArray[np.bool_]) -> FloatArray:
-    """How many of the three regions that can be hidden are not, (N, T) -> (N,)."""
-    hidden_by = [trait.hidden_by for trait in mini_faces.TRAITS.values()]
-    return np.stack([shows[:, hidden_by.index(name)] for name in mini_faces.OCCLUDERS]).sum(axis=0).astype(float)
-
-
-def spearman(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
-    """Rank correlation of two measures over one person's photos; NaN where one of them is constant."""
-    rows = np.array([a, b], dtype=np.float64)  # (2, N)
-    # what is equal but for rounding is a tie
-    rows = np.round(rows / np.maximum(np.abs(rows).max(axis=1, keepdims=True), 1e-300), 6)
-    if rows.shape[1] < 2 or (np.ptp(rows, axis=1) == 0).any():
-        return float("nan")
-    return float(stats.spearmanr(*rows).statistic)
-
-
-def effective_number(weights: npt.ArrayLike) -> float:
-    """Number of photos among which weights are shared, exp(-sum_n w_n log w_n): N where all are equal, 1 of one."""
-    w = np.asarray(weights, float)
-    w = w[w > 0] / w.sum()
-    return float(np.exp(-(w * np.log(w)).sum()))
-
-
-@dataclass
-class Inspected:
-    """What was measured of one person's references; all (N,)."""
-
-    person: str
-    references: Sequence[Photo]
-    held_out: Sequence[Photo]
-    loss: float  # with all references, the mean over the held-out photos
-    values: dict[str, FloatArray] = field(default_factory=dict)  # of MEASURES and TRUTHS, what there is
-
-
-def inspect_person(model: Any, tasks: Sequence[Task], items: Sequence[Mapping[str, Tensor]]) -> Inspected:
-    """Measure the references of one person.
-
-    Args:
-        model: A method with an `aggregator`.
-        tasks: All of this person, of a held-out photo each.
-        items: Of `TaskDataset`, a task each, on the model's device.
-
-    Raises:
-        ValueError: There is one reference, which cannot be left out.
-    """
-    references = tasks[0].references
-    if len(references) < 2:
-        raise ValueError(f"'{tasks[0].person}' has a single reference, and one is left out: set data.references to 2")
-    embeds = items[0]["references"]  # (N, D)
-    everything, without = model.condition(embeds[None]), model.condition(leave_one_out(embeds))
-    losses, increases = [], []
-    for item in items:
-        with_all = restoration_losses(model, item, everything)  # (1,)
-        losses.append(float(with_all))
-        increases.append((restoration_losses(model, item, without) - with_all).double().cpu().numpy())
-    found = Inspected(tasks[0].person, references, [task.held_out for task in tasks], float(np.mean(losses)))
-    weights = model.aggregator.photo_weights(embeds[None])
-    if weights is not None:
-        found.values["weight"] = weights[0].double().cpu().numpy()
-    found.values["loss_increase"] = np.mean(increases, axis=0)
-    cosines = F.cosine_similarity(mean_token(model, everything), mean_token(model, without))  # (N,)
-    found.values["token_shift"] = 1 - cosines.double().cpu().numpy()
-    shows = [row for photo in references if (row := visible_traits(photo)) is not None]
-    targets = [row for task in tasks if (row := visible_traits(task.held_out)) is not None]
-    if len(shows) == len(references) and targets:
-        table = np.stack(shows)  # (N, T)
-        found.values |= {"rarity": rarity(table), "visible_regions": visible_regions(table)}
-        found.values["needed"] = np.mean([rarity(table & target) for target in targets], axis=0)
-    return found
-
+from lit_multiip.tools.measures import (
+    MEASURES,
+    ROWS,
+    TRUTHS,
+    Inspected,
+    InspectError,
+    effective_number,
+    inspect_person,
+    spearman,
+)
 
 # ---- over people ------------------------------------------------------------------------------------------------
 
 
 def summarise(people: Sequence[Inspected]) -> dict[str, Score]:
-    """Means over people, with 95% intervals by person.
+    """Return means over people, with 95% intervals by person.
 
     Returns:
         `spearman/<measure>/<truth>` and `spearman/weight/loss_increase`, rank correlations within a person, of people
-        for whom both vary; `effective_photos`, see `effective_number`; `loss` and `loss_increase`, of a photo left out.
+        for whom both vary; `effective_photos`, see `effective_number`; `row_spread` and `own_weight`, see
+        `attention_rows`; `loss` and `loss_increase`, of a photo left out.
     """
     names = np.array([person.person for person in people])
     values: dict[str, list[float]] = {}
@@ -203,13 +57,18 @@ def summarise(people: Sequence[Inspected]) -> dict[str, Score]:
             values[f"spearman/{a}/{b}"] = [spearman(person.values[a], person.values[b]) for person in people]
     if all("weight" in person.values for person in people):
         values["effective_photos"] = [effective_number(person.values["weight"]) for person in people]
+    for name in ROWS:
+        if all(name in person.values for person in people):
+            values[name] = [float(person.values[name].mean()) for person in people]
     values["loss"] = [person.loss for person in people]
     values["loss_increase"] = [float(person.values["loss_increase"].mean()) for person in people]
-    return {name: person_bootstrap(row, names) for name, row in values.items()}
+    return {name: person_mean(row, names) for name, row in values.items()}
 
 
-def picture(person: Inspected, weights_are: str | None, generated: Image.Image, side: int, title: str) -> Image.Image:
-    """The references with bars of what was measured, the first held-out photo and what was generated."""
+def draw_person(
+    person: Inspected, weights_are: str | None, generated: Image.Image, side: int, title: str
+) -> Image.Image:
+    """Draw the references with bars of what was measured, the first held-out photo and what was generated."""
     from lit_multiip.pixels import square
 
     n, values = len(person.references), person.values
@@ -258,56 +117,77 @@ def inspect(args: Sequence[str]) -> None:
     parser.add_argument("--output", help="folder; inspect/ in the run's by default")
     options, rest = parser.parse_known_args(args)
     if options.people < 0 or options.measured < 1:
-        raise ValueError(f"people={options.people} and measured={options.measured}: give at least 0 and at least 1")
+        raise InspectError(f"people={options.people} and measured={options.measured}: give at least 0 and at least 1")
     loaded = load(options.run, options.config, rest, options.split)
     folder = Path(options.output) if options.output else loaded.folder / "inspect"
-    folder.mkdir(parents=True, exist_ok=True)
-    model, data = loaded.model, loaded.data
-    if getattr(model, "aggregator", None) is None:
-        raise ValueError(f"{type(model).__name__} has no aggregator: inspect a method that looks at reference photos")
+    inspect_loaded(loaded, folder, options.split, options.people, options.measured)
 
-    tasks = data.tasks if options.split == "test" else data.validation_tasks
-    dataset = (data.test_dataloader() if options.split == "test" else data.val_dataloader()).dataset
-    first: dict[str, dict[Photo, int]] = {}  # a task a held-out photo; its other seeds change the noise alone
-    for number, task in enumerate(tasks):
-        first.setdefault(task.person, {}).setdefault(task.held_out, number)
-    chosen = list(first.items())[: max(options.people, options.measured)]
-    # weights of 16 bits take autocast; a difference of losses deserves float32 where there is no need
-    dtype = model.unet.dtype
-    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(loaded.device.type, dtype)
-    weights_are, people = model.aggregator.weights_are, []
+
+def inspect_loaded(loaded: Loaded, folder: Path, split: str, people: int, measured: int) -> None:
+    """Measure people of a split, write pictures, inspect.json and photos.csv, and print the summary.
+
+    Args:
+        loaded: A method with an `aggregator`, and its data.
+        folder: to write.
+        split: `test` or `validation`.
+        people: with a picture.
+        measured: people in the numbers.
+    """
+    model = loaded.model
+    if getattr(model, "aggregator", None) is None:
+        raise InspectError(f"{type(model).__name__} has no aggregator: inspect a method that looks at reference photos")
+    folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.png"):
         stale.unlink()
-    with torch.no_grad(), autocast:
-        for name, numbers in tqdm(chosen, "inspecting", unit="person", delay=3):
-            items = [_to(dataset[number], loaded.device) for number in numbers.values()]
-            person = inspect_person(model, [tasks[number] for number in numbers.values()], items)
-            people.append(person)
-            if len(people) <= options.people:
-                [image] = model.generate(default_collate(items[:1]))
-                drawn = to_picture(image)
-                made = picture(person, weights_are, drawn, model.image_side, model.method())
-                slug = re.sub(r"[^\w-]+", "-", name)
-                made.save(folder / f"{len(people):02d}_{slug}.png")
-
-    scores = summarise(people[: options.measured])
-    report.write_csv(folder / "photos.csv", _rows(people))
+    found = []
+    for person, picture in inspect_people(loaded, split, max(people, measured), people):
+        found.append(person)
+        if picture is not None:
+            slug = re.sub(r"[^\w-]+", "-", person.person)
+            picture.save(folder / f"{len(found):02d}_{slug}.png")
+    scores, weights_are = summarise(found[:measured]), model.aggregator.weights_are
+    report.write_csv(folder / "photos.csv", _photo_rows(found))
     report.write_json(
         folder / "inspect.json",
         {
             "model": model.describe(),
             "checkpoint": None if loaded.checkpoint is None else str(loaded.checkpoint),
-            "split": options.split,
+            "split": split,
             "weights_are": weights_are,
             "summary": {name: score._asdict() for name, score in scores.items()},
-            "people": [_facts(person) for person in people],
+            "people": [_describe_person(person) for person in found],
             "versions": report.versions(),
             "commit": report.commit(),
         },
     )
     print(
-        f"\n{_text(model.method(), weights_are, people[: options.measured], scores)}\n\nPictures and numbers: {folder}"
+        f"\n{render_summary(model.method(), weights_are, found[:measured], scores)}\n\nPictures and numbers: {folder}"
     )
+
+
+def inspect_people(
+    loaded: Loaded, split: str, most: int, pictured: int
+) -> Iterator[tuple[Inspected, Image.Image | None]]:
+    """Yield what was measured of each of the first people, with a picture of the first `pictured` of them."""
+    model, data = loaded.model, loaded.data
+    tasks = data.tasks if split == "test" else data.validation_tasks
+    dataset = (data.test_dataloader() if split == "test" else data.val_dataloader()).dataset
+    first: dict[str, dict[Photo, int]] = {}  # a task a held-out photo; its other seeds change the noise alone
+    for number, task in enumerate(tasks):
+        first.setdefault(task.person, {}).setdefault(task.held_out, number)
+    # weights of 16 bits take autocast; a difference of losses deserves float32 where there is no need
+    dtype = model.unet.dtype
+    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(loaded.device.type, dtype)
+    chosen = list(first.values())[:most]
+    with torch.no_grad(), autocast:
+        for place, numbers in enumerate(tqdm(chosen, "inspecting", unit="person", delay=3)):
+            items = [_to_device(dataset[number], loaded.device) for number in numbers.values()]
+            person, picture = inspect_person(model, [tasks[number] for number in numbers.values()], items), None
+            if place < pictured:
+                [image] = model.generate(default_collate(items[:1]))
+                side, weights_are = model.image_side, model.aggregator.weights_are
+                picture = draw_person(person, weights_are, to_picture(image), side, model.method())
+            yield person, picture
 
 
 def load(run: str | None, configs: Sequence[str], options: Sequence[str], split: str) -> Loaded:
@@ -315,8 +195,8 @@ def load(run: str | None, configs: Sequence[str], options: Sequence[str], split:
 
     Args:
         run: A folder; None takes the newest, or, where there are configs, a method of which nothing is trained.
-        configs: Laid over the run's own.
-        options: As on the command line, laid over all.
+        configs: laid over the run's own.
+        options: as on the command line, laid over all.
         split: `test` or `validation`, whose features are made.
     """
     from lit_multiip.cli import build_run
@@ -335,12 +215,12 @@ def load(run: str | None, configs: Sequence[str], options: Sequence[str], split:
     return Loaded(model, data, device, folder or Path(trainer.log_dir or trainer.default_root_dir), checkpoint)
 
 
-def _to(item: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+def _to_device(item: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
     numbers = {key: value for key, value in item.items() if not isinstance(value, str)}  # prompts are words
     return move_data_to_device(numbers, device)
 
 
-def _facts(person: Inspected) -> dict[str, Any]:
+def _describe_person(person: Inspected) -> dict[str, Any]:
     return {
         "person": person.person,
         "references": [photo.name for photo in person.references],
@@ -350,7 +230,7 @@ def _facts(person: Inspected) -> dict[str, Any]:
     }
 
 
-def _rows(people: Sequence[Inspected]) -> list[dict[str, Any]]:
+def _photo_rows(people: Sequence[Inspected]) -> list[dict[str, Any]]:
     return [
         {"person": person.person, "reference": photo.name}
         | {name: float(values[number]) for name, values in person.values.items()}
@@ -359,8 +239,10 @@ def _rows(people: Sequence[Inspected]) -> list[dict[str, Any]]:
     ]
 
 
-def _text(method: str, weights_are: str | None, people: Sequence[Inspected], scores: Mapping[str, Score]) -> str:
-    """The summary as it is printed."""
+def render_summary(
+    method: str, weights_are: str | None, people: Sequence[Inspected], scores: Mapping[str, Score]
+) -> str:
+    """Return the summary as it is printed."""
 
     def interval(score: Score, factor: float = 1.0, form: str = ".3f") -> str:
         if score.low is None or score.high is None:
@@ -374,6 +256,9 @@ def _text(method: str, weights_are: str | None, people: Sequence[Inspected], sco
         lines.append(
             f"- {weights_are} is shared among {interval(scores['effective_photos'], form='.2f')} photos (exp H)"
         )
+    if all(name in scores for name in ROWS):
+        spread, own = (interval(scores[name], form=form) for name, form in zip(ROWS, (".2f", ".3f"), strict=True))
+        lines.append(f"- {weights_are} of a row: spread over {spread} photos (exp H), weight on itself {own}")
     lost = interval(scores["loss_increase"], 100 / scores["loss"].value, "+.3f")
     lines.append(f"- loss when a photo is left out: {lost} % of {scores['loss'].value:.4f}")
     called = {**MEASURES, **TRUTHS, "weight": weights_are or "weight"}

@@ -21,7 +21,7 @@ from lit_multiip.backbone.ip_adapter import read_ip_adapter
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.people import MiniFaces, Person
 from lit_multiip.datasets import HeldOutGroups, Request, TaskDataset
-from lit_multiip.evaluation.callback import _refuse_if_it_conditions
+from lit_multiip.evaluation.extractors import refuse_conditioning_network
 from lit_multiip.evaluation.faces import FaceRecognition
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.aggregators import AvgPool, MaxPool
@@ -235,15 +235,15 @@ def test_what_conditions_may_not_score(tiny_backbone: Path, network: str, tmp_pa
     plain, face, both = (Backbone(str(tiny_backbone), face_encoder=each) for each in (None, alone, joined))
     for path in (network, copied):
         with pytest.raises(ValueError, match=r"is the face network that conditions .*would score its own work"):
-            _refuse_if_it_conditions(FaceRecognition(path), face)
-    _refuse_if_it_conditions(FaceRecognition(other), face)
-    _refuse_if_it_conditions(FaceRecognition(network), plain)
+            refuse_conditioning_network(FaceRecognition(path), face)
+    refuse_conditioning_network(FaceRecognition(other), face)
+    refuse_conditioning_network(FaceRecognition(network), plain)
     # CLIP in its place does not condition any more
     clip = FaceRecognition(other)
     clip.source = str(tiny_backbone / "image_encoder")
-    _refuse_if_it_conditions(clip, face)
+    refuse_conditioning_network(clip, face)
     with pytest.raises(ValueError, match="weights of the image encoder that conditions"):
-        _refuse_if_it_conditions(clip, both)
+        refuse_conditioning_network(clip, both)
 
 
 def test_one_config_over_a_method_trains_and_scores_with_it(

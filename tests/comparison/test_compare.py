@@ -1,4 +1,4 @@
-"""Plans, steps and stamps of compare; the steps themselves are in-process here."""
+"""Steps of a plan: which there are, and what has them done anew; no command is run here."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from PIL import Image
 
 from lit_multiip.cli import main
 from lit_multiip.comparison import compare as module
-from lit_multiip.comparison.compare import Row, make_steps
+from lit_multiip.comparison.compare import Inputs, make_steps
+from lit_multiip.comparison.plan import Contrast, Plan, Row
 from lit_multiip.comparison.steps import Step, run_steps
+from lit_multiip.files import hash_file
 
 ROOT = Path(__file__).parents[2]
 PLAN = ROOT / "configs" / "plans" / "compare.yaml"
@@ -32,8 +34,7 @@ def config(tmp_path: Path) -> str:
 
 
 def steps_of(rows: dict[str, Row], folder: Path, **changed: Any) -> list[Step]:
-    options = {"configs": [], "options": {}, "test_options": {}, "seeds": [0], "reference": next(iter(rows))} | changed
-    return list(make_steps(rows, folder=folder, **options))
+    return make_steps(Plan(rows, next(iter(rows)), output=str(folder), **changed).expand(), Inputs())
 
 
 def leave_results(step: Step) -> None:
@@ -51,6 +52,7 @@ def run_all(steps: list[Step], monkeypatch: pytest.MonkeyPatch) -> list[tuple[st
         if not step.is_done():
             leave_results(step)
             monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+            monkeypatch.setattr("lit_multiip.comparison.steps.commit", lambda: None)
             run_steps([step])
             done.append((step.row, step.command))
     return done
@@ -80,8 +82,8 @@ def test_a_finished_step_is_skipped_until_what_it_depends_on_changes(
     assert run_all(steps_of(rows, out), monkeypatch) == []
     rows["b"].options = {"data.held_out": 3}
     assert run_all(steps_of(rows, out), monkeypatch) == [("b", "test")]
-    monkeypatch.setattr(module, "code_fingerprint", lambda: "other code")
-    assert run_all(steps_of(rows, out), monkeypatch) == [("a", "test"), ("b", "test")]
+    Path(config).write_text("# a comment\ntrainer:\n  max_steps: 5\n")
+    assert run_all(steps_of(rows, out), monkeypatch) == []
     Path(config).write_text("trainer: {max_steps: 6}\n")
     assert run_all(steps_of(rows, out), monkeypatch) == [("a", "test"), ("b", "test")]
     (out / "a" / "version_0" / "test" / "metrics.json").unlink()
@@ -104,15 +106,89 @@ def test_another_photo_or_caption_makes_everything_anew(config: str, tmp_path: P
             Image.new("RGB", (8, 8), (1, 2, 3)).save(folder / "b" / "1.png")
         elif change == "caption":
             (folder / "b" / "1.txt").write_text("a photo of a person in a hat")
-        module.photos_fingerprint.cache_clear()
         keys.append(steps_of({"a": Row([config], "A")}, tmp_path / "out", configs=[str(overlay)])[0].key)
     assert keys[0] == keys[1] and len(set(keys)) == 3
 
 
-def test_only_what_presents_may_change_without_a_new_run() -> None:
-    files = {path.relative_to(module.PACKAGE).as_posix() for path in module.PACKAGE.rglob("*.py")}
-    numbers = {"cli.py", "callbacks.py", "methods/adapter.py", "data/groups.py", "evaluation/scores.py"}
-    assert numbers <= {file for file in files if not file.startswith(module.PRESENTATION)}
+def test_a_rows_own_photos_count_too(config: str, tmp_path: Path) -> None:
+    source = {"data.source": "lit_multiip.data.MiniFaces", "data.source.init_args.seed": 5}
+    rows = {"a": Row([config], "A", fit=True), "b": Row([config], "B", fit=True, options=source)}
+    keys = [step.key for step in steps_of(rows, tmp_path)]
+    assert len(set(keys)) == 4
+
+
+def test_any_option_whose_value_is_a_file_counts_by_its_content(tmp_path: Path) -> None:
+    """In a row's config and among its options; a copy of the file elsewhere is the same."""
+    for name, text in (("one", "p1"), ("two", "p2"), ("copy", "p1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(text)
+
+    def key(name: str, option: str, in_config: bool) -> str:
+        path, config = str(tmp_path / name / "file"), tmp_path / "method.yaml"
+        section, _, last = option.partition(".")
+        config.write_text(yaml.safe_dump({section: {last: path}} if in_config else {"seed_everything": 0}))
+        options = {} if in_config else {option: path}
+        return steps_of({"a": Row([str(config)], "A", fit=True, options=options)}, tmp_path / "out")[0].key
+
+    for option in ("data.train_names", "data.test_names", "model.ip_adapter", "backbone.published_adapter"):
+        for in_config in (False, option.startswith("data")):
+            one, two, copy = (key(name, option, in_config) for name in ("one", "two", "copy"))
+            assert one == copy != two, (option, in_config)
+
+
+def test_no_source_text_of_the_package_decides_what_is_done(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An edited docstring trains nothing anew; an edited module of the user's does."""
+    read: list[Path] = []
+    monkeypatch.setattr(module, "hash_file", lambda path: read.append(path) or hash_file(path))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_aggregator.py").write_text(
+        "from lit_multiip.methods.aggregators import AvgPool\n\n\nclass Mine(AvgPool):\n    pass\n"
+    )
+    row = Row([config], "A", fit=True, options={"model.aggregator": "my_aggregator.Mine"})
+    first = steps_of({"a": row}, tmp_path / "out")
+    assert {path.name for path in read if path.suffix == ".py"} == {"my_aggregator.py"}
+    with (tmp_path / "my_aggregator.py").open("a") as file:
+        file.write("    # another\n")
+    again = steps_of({"a": row}, tmp_path / "out")
+    assert all(old.key != new.key for old, new in zip(first, again, strict=True))
+
+
+def test_where_results_are_kept_is_no_reason_to_train_anew(config: str, tmp_path: Path) -> None:
+    row = Row([config], "A", fit=True)
+    moved = {"data.cache_dir": "elsewhere", "trainer.logger.init_args.save_dir": "x", "checkpoint.dirpath": "y"}
+    keys = [[s.key for s in steps_of({"a": row}, tmp_path / name)] for name in ("out", "other")]
+    keys.append([s.key for s in steps_of({"a": row}, tmp_path / "out", options=moved)])
+    assert keys[0] == keys[1] == keys[2]
+
+
+def test_rows_that_are_trained_alike_share_a_training(config: str, tmp_path: Path) -> None:
+    rows = {
+        "a": Row([config], "A", fit=True),
+        "b": Row([config], "B", fit=True, test_options={"model.sampling.ip_scale": 0.5}),
+    }
+    steps = steps_of(rows, tmp_path)
+    assert [(s.row, s.command) for s in steps] == [("a", "fit"), ("a", "test"), ("b", "test")]
+    assert steps[2].arguments[:2] == ["--run", str(steps[0].run)] and steps[2].run == tmp_path / "b" / "version_0"
+    assert steps[1].key != steps[2].key
+
+
+def test_a_grid_is_a_row_for_every_combination_and_its_first_is_the_default(config: str, tmp_path: Path) -> None:
+    grid = {"model.sampling.ip_scale": [1.0, 0.5], "model.sampling.guidance_scale": [3.0, 5.0]}
+    rows = {"a": Row([config], "A", grid=grid), "b": Row([config], "B")}
+    contrasts = [Contrast("scale", ("a", "b"))]
+    plan = Plan(rows, "a", contrasts=contrasts, output=str(tmp_path)).expand()
+    assert list(plan.rows) == [
+        *(f"a_ip_scale-{scale}_guidance_scale-{guidance}" for scale in (1.0, 0.5) for guidance in (3.0, 5.0)),
+        "b",
+    ]
+    assert plan.reference == plan.contrasts[0].minus[0] == "a_ip_scale-1.0_guidance_scale-3.0"
+    assert plan.rows["a_ip_scale-0.5_guidance_scale-3.0"].title == "A, ip_scale 0.5, guidance_scale 3.0"
+    steps = make_steps(plan, Inputs())
+    assert len({step.key for step in steps}) == 5
+    assert "--model.sampling.ip_scale=0.5" in steps[2].arguments
+    assert list(Plan(rows, "a").expand(only=["b"]).rows) == ["b"]
 
 
 @pytest.mark.parametrize(
@@ -123,6 +199,8 @@ def test_only_what_presents_may_change_without_a_new_run() -> None:
         ({"seeds": [1, 1]}, r"seeds are \[1, 1\]"),
         ({"rows": {"a/b": {"configs": [], "title": "A"}}, "reference": "a/b"}, r"'a/b' cannot be a folder"),
         ({"rows": {"a": {"configs": ["none.yaml"], "title": "A"}}}, r"'none.yaml', which is not a file"),
+        ({"rows": {"a": {"configs": [], "title": "A", "grid": {"data.seed": []}}}}, r"no value for 'data.seed'"),
+        ({"options": {"data.no_such": 1}}, r"no_such"),
     ],
 )
 def test_a_plan_that_cannot_work_is_refused_before_anything_runs(
@@ -171,11 +249,15 @@ def test_another_critic_makes_tests_anew_but_no_fit(
 def test_another_face_network_that_conditions_makes_its_rows_anew(tmp_path: Path) -> None:
     """By content, and also where an option names it over the config's own."""
     config = tmp_path / "face.yaml"
-    config.write_text("face_encoder: {path: nowhere.onnx, detector: null}\n")
+    config.write_text("backbone: {face_encoder: {path: nowhere.onnx, detector: null}}\n")
     a, b = (write_pooling(tmp_path / f"{side}.onnx", side=side) for side in (32, 64))
     copied = Path(shutil.copy(a, tmp_path / "copy.onnx"))
-    first, other, again = (module._weights([str(config)], {"face_encoder.path": str(path)}) for path in (a, b, copied))
-    assert first == again != other and len(first) == len(module._weights([], {})) + 1
+    rows = {
+        path.stem: Row([str(config)], "A", fit=True, options={"backbone.face_encoder.path": str(path)})
+        for path in (a, b, copied)
+    }
+    fits = [step for step in steps_of(rows, tmp_path / "out") if step.command == "fit"]
+    assert [step.row for step in fits] == ["32", "64"]  # the copy has the training of the first
 
 
 @pytest.mark.slow

@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comparing import write_comparison, write_plan, write_test
-from test_callback import Data, Perfect, run
+from scoring import Data, Perfect, run
 
-from lit_multiip.comparison.figures import pictured
-from lit_multiip.comparison.tests import ComparisonError, best, leader, load_comparison
-from lit_multiip.evaluation.intervals import person_bootstrap
+from lit_multiip.comparison.figures import pictured_people
+from lit_multiip.comparison.rows import ComparisonError, best_cells, find_leader
+from lit_multiip.comparison.tests import load_comparison
+from lit_multiip.evaluation.intervals import person_mean
 from lit_multiip.evaluation.results import read_features
 from lit_multiip.evaluation.scores import fid
 
@@ -38,7 +39,7 @@ def test_a_row_of_two_trainings_has_the_mean_of_each_images_scores(folder, loade
     each = [features(folder, "self_attn", version)[0] for version in (0, 1)]
     values = np.mean([images.per_image["identity_held_out"] for images in each], axis=0)
     score = loaded.scores["self_attn"]["identity_held_out/critic"]
-    assert score == person_bootstrap(values, each[0].people)
+    assert score == person_mean(values, each[0].people)
     assert score.n == 12 and score.people == 6
     assert loaded.of_each["self_attn"]["identity_held_out/critic"] == pytest.approx(
         [images.per_image["identity_held_out"].mean() for images in each]
@@ -67,17 +68,17 @@ def test_a_row_minus_its_like_is_zero_with_an_interval_of_zero(own):
 def test_differences_are_paired_by_image(folder, loaded):
     a = np.mean([features(folder, "self_attn", v)[0].per_image["identity_held_out"] for v in (0, 1)], axis=0)
     b = features(folder, "avg_pool")[0]
-    expected = person_bootstrap(a - b.per_image["identity_held_out"], b.people)
+    expected = person_mean(a - b.per_image["identity_held_out"], b.people)
     assert loaded.difference("self_attn", "avg_pool")["identity_held_out/critic"] == expected
     swapped = loaded.difference("avg_pool", "self_attn")["fid/critic"]
     assert swapped.value == pytest.approx(-loaded.difference("self_attn", "avg_pool")["fid/critic"].value)
 
 
 def test_the_best_is_marked_only_where_it_is_clear_of_the_runner_up(loaded):
-    first, second, difference = leader(loaded, "identity_held_out/critic", loaded.rows)
+    first, second, difference = find_leader(loaded, "identity_held_out/critic", loaded.rows)
     assert (first.key, second.key) == ("self_attn", "avg_pool_trained")
     assert difference == loaded.difference("self_attn", "avg_pool_trained")["identity_held_out/critic"]
-    marked = best(loaded, "critic")
+    marked = best_cells(loaded, "critic")
     assert ("self_attn", "identity_held_out/critic") in marked
     assert not any(key.startswith("prompt") for _, key in marked)  # the same numbers in every row
     assert not any(row == "avg_pool_trained" for row, _ in marked)  # a block of one has no runner-up
@@ -243,4 +244,12 @@ def test_what_a_test_writes_is_read_and_scores_the_same(tmp_path):
     assert {key: score.n for key, score in scores.items()} == {key: s["n"] for key, s in written.items()}
     assert len(comparison.anchors) == 7
     assert all(score.value == 0 for score in comparison.difference("self_attn", "ip_adapter").values())
-    assert len(pictured(comparison)) == 3
+    assert len(pictured_people(comparison)) == 3
+
+
+def test_a_row_that_was_trained_by_other_code_is_named(own):
+    stamp = {"key": "0", "commit": "e" * 40}
+    (own / "self_attn" / "version_1" / "fit.json").write_text(json.dumps(stamp))
+    (own / "avg_pool_trained" / "version_0" / "fit.json").write_text(json.dumps(stamp | {"commit": "c" * 40}))
+    notes = [note for note in load_comparison(own).notes() if "trained by" in note]
+    assert notes == ["Self-Attention: trained by commit eeeeeeeeeeee and tested by cccccccccccc of this package."]

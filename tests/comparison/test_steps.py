@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import threading
 import time
@@ -23,6 +24,12 @@ def step(folder: Path, row: str, command: Any, arguments: list[str] | None = Non
 def trained(folder: Path, row: str) -> list[Step]:
     """A fit, and the test of its run."""
     return [step(folder, row, "fit"), step(folder, row, "test", ["--run", str(folder / row)])]
+
+
+@pytest.fixture(autouse=True)
+def no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`subprocess.run` is the steps' alone here."""
+    monkeypatch.setattr(module, "commit", lambda: "c" * 40)
 
 
 @pytest.fixture
@@ -48,7 +55,8 @@ def test_one_process_at_a_time_does_the_steps_in_their_order_and_prints_through(
     run_steps([*trained(tmp_path, "a"), step(tmp_path, "b", "test")])
     assert [command for command, _, _ in commands] == ["fit", "test", "test"]
     assert all(options.keys() == {"check"} for _, _, options in commands)
-    assert (tmp_path / "a" / "fit.json").exists() and not list(tmp_path.rglob("*.log"))
+    assert json.loads((tmp_path / "a" / "fit.json").read_text())["commit"] == "c" * 40
+    assert not list(tmp_path.rglob("*.log"))
 
 
 def test_two_processes_share_the_steps_and_a_test_waits_for_its_fit(
@@ -72,7 +80,7 @@ def test_two_processes_share_the_steps_and_a_test_waits_for_its_fit(
 def test_processes_share_the_cores_unless_the_user_says_otherwise(
     cores: int, processes: int, expected: str, tmp_path: Path, commands: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_cores", lambda: cores)
+    monkeypatch.setattr(module, "count_cores", lambda: cores)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     run_steps([step(tmp_path, "a", "test")], processes)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")

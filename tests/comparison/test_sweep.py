@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from lit_multiip.cli import main
 from lit_multiip.comparison import sweep as module
-from lit_multiip.comparison.compare import CompareError, Row
-from lit_multiip.comparison.sweep import People, best_setting, pareto_front, read_plan, render, sweep
+from lit_multiip.comparison.compare import Inputs
+from lit_multiip.comparison.plan import CompareError
+from lit_multiip.comparison.steps import Step
+from lit_multiip.comparison.sweep import (
+    Point,
+    best_setting,
+    find_pareto_front,
+    make_points,
+    read_trained_plan,
+    render,
+    sweep,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,6 +39,16 @@ def plan(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.fixture
+def trained_run(tmp_path: Path) -> str:
+    """What `compare` would leave of row `b`."""
+    run = tmp_path / "compared" / "b" / "version_0"
+    (run / "checkpoints").mkdir(parents=True)
+    torch.save({"state_dict": {}}, run / "checkpoints" / "last.ckpt")
+    (run / "config.yaml").write_text("trainer: {max_steps: 5}\nckpt_path: null\n")
+    return str(run)
+
+
 def record(identity: float, prompt: float, **setting: Any) -> dict[str, Any]:
     values = {"identity_held_out": identity, "prompt": prompt}
     scores = {key: {"value": value, "low": value - 0.1, "high": value + 0.1} for key, value in values.items()}
@@ -35,8 +56,8 @@ def record(identity: float, prompt: float, **setting: Any) -> dict[str, Any]:
 
 
 def test_the_pareto_front_is_what_nothing_beats() -> None:
-    assert pareto_front([(1, 5), (2, 4), (2, 3), (3, 1), (0, 0), (3, 1)]) == [0, 1, 3, 5]
-    assert pareto_front([(1, 1)]) == [0]
+    assert find_pareto_front([(1, 5), (2, 4), (2, 3), (3, 1), (0, 0), (3, 1)]) == [0, 1, 3, 5]
+    assert find_pareto_front([(1, 1)]) == [0]
 
 
 def test_the_best_setting_has_the_highest_identity_that_prompts_allow() -> None:
@@ -57,62 +78,102 @@ def test_the_table_marks_front_and_choice() -> None:
     assert "*" not in lines["ip_scale 3.0"] and "0.30 [0.20, 0.40]" in lines["ip_scale 3.0"]
 
 
+def points_of(plan: str, parts: dict[str, Any], folder: Path) -> tuple[list[Point], list[Step]]:
+    return make_points(read_trained_plan(plan), parts, 25, folder)
+
+
 def test_points_are_on_validation_people_and_trained_rows_are_not_trained_again(
-    plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    plan: str, tmp_path: Path, trained_run: str
 ) -> None:
-    monkeypatch.setattr("lit_multiip.comparison.compare._checkpoint_hash", lambda run: "0")
-    content, rows = read_plan(plan)
-    assert rows["a"].run is None and rows["b"].run == str(tmp_path / "compared" / "b" / "version_0")
-    grids = {"a": {"ip_scale": [1.0, 0.5], "guidance_scale": [3.0, 5.0]}, "b": {"ip_scale": [1.0]}}
-    options = {"data.tested": "validation"}
-    points = list(module._setting_points(rows, content, grids, options, tmp_path))
-    assert len(points) == 5 and all(len(point.steps) == 1 for point in points)
-    assert points[0].setting == {"ip_scale": 1.0, "guidance_scale": 3.0}  # the default
-    assert len({point.folder for point in points}) == 5 and len({point.steps[0].key for point in points}) == 5
-    for point in points:
-        arguments = point.steps[0].arguments
-        assert "--data.tested=validation" in arguments and "--score.anchors=false" in arguments
-    assert points[-1].steps[0].arguments[:2] == ["--run", rows["b"].run]
+    scales = {"model.sampling.ip_scale": [1.0, 0.5], "model.sampling.guidance_scale": [3.0, 5.0]}
+    parts = {"settings": {"a": {"grid": scales}, "b": {"grid": {"model.sampling.ip_scale": [1.0]}}}}
+    points, steps = points_of(plan, parts, tmp_path)
+    assert len(points) == len(steps) == 5 and {step.command for step in steps} == {"test"}
+    assert points[0].setting == {"model.sampling.ip_scale": 1.0, "model.sampling.guidance_scale": 3.0}  # the default
+    assert len({point.folder for point in points}) == 5
+    for step in steps:
+        assert {"--data.tested=validation", "--data.tested_people=25", "--score.anchors=false"} <= set(step.arguments)
+    assert steps[-1].arguments[:2] == ["--run", trained_run]
+
+
+def test_what_two_parts_have_is_tested_once(plan: str, tmp_path: Path) -> None:
+    """The default setting, and the default number of references."""
+    parts = {
+        "settings": {"a": {"grid": {"model.sampling.ip_scale": [0.5, 1.0]}}},
+        "references": {"a": {"grid": {"data.references": [3, 9]}}},
+    }
+    points, steps = points_of(plan, parts, tmp_path)
+    assert len(points) == 4 and len(steps) == 3
+    assert points[1].folder == points[3].folder and points[1].part != points[3].part
 
 
 def test_a_number_of_training_people_is_fitted_once_and_scored_on_both_sides(plan: str, tmp_path: Path) -> None:
-    content, rows = read_plan(plan)
-    people = People("b", [10, 20], {"trainer.max_steps": 7})
-    points = list(module._people_points(rows, content, people, {"data.tested": "validation"}, tmp_path))
-    assert [(point.side, [step.command for step in point.steps]) for point in points] == [
-        ("validation", ["fit", "test"]),
-        ("train", ["test"]),
-    ] * 2
-    fit, test, again = (*points[0].steps, *points[1].steps)
+    people = {"run": None, "grid": {"data.training_people": [10, 20]}, "options": {"trainer.max_steps": 7}}
+    parts = {"people": {"b": people}, "people_on_train": {"b": people | {"test_options": {"data.tested": "train"}}}}
+    points, steps = points_of(plan, parts, tmp_path)
+    assert [point.side for point in points] == ["validation", "validation", "train", "train"]
+    assert [step.command for step in steps] == ["fit", "test", "fit", "test", "test", "test"]
+    fit, test, again = steps[0], steps[1], steps[4]
     assert "--data.training_people=10" in fit.arguments and "--trainer.max_steps=7" in fit.arguments
     assert again.arguments[:2] == test.arguments[:2] == ["--run", str(fit.run)]
-    assert again.arguments[-1] == "--data.tested=train"  # the last one counts
-    assert points[0].folder != points[1].folder
-    assert f"--score.output={points[1].folder}" in again.arguments
+    assert "--data.tested=train" in again.arguments and "--data.tested=validation" not in again.arguments
+    assert f"--score.output={points[2].folder}" in again.arguments and points[0].folder != points[2].folder
 
 
 def test_unknown_rows_and_broken_plans_are_refused(plan: str, tmp_path: Path) -> None:
-    with pytest.raises(CompareError, match=r"no row 'z' in .*plan.yaml', which has a, b"):
-        sweep(plan, {"z": {"ip_scale": [1.0]}}, output=str(tmp_path / "out"))
+    grid = {"grid": {"model.sampling.ip_scale": [1.0]}}
+    with pytest.raises(CompareError, match=r"no row 'z', which settings names: the plan has a, b"):
+        sweep(plan, {"settings": {"z": grid}}, output=str(tmp_path / "out"))
+    with pytest.raises(CompareError, match=r"row 'a' of settings cannot be changed .*no_such"):
+        sweep(plan, {"settings": {"a": {"no_such": 1}}}, output=str(tmp_path / "out"))
     with pytest.raises(CompareError, match=r"version_0' has no checkpoint that can be loaded: train it first"):
-        sweep(plan, {"b": {"ip_scale": [1.0]}}, output=str(tmp_path / "out"))
+        sweep(plan, {"settings": {"b": grid}}, output=str(tmp_path / "out"))
     (tmp_path / "broken.yaml").write_text("rows: [1]\n")
     with pytest.raises(CompareError, match=r"broken.yaml' is not the config of a comparison"):
         sweep(str(tmp_path / "broken.yaml"), {})
     assert not (tmp_path / "out").exists()
 
 
-def test_the_shipped_sweep_names_rows_of_the_shipped_plan(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_a_sweep_writes_its_tables_and_plane_and_tests_the_best_settings(
+    plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of two settings the second has the higher identity, at a prompt agreement within the tolerance."""
+
+    def leave_results(steps: list[Step], processes: int) -> None:
+        for number, step in enumerate(steps):
+            values = {"identity_held_out": 0.4 + 0.1 * number, "prompt": 0.8 - 0.001 * number}
+            scores = {f"{key}/critic": {"value": v, "low": v - 0.1, "high": v + 0.1} for key, v in values.items()}
+            content = {"extractors": {"critic": {}}, "describe": {"method": "A"}, "rows": {"A": scores}}
+            (step.run / "test").mkdir(parents=True)
+            (step.run / "test" / "metrics.json").write_text(json.dumps(content))
+
+    compared: list[Any] = []
+    monkeypatch.setattr(module, "run_steps", leave_results)
+    monkeypatch.setattr(module, "compare", lambda rows, **options: compared.append((rows, options)))
+    out = tmp_path / "out"
+    sweep(plan, {"settings": {"a": {"grid": {"model.sampling.ip_scale": [1.0, 0.5]}}}}, output=str(out))
+    plane = {f"plane.{kind}" for kind in ("png", "svg", "pdf")}
+    assert {path.name for path in out.iterdir()} == {"settings", "sweep.md", "sweep.csv"} | plane
+    assert "| ip_scale 0.5 | * best |" in (out / "sweep.md").read_text()
+    [(rows, options)] = compared
+    assert rows["a"].options == {"model.sampling.ip_scale": 0.5} and options["reference"] == "a"
+    assert options["output"] == str(out / "best") and "test_options" not in options
+
+
+def test_the_shipped_sweep_has_the_points_that_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings, then what references and people add; the configs are not parsed here, for it takes seconds."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("lit_multiip.comparison.compare._checkpoint_hash", lambda run: "0")
-    main(["sweep", "--config", "configs/plans/sweep.yaml", "--dry_run", "true", "--output", str(tmp_path / "never")])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 + 4 * 12 + 4 + 4 + 7 + 3 * 5
+
+    class Named(Inputs):
+        def key(self, command: Any, arguments: Any, depends: str = "") -> str:
+            return " ".join([command, *arguments, depends])
+
+        def read_run(self, run: str) -> tuple[list[str], str]:
+            return [], run
+
+    monkeypatch.setattr(module, "Inputs", Named)
+    content = yaml.safe_load(Path("configs/plans/sweep.yaml").read_text())
+    points, steps = points_of(content["plan"], content["parts"], tmp_path / "never")
+    assert len(points) == 3 + 4 * 12 + 4 + 4 + 7 + 2 * 5
+    assert sum(step.command == "fit" for step in steps) == 5 and len(steps) == len(points) + 5
     assert not (tmp_path / "never").exists()
-
-
-def test_a_row_of_a_plan_is_a_row(plan: str) -> None:
-    _, rows = read_plan(plan)
-    assert isinstance(rows["a"], Row) and rows["b"].fit

@@ -6,20 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 
 from lit_multiip.data.people import Folder, MiniFaces, Person
-from lit_multiip.data.record import RECORD, training_record
+from lit_multiip.data.record import RECORD, Record, is_incomplete, read_record, training_record, unknown_record
 from lit_multiip.data.tasks import make_tasks
 from lit_multiip.evaluation.audit import (
     SIMILAR_PIXELS,
     LeakError,
     audit_tasks,
-    embedding_similarity,
     find_record,
-    look,
+    make_signature,
     near_duplicates,
     pixel_similarity,
     summary,
@@ -76,39 +76,60 @@ def test_a_copy_in_another_quality_size_or_light_is_near(copy: str, tmp_path: Pa
     for photo in photos:
         if copy == "half_the_size" and photo.width == 64:
             continue  # 32 px in a JPEG: what is left is mostly the JPEG
-        assert pixel_similarity(look(photo), look(COPIES[copy](photo, tmp_path).convert("RGB"))) > SIMILAR_PIXELS
+        copied = COPIES[copy](photo, tmp_path).convert("RGB")
+        assert pixel_similarity(make_signature(photo), make_signature(copied)) > SIMILAR_PIXELS
 
 
 def test_other_photos_of_the_same_drawn_person_are_not_near() -> None:
-    people = MiniFaces(train=1, validation=1, test=20).people()
-    looks = [[look(photo.image()) for photo in person.photos] for person in people if person.split == "test"]
-    most = max(pixel_similarity(a, b) for own in looks for a, b in itertools.combinations(own, 2))
+    people = [person for person in MiniFaces(train=1, validation=1, test=20).people() if person.split == "test"]
+    signatures = [[make_signature(photo.image()) for photo in person.photos] for person in people]
+    most = max(pixel_similarity(a, b) for own in signatures for a, b in itertools.combinations(own, 2))
     assert 0.8 < most < SIMILAR_PIXELS  # of 20 x 91 pairs
 
 
 @needs_lfw
-def test_of_lfws_pairs_one_alone_is_near_and_that_is_a_copy() -> None:
+def test_of_lfws_pairs_three_are_near_and_these_are_copies() -> None:
     near, pairs = [], 0
     for folder in sorted(LFW.iterdir()):
-        looks = {path.name: look(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.jpg"))}
-        for a, b in itertools.combinations(looks, 2):
+        paths = sorted(folder.glob("*.jpg"))
+        signatures = {path.name: make_signature(Image.open(path).convert("RGB")) for path in paths}
+        for a, b in itertools.combinations(signatures, 2):
             pairs += 1
-            if pixel_similarity(looks[a], looks[b]) >= SIMILAR_PIXELS:
+            if pixel_similarity(signatures[a], signatures[b]) >= SIMILAR_PIXELS:
                 near.append((a, b))
-    assert near == [("Julianne_Moore_0001.jpg", "Julianne_Moore_0008.jpg")]
-    assert pairs == 4933
+    assert near == [  # each pair is one shot, encoded or cropped twice
+        ("Ari_Fleischer_0006.jpg", "Ari_Fleischer_0011.jpg"),
+        ("Julianne_Moore_0001.jpg", "Julianne_Moore_0008.jpg"),
+        ("Renee_Zellweger_0010.jpg", "Renee_Zellweger_0013.jpg"),
+    ]
+    assert pairs == 8167
 
 
-def test_pairs_are_ranked_and_counted_by_the_threshold() -> None:
-    a, b, c = side("test")[0].photos[:3]
-    place = {a: 0, b: 1, c: 2}
-    embedding = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]])
-    similar = embedding_similarity([(a, b), (a, c), (c, b)], embedding, place)
-    assert similar.tolist() == pytest.approx([0.0, 0.6, 0.8])
-    near = near_duplicates([(a, b), (a, c), (c, b)], similar, 0.7)
-    assert near["count"] == 1 and near["largest"] == near["pairs"][0]
-    assert (near["largest"]["held_out"], near["largest"]["reference"]) == (c.name, b.name)
-    assert near_duplicates([(a, b)], similar[:1], 0.7)["largest"]["similarity"] == pytest.approx(0.0)
+def test_all_near_pairs_are_counted_and_listed_in_order() -> None:
+    a, b = side("test")[0].photos[:2]
+    pairs, similar = [(a, b)] * 100, np.linspace(0.5, 1.0, 100)
+    near = near_duplicates(pairs, similar, 0.7)
+    assert near["count"] == len(near["pairs"]) == 60 and near["largest"] == near["pairs"][0]
+    assert [pair["similarity"] for pair in near["pairs"]] == sorted(similar[40:], reverse=True)
+    none = near_duplicates([(a, b)], similar[:1], 0.7)
+    assert none["pairs"] == [] and none["largest"]["similarity"] == 0.5
+
+
+def test_the_number_of_near_pairs_that_is_told_is_the_true_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """12 held-out photos with two copies each among their references: 24 pairs."""
+    drawn = [photo.image() for person in FACES for photo in person.photos][:12]
+    copies = [[jpeg(quality)(image, tmp_path).convert("RGB") for quality in (60, 80)] for image in drawn]
+    people = {f"p{i:02d}": [image, *copies[i]] for i, image in enumerate(drawn)}
+    tasks = [
+        replace(make_tasks([person], 2, 1)[0], held_out=person.photos[0], references=tuple(person.photos[1:]))
+        for person in files(tmp_path / "photos", people)
+    ]
+    audit = audit_tasks(tasks, "nothing", None)
+    assert audit["near_duplicates"]["pixels"]["count"] == len(audit["near_duplicates"]["pixels"]["pairs"]) == 24
+    warn(audit)
+    assert "24 of 24 pairs of a held-out photo and its reference are near-duplicates by pixels" in caplog.text
 
 
 def test_a_recompressed_copy_is_listed_counted_and_warned_about(
@@ -125,7 +146,8 @@ def test_a_recompressed_copy_is_listed_counted_and_warned_about(
     assert (near["count"], near["largest"]["reference"], audit["pairs"]) == (1, again.name, 2)
     assert near["largest"]["similarity"] > SIMILAR_PIXELS
     warn(audit)
-    assert "1 held-out photos have a near-duplicate by pixels" in caplog.text and again.name in caplog.text
+    assert "1 of 2 pairs of a held-out photo and its reference are near-duplicates by pixels" in caplog.text
+    assert again.name in caplog.text
     assert "near-duplicates by pixels (0.95 or more): 1; nearest" in summary(audit)
 
 
@@ -181,24 +203,59 @@ def test_a_drawn_person_of_the_critics_range_is_refused() -> None:
 def test_the_record_names_nobody_and_adds_up_over_resumed_fits() -> None:
     first = training_record(side("train"))
     assert {key: tuple(rows.shape) for key, rows in first.items()} == {"people": (4, 32), "photos": (32, 32)}
-    both = training_record(side("validation"), first)
+    both = training_record(side("validation"), None, first)
     assert {key: len(rows) for key, rows in both.items()} == {"people": 6, "photos": 48}
     alone = training_record([*side("validation"), *side("train")])
     assert all(torch.equal(both[key], alone[key]) for key in both)
 
 
-def test_the_record_is_found_in_the_checkpoint_or_its_absence_told(tmp_path: Path) -> None:
-    def found(path: Path | None, **describe: str) -> tuple[str, object]:
-        return find_record(SimpleNamespace(ckpt_path=path, global_step=0, datamodule=None), describe)
+def find(path: Path | None, trained_on: Record | None) -> tuple[str, Record | None]:
+    trainer = SimpleNamespace(ckpt_path=path, global_step=0, datamodule=None)
+    return find_record(trainer, SimpleNamespace(trained_on=trained_on))
 
+
+def test_the_record_is_found_in_the_checkpoint_or_its_absence_told(tmp_path: Path) -> None:
     record = training_record(side("train"))
     torch.save({RECORD: record, "state_dict": {}}, tmp_path / "with.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "without.ckpt")
-    status, read = found(tmp_path / "with.ckpt")
-    assert status == "recorded" and isinstance(read, dict) and torch.equal(read["people"], record["people"])
-    assert found(tmp_path / "without.ckpt") == ("unknown", None)
-    assert found(None, ip_adapter="auto") == ("nothing", None)
-    assert found(None, ip_adapter="file") == ("unknown", None)
+    status, read = find(tmp_path / "with.ckpt", None)
+    assert status == "recorded" and read is not None and torch.equal(read["people"], record["people"])
+    assert find(tmp_path / "without.ckpt", None) == ("unknown", None)
+    assert find(None, None) == ("nothing", None)
+
+
+def test_the_people_behind_the_weights_that_a_method_started_from_count(tmp_path: Path) -> None:
+    """A was trained on P1, B went on from it with others; B's test of P1 is refused, by either record."""
+    behind = training_record(side("test"))
+    torch.save({RECORD: training_record(side("train"), behind), "state_dict": {}}, tmp_path / "b.ckpt")
+    torch.save({RECORD: training_record(side("train")), "state_dict": {}}, tmp_path / "silent.ckpt")
+    tasks = make_tasks(side("test"), 4, 2)
+    for path, start in ((tmp_path / "b.ckpt", None), (tmp_path / "silent.ckpt", behind), (None, behind)):
+        status, record = find(path, start)
+        assert status == "recorded"
+        with pytest.raises(LeakError, match="3 of 3 test people were trained or validated on"):
+            audit_tasks(tasks, status, record)
+
+
+def test_a_start_without_a_record_makes_the_answer_unknown_and_known_people_still_count(tmp_path: Path) -> None:
+    tasks = make_tasks(side("test"), 4, 2)
+    assert find(None, unknown_record()) == ("unknown", None)
+    for number, start in enumerate((training_record(side("train"), unknown_record()), training_record(side("train")))):
+        torch.save({RECORD: start, "state_dict": {}}, path := tmp_path / f"{number}.ckpt")
+        status, record = find(path, unknown_record())
+        assert status == "unknown" and record is not None
+        assert "UNKNOWN" in (said := summary(audit_tasks(tasks, status, record)))
+        assert "no test person among the 4 people on record" in said
+        with pytest.raises(LeakError, match="3 of 3 test people"):
+            audit_tasks(tasks, status, training_record(side("test"), record))
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(3, 31, dtype=torch.uint8), torch.zeros(3, 32), torch.zeros(3)])
+def test_what_is_no_record_in_a_file_is_an_unknown_one(rows: torch.Tensor) -> None:
+    whole = training_record(side("train"))
+    assert not is_incomplete(read_record(whole)) and torch.equal(read_record(whole)["photos"], whole["photos"])
+    assert is_incomplete(read_record({**whole, "people": rows}))
+    assert is_incomplete(read_record({"people": whole["people"]})) and is_incomplete(read_record(None))
 
 
 def test_what_is_not_known_is_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -213,7 +270,7 @@ def test_what_is_not_known_is_told(caplog: pytest.LogCaptureFixture) -> None:
 def test_scores_of_people_who_are_no_test_people_say_so(name: str) -> None:
     data = SimpleNamespace(tested=name)
     trainer = SimpleNamespace(datamodule=data, ckpt_path="any.ckpt", global_step=0)
-    status, record = find_record(trainer, {})
+    status, record = find_record(trainer, SimpleNamespace(trained_on=None))
     assert (status, record) == (name, None)
     audit = audit_tasks(make_tasks(side(name), 4, 2), status, record)
     assert f"NO TEST, {'training' if name == 'train' else name} people" in summary(audit)

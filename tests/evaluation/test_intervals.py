@@ -6,7 +6,7 @@ from lit_multiip.evaluation.intervals import (
     delete_group_jackknife,
     paired_difference,
     paired_jackknife,
-    person_bootstrap,
+    person_mean,
 )
 from lit_multiip.evaluation.scores import fid
 
@@ -23,15 +23,35 @@ def test_bootstrap_covers_the_true_mean_of_40_people_about_95_percent_of_the_tim
     hits = 0
     for seed in range(500):
         people = np.repeat(np.arange(40), rng.integers(2, 6, 40))
-        score = person_bootstrap(scores_of(people, rng), people, seed=seed, resamples=500)
+        score = person_mean(scores_of(people, rng), people, seed=seed, resamples=500)
         hits += score.low <= 0 <= score.high
     assert 0.91 <= hits / 500 <= 0.97
+
+
+@pytest.mark.parametrize("n_people", [6, 10, 20])
+def test_the_interval_covers_the_true_mean_of_few_people_about_95_percent_of_the_time(n_people):
+    """By the percentile bootstrap 85, 88 and 93 percent."""
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(3000):
+        people = np.repeat(np.arange(n_people), rng.integers(2, 6, n_people))
+        score = person_mean(scores_of(people, rng), people)
+        hits += score.low <= 0 <= score.high
+    assert 0.935 <= hits / 3000 <= 0.965
+
+
+def test_the_interval_of_few_people_with_equally_many_images_is_the_t_interval_of_their_means():
+    values = scores_of(PEOPLE, np.random.default_rng(0))
+    means = values.reshape(12, 3).mean(axis=1)
+    expected = stats.t.interval(0.9, 11, loc=means.mean(), scale=stats.sem(means))
+    score = person_mean(values, PEOPLE, level=0.9)
+    assert (score.low, score.high) == pytest.approx(expected, rel=1e-12)
 
 
 def test_bootstrap_by_person_is_wider_than_by_image_where_images_of_a_person_agree():
     people = np.repeat(np.arange(30), 10)
     values = np.random.default_rng(0).normal(size=30)[people]
-    by_person, by_image = person_bootstrap(values, people), person_bootstrap(values, np.arange(300))
+    by_person, by_image = person_mean(values, people), person_mean(values, np.arange(300))
     ratio = (by_person.high - by_person.low) / (by_image.high - by_image.low)
     assert ratio == pytest.approx(np.sqrt(10), rel=0.15)
 
@@ -47,7 +67,7 @@ def test_bootstrap_agrees_with_scipy():
         method="percentile",
         n_resamples=20000,
     ).confidence_interval
-    score = person_bootstrap(values, people, resamples=20000)
+    score = person_mean(values, people, resamples=20000)
     assert (score.low, score.high) == pytest.approx((ratio.low, ratio.high), abs=0.02)
 
 
@@ -55,25 +75,25 @@ def test_bootstrap_ignores_undefined_images_and_counts_the_others():
     values = np.arange(36.0)
     values[PEOPLE == 3] = np.nan
     values[0] = np.nan
-    score = person_bootstrap(values, PEOPLE)
+    score = person_mean(values, PEOPLE)
     assert (score.n, score.people) == (32, 11)
     assert score.value == np.nanmean(values)
-    assert score == person_bootstrap(values[~np.isnan(values)], PEOPLE[~np.isnan(values)])
+    assert score == person_mean(values[~np.isnan(values)], PEOPLE[~np.isnan(values)])
 
 
 def test_labels_may_be_names_and_rows_in_any_order():
     values, names = np.arange(36.0), np.array([f"person_{p:02d}" for p in PEOPLE])
     order = np.random.default_rng(0).permutation(36)
-    assert person_bootstrap(values[order], names[order]) == person_bootstrap(values, PEOPLE)
+    assert person_mean(values[order], names[order]) == person_mean(values, PEOPLE)
 
 
 def test_one_person_has_a_value_and_no_interval():
-    assert person_bootstrap([1.0, 3.0], ["a", "a"]) == (2.0, None, None, 2, 1)
+    assert person_mean([1.0, 3.0], ["a", "a"]) == (2.0, None, None, 2, 1)
     assert delete_group_jackknife(np.sum, ["a", "a"]) == (2.0, None, None, 2, 1)
 
 
 def test_no_defined_image_gives_nan_of_none():
-    score = person_bootstrap([np.nan, np.nan], [0, 1])
+    score = person_mean([np.nan, np.nan], [0, 1])
     assert np.isnan(score.value)
     assert score[1:] == (None, None, 0, 0)
 
@@ -138,7 +158,7 @@ def test_equal_seeds_give_equal_intervals_and_the_global_generator_is_left_alone
     values = np.random.default_rng(0).normal(size=36)
     np.random.seed(7)  # noqa: NPY002
     before = np.random.get_state()[1].copy()  # noqa: NPY002
-    scores = [person_bootstrap(values, PEOPLE, seed=seed) for seed in (1, 1, 2)]
+    scores = [person_mean(values, np.arange(36), seed=seed) for seed in (1, 1, 2)]
     deals = [delete_group_jackknife(lambda keep: values[keep].mean(), PEOPLE, 4, seed=seed) for seed in (1, 1, 2)]
     assert scores[0] == scores[1] != scores[2]
     assert deals[0] == deals[1] != deals[2]
@@ -148,10 +168,10 @@ def test_equal_seeds_give_equal_intervals_and_the_global_generator_is_left_alone
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: person_bootstrap([1.0, 2.0], [0]), r"values have shape \(2,\) and people \(1,\)"),
-        (lambda: person_bootstrap([1.0, np.inf], [0, 1]), "value of image 1 is infinite"),
-        (lambda: person_bootstrap([1.0, 2.0], [0, 1], resamples=0), "resamples is 0"),
-        (lambda: person_bootstrap([1.0, 2.0], [0, 1], level=95), "level is 95"),
+        (lambda: person_mean([1.0, 2.0], [0]), r"values have shape \(2,\) and people \(1,\)"),
+        (lambda: person_mean([1.0, np.inf], [0, 1]), "value of image 1 is infinite"),
+        (lambda: person_mean([1.0, 2.0], [0, 1], resamples=0), "resamples is 0"),
+        (lambda: person_mean([1.0, 2.0], [0, 1], level=95), "level is 95"),
         (lambda: delete_group_jackknife(np.sum, []), "at least one image"),
         (lambda: delete_group_jackknife(np.sum, [0, 1], groups=1), "groups is 1"),
     ],

@@ -8,7 +8,6 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from lit_multiip.evaluation.scores import (
-    ImageSet,
     TooFewSamples,
     cosine,
     diversity,
@@ -18,9 +17,8 @@ from lit_multiip.evaluation.scores import (
     inception_score_uniform,
     kid,
     nearest_reference,
-    summarise,
-    summarise_difference,
 )
+from lit_multiip.evaluation.summaries import ImageSet, summarise, summarise_difference
 
 
 class Identity(nn.Identity):

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from lit_multiip.backbone.pipeline import Backbone
-from lit_multiip.evaluation.callback import _refuse_if_it_conditions
+from lit_multiip.evaluation.extractors import refuse_conditioning_network
 from lit_multiip.evaluation.vision import CLIP, DINO
 
 SIDE, WIDTH = 32, 24
@@ -97,8 +97,8 @@ def test_dino_is_the_class_token_and_its_cosine(dino):
 def test_the_conditioning_encoder_is_recognised_by_its_weights(clip, tmp_path):
     CLIPVisionModelWithProjection.from_pretrained(clip).half().save_pretrained(tmp_path / "image_encoder")
     with pytest.raises(ValueError, match="'my_clip' has the weights of the image encoder that conditions"):
-        _refuse_if_it_conditions(CLIP(str(clip)), Backbone(str(tmp_path)))
-    _refuse_if_it_conditions(CLIP(str(write_clip(tmp_path / "other", seed=1))), Backbone(str(tmp_path)))
+        refuse_conditioning_network(CLIP(str(clip)), Backbone(str(tmp_path)))
+    refuse_conditioning_network(CLIP(str(write_clip(tmp_path / "other", seed=1))), Backbone(str(tmp_path)))
 
 
 def test_what_cannot_be_loaded_or_read_is_refused(dino, tmp_path):

@@ -18,10 +18,12 @@ from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_multiip.backbone import sampler as sampling
+from lit_multiip.backbone.components import BackboneError
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.datamodule import MultiPhotoData
+from lit_multiip.files import hash_file
 from lit_multiip.finite import NonFiniteLoss, RequireFinite
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.aggregators import AvgPool, Concat, MaxPool, SelfAttention
@@ -94,6 +96,41 @@ def test_self_attention_without_queries_has_the_validation_loss_of_average_pooli
     assert ours == pytest.approx(theirs, abs=1e-5)
     bins = [value for name, value in ours.items() if name.startswith("val/loss_t")]
     assert ours["val/loss"] == pytest.approx(sum(bins) / 4, rel=1e-5)
+
+
+def test_the_gap_to_another_persons_photos_is_left_out_where_there_is_nobody(
+    tiny_backbone: Path, tasks: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, logged = built(tiny_backbone), {}
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value)}))
+    with torch.no_grad():
+        module.validation_step(tasks, 0)
+        both = dict(logged)
+        logged.clear()
+        module.validation_step({name: value for name, value in tasks.items() if name != "other_references"}, 0)
+    assert both.pop("val/gap_shuffled") != 0
+    assert logged == both
+
+
+def test_an_adapter_made_at_random_is_not_drawn_with_until_it_is_trained(tmp_path: Path) -> None:
+    backbone = make_tiny_backbone(tmp_path / "bare")
+    module = built(backbone, AvgPool)
+    for start in (module.on_test_start, module.on_predict_start):
+        with pytest.raises(
+            BackboneError, match=r"made at random and never trained .*--model\.ip_adapter <file>, or run"
+        ):
+            start()
+    assert module.describe()["ip_adapter_sha256"] is None
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    again = built(backbone, AvgPool)
+    again.on_load_checkpoint(checkpoint)
+    again.on_predict_start()
+
+
+def test_a_results_file_tells_the_adapter_by_its_content(tiny_backbone: Path) -> None:
+    [file] = (tiny_backbone / "ip_adapter").glob("*.safetensors")
+    assert built(tiny_backbone, AvgPool).describe()["ip_adapter_sha256"] == hash_file(file)
 
 
 def test_the_loss_is_the_epsilon_error_at_the_drawn_step(tiny_backbone: Path, batch: Batch) -> None:

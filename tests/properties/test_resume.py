@@ -17,14 +17,17 @@ from resuming import METHOD, STEPS, Command, differences, logged, run, run_of, s
 from lit_multiip import files
 from lit_multiip.cli import main
 from lit_multiip.datasets import Position
-from lit_multiip.resume import DurableCheckpointIO
+from lit_multiip.methods.adapter import MultiIPAdapter
+from lit_multiip.resume import DurableCheckpointIO, ExactResume
 from lit_multiip.runs import CheckpointError, newest_checkpoint, run_to_continue
 
+AVERAGE = "lightning.pytorch.callbacks.EMAWeightAveraging"
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "workers": {"data": {"num_workers": 2}},
     "accumulated": {"trainer": {"accumulate_grad_batches": 3, "max_steps": 7}},
     "ranks": {"data": {"batch_size": 2}},  # each of 2
+    "averaged": {"trainer": {"callbacks": [{"class_path": AVERAGE, "init_args": {"decay": 0.9}}]}},
 }
 
 
@@ -102,18 +105,20 @@ def test_the_number_of_steps_says_where_training_is(
         pytest.param("plain", "renamed:4", marks=pytest.mark.slow),
         ("plain", "batch:9:TERM"),
         ("plain", "batch:7:TERM"),  # the last batch of an epoch
+        ("workers", "batch:5:INT"),
         ("workers", "batch:8"),
         pytest.param("accumulated", "batch:8", marks=pytest.mark.slow),
         ("accumulated", "batch:5:TERM"),  # inside an accumulation
         pytest.param("accumulated", "batch:8:TERM", marks=pytest.mark.slow),
         ("ranks", "batch:8"),
         ("ranks", "batch:5:TERM"),
+        ("averaged", "batch:8:TERM"),  # in a later epoch, and of frozen weights that an average would have changed
     ],
 )
 def test_a_fit_that_was_stopped_goes_on_as_if_it_had_not_been(fits: Fits, variant: str, stop: str) -> None:
     folder = fits.new()
     code = fits.run(folder, variant, stop=stop).code
-    assert code == (128 + signal.SIGTERM if stop.endswith("TERM") else -signal.SIGKILL)
+    assert code == {"TERM": 128 + signal.SIGTERM, "INT": 128 + signal.SIGINT}.get(stop.split(":")[-1], -signal.SIGKILL)
     command = fits.run(folder, variant, "--ckpt_path", "last")
     assert command.code == 0, command.said()
     fits.check(folder, variant)
@@ -145,6 +150,46 @@ def test_sigterm_on_the_first_rank_stops_both_at_one_step(fits: Fits) -> None:
         assert "SIGTERM: stopped after step" in command.said(0)
         assert fits.run(folder, "ranks", "--ckpt_path", "last").code == 0
     fits.check(folder, "ranks")
+
+
+def test_a_second_ctrl_c_ends_it_at_once_and_a_launchers_copy_of_the_first_does_not() -> None:
+    if (child := os.fork()) == 0:
+        signal.signal(signal.SIGINT, ExactResume()._stop)
+        for pause in (0.0, 0.1, 1.1):
+            time.sleep(pause)
+            signal.raise_signal(signal.SIGINT)
+            if pause == 0.1:
+                os.write(2, b"still here")
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGINT
+
+
+def test_a_checkpoint_of_averaged_weights_holds_what_is_trained_alone_and_test_draws_with_the_average(
+    fits: Fits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(fits.uninterrupted("averaged"), tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    path = run_of(Path.cwd()) / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    average, current = checkpoint["state_dict"], checkpoint["current_model_state"]
+    plain = run_of(fits.uninterrupted("plain")) / "checkpoints" / "last.ckpt"
+    assert average.keys() == current.keys() == state_of(plain.parents[1])["state_dict"].keys()
+    assert path.stat().st_size < 1.5 * plain.stat().st_size
+    # the weights that were trained on are those of a fit without an average
+    assert differences(current, state_of(plain.parents[1])["state_dict"]) == []
+    assert all(not torch.equal(average[name], current[name]) for name in average)
+
+    drawn_with = []
+
+    def watched(self: MultiIPAdapter, batch: Any, *_: Any, **__: Any) -> torch.Tensor:
+        drawn_with.append({name: p.detach().clone() for name, p in self.trained_parameters().items()})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MultiIPAdapter, "generate", watched)
+    with pytest.raises(SystemExit):
+        main(["test"])
+    assert differences(drawn_with[0], dict(average)) == []
 
 
 def test_dreambooth_goes_on_after_sigterm_as_if_it_had_not_been_stopped(fits: Fits) -> None:
@@ -197,7 +242,7 @@ def test_a_torn_checkpoint_is_named_and_passed_over(fits: Fits, tmp_path: Path, 
     assert f"passed over: checkpoint '{run / 'checkpoints' / 'last.ckpt'}' cannot be read" in caplog.text
     damage(older)
     with pytest.raises(CheckpointError, match="has no checkpoint to go on from"):
-        run_to_continue("*/*", run.parent.parent)
+        run_to_continue(run.parent.parent, "*/*")
 
 
 def test_ckpt_path_last_alone_takes_the_newest_run_and_its_config(

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from lit_multiip.evaluation import results as report
-from lit_multiip.evaluation.scores import ImageSet, summarise
+from lit_multiip.evaluation.summaries import ImageSet, summarise
 
 PAPER = {"ip_adapter": "IP-Adapter", "avg_pool": "Average Pooling", "self_attn": "Self-Attention"}
 

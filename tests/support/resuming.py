@@ -112,18 +112,21 @@ def _arm(where: str, count: str = "1", sign: str = "KILL") -> None:
         sign: ``KILL``, ``TERM`` or ``INT``.
     """
     from lit_multiip import files, resume
-    from lit_multiip.evaluation import callback
+    from lit_multiip.evaluation import scoring
     from lit_multiip.methods.adapter import MultiIPAdapter
     from lit_multiip.methods.dreambooth import DreamBooth
 
     left = [int(count)]
+    if sign == "INT":  # which a shell's background jobs, and what they start, ignore
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def come() -> None:
         left[0] -= 1
         if left[0] == 0:
-            if sign == "INT":  # which a shell's background jobs, and what they start, ignore
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.raise_signal(getattr(signal, f"SIG{sign}"))  # to this very thread, at once
+            if sign == "INT":
+                os.killpg(0, signal.SIGINT)  # to its workers too, as a terminal does
+            else:
+                signal.raise_signal(getattr(signal, f"SIG{sign}"))  # to this very thread, at once
 
     def armed(owner: Any, name: str, after: bool = False) -> None:
         plain = getattr(owner, name)
@@ -147,7 +150,7 @@ def _arm(where: str, count: str = "1", sign: str = "KILL") -> None:
     elif where == "drawing":
         armed(MultiIPAdapter, "generate")
     elif where == "scores":
-        armed(callback, "_look")
+        armed(scoring, "extract_all")
     elif where == "validation":
         armed(MultiIPAdapter, "validation_step")
     elif where == "writing":
@@ -256,7 +259,8 @@ def state_of(run: Path, name: str = "last.ckpt") -> dict[str, Any]:
     """What must be equal: weights, optimiser, schedule, loops and position."""
     checkpoint = torch.load(run / "checkpoints" / name, weights_only=True)
     kept = ("global_step", "epoch", "state_dict", "optimizer_states", "lr_schedulers", "loops", "MultiPhotoData")
-    return {key: checkpoint[key] for key in kept}
+    averaged = ("current_model_state", "averaging_state")
+    return {key: checkpoint[key] for key in kept} | {key: checkpoint.get(key) for key in averaged}
 
 
 def differences(a: Any, b: Any, place: str = "") -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from diffusers import (
 from diffusers.models.embeddings import ImageProjection
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_multiip.backbone.components import BackboneError
@@ -31,12 +33,20 @@ from lit_multiip.backbone.ip_adapter import read_ip_adapter, text_kv
 from lit_multiip.backbone.lora import LORA_FILE
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
+from lit_multiip.callbacks import RecordPeople
 from lit_multiip.cli import main
+from lit_multiip.data.people import MiniFaces
+from lit_multiip.data.record import RECORD as TRAINED_ON
+from lit_multiip.data.record import digests_in, is_incomplete, training_record
+from lit_multiip.data.tasks import make_tasks
+from lit_multiip.evaluation.audit import LeakError, audit_tasks, find_record
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.aggregators import AvgPool, SelfAttention
 from lit_multiip.methods.dreambooth import DreamBooth
+from lit_multiip.tools import card as cards
 from lit_multiip.tools import export as exporting
-from lit_multiip.tools.export import ADAPTER, EMBEDS, export
+from lit_multiip.tools.card import ADAPTER, EMBEDS, ExportError
+from lit_multiip.tools.export import export
 
 
 def built(backbone: Path, **options: Any) -> MultiIPAdapter:
@@ -45,14 +55,17 @@ def built(backbone: Path, **options: Any) -> MultiIPAdapter:
     return model.eval()
 
 
+PEOPLE = MiniFaces(train=3, validation=1, test=1, photos=2).people()
+
+
 def write_run(folder: Path, model: Any, config: dict[str, Any], seed: int = 1, step: int = 7) -> Path:
-    """A run of a model whose trained weights all differ from where they start."""
+    """A run, on record for 5 people, of a model whose trained weights all differ from where they start."""
     (folder / "checkpoints").mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.trained_parameters().values():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    checkpoint = {"state_dict": model.state_dict(), "global_step": step}
+    checkpoint = {"state_dict": model.state_dict(), "global_step": step, TRAINED_ON: training_record(PEOPLE)}
     model.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
     trainer = {"accelerator": "cpu", "enable_progress_bar": False, "max_steps": 7}
@@ -168,12 +181,43 @@ def test_it_comes_back_as_it_was(exported: Path, trained: MultiIPAdapter, tiny_b
     assert torch.equal(again.condition(embeds), trained.condition(embeds))
 
 
+def test_whom_it_was_trained_on_goes_out_and_comes_in_with_it(exported: Path, tiny_backbone: Path) -> None:
+    again = built(tiny_backbone, ip_adapter=str(exported / ADAPTER))
+    expected = training_record(PEOPLE)
+    assert again.trained_on is not None and again.trained_on.keys() == expected.keys()
+    assert all(torch.equal(again.trained_on[key], rows) for key, rows in expected.items())
+    # a fit from it keeps them in its own checkpoints
+    others = MiniFaces(train=2, validation=1, test=1, photos=2, seed=5).people()
+    data = SimpleNamespace(split=SimpleNamespace(train=others, validation=[]))
+    RecordPeople().on_save_checkpoint(SimpleNamespace(datamodule=data), again, checkpoint := {})  # type: ignore[arg-type]
+    kept = digests_in(checkpoint[TRAINED_ON], "people")
+    assert kept == digests_in(training_record([*PEOPLE, *others]), "people")
+    # untrained, it is tested by its own record
+    test = SimpleNamespace(ckpt_path=None, global_step=0, datamodule=None)
+    status, record = find_record(test, again)
+    assert status == "recorded"
+    tasks = make_tasks([person for person in PEOPLE if person.split == "test"], 1, 1)
+    with pytest.raises(LeakError, match="1 of 1 test people were trained or validated on"):
+        audit_tasks(tasks, status, record)
+
+
+def test_an_adapter_without_a_record_makes_the_answer_unknown(
+    exported: Path, tiny_backbone: Path, tmp_path: Path
+) -> None:
+    tensors = {k: v for k, v in load_file(exported / ADAPTER).items() if not k.startswith(TRAINED_ON)}
+    save_file(tensors, file := tmp_path / "published.safetensors")
+    model = built(tiny_backbone, ip_adapter=str(file))
+    assert model.trained_on is not None and is_incomplete(model.trained_on)
+    assert built(tiny_backbone).trained_on is None  # the backbone's own adapter is a part of it
+
+
 def test_half_precision_is_half_the_size_and_what_the_files_hold_is_compared(
     exported: Path, run: Path, trained: MultiIPAdapter, tmp_path: Path
 ) -> None:
     export(["--run", str(run), "--output", str(tmp_path / "half"), "--dtype", "float16"])
     state = read_ip_adapter(str(tmp_path / "half" / ADAPTER))
-    assert {tensor.dtype for tensors in state.values() for tensor in tensors.values()} == {torch.float16}
+    weights = [tensor for name, tensors in state.items() if name != TRAINED_ON for tensor in tensors.values()]
+    assert {tensor.dtype for tensor in weights} == {torch.float16}
     weight = trained.aggregator.to_q.weight
     assert (state["aggregator"]["to_q.weight"] - weight).abs().max() < 2**-10
     assert (tmp_path / "half" / ADAPTER).stat().st_size < 0.7 * (exported / ADAPTER).stat().st_size
@@ -189,7 +233,9 @@ def test_the_card_says_where_it_comes_from_and_names_no_person_and_no_path(expor
     ):
         assert fact in text
     assert "Ann_Lee" not in text and str(run.parents[1]) not in text and "/tmp" not in text
-    assert yaml.safe_load(text.split("---")[1])["library_name"] == "diffusers"
+    data = yaml.safe_load(text.split("---")[1])
+    assert (data["library_name"], data["pipeline_tag"], data["license"]) == ("diffusers", "text-to-image", "other")
+    assert data["tags"] == ["ip-adapter", "personalization"] and "base_model" not in data
     with safe_open(exported / ADAPTER, "pt") as file:
         record = json.loads(file.metadata()["lit_multiip"])
     assert record["aggregator"] == "SelfAttention(dim=24, heads=1, residual=False)" and record["step"] == 7
@@ -330,6 +376,63 @@ def test_sd15_trains_the_published_22_3_million_and_the_aggregator() -> None:
     assert sum(p.numel() for p in aggregator.parameters()) == 3 * 1024**2
 
 
+def test_a_card_names_the_backbones_licence_and_hub_id() -> None:
+    record = {"method": "M", "backbone": "stable-diffusion-v1-5/stable-diffusion-v1-5", "versions": {}}
+    text = cards.card(record, {}, cards.Written("use", "lines", 0))
+    data = yaml.safe_load(text.split("---")[1])
+    assert data["base_model"] == record["backbone"] and data["license"] == "creativeml-openrail-m"
+    assert "license_name" not in data and data["tags"] == ["dreambooth", "personalization"]
+
+
+def test_the_cards_code_of_a_run_on_the_miniature_draws(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = MultiIPAdapter(Backbone())
+    model.configure_model()
+    config = {"model": {"class_path": "lit_multiip.methods.adapter.MultiIPAdapter"}, "data": {"references": 9}}
+    run = write_run(tmp_path / "runs" / "self_attn" / "version_0", model.eval(), config)
+    monkeypatch.chdir(tmp_path)
+    export(["--run", str(run), "--photos", str(photos)])
+    text = Path("exported/README.md").read_text()
+    assert yaml.safe_load(text.split("---")[1])["license"] == "apache-2.0"
+    code = text.split("```python\n")[1].split("```")[0].replace("my_photos", "Ann_Lee")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["image"].size == (64, 64) and np.asarray(names["image"]).std() > 10
+
+
+class Hub:
+    """What is asked of the hub; `private` is what a repository is that was there before."""
+
+    def __init__(self, private: bool | None = None) -> None:
+        self.private, self.calls = private, []
+
+    def create_repo(self, repository: str, private: bool, exist_ok: bool) -> None:
+        self.calls.append(("create", repository, private))
+        self.private = private if self.private is None else self.private
+
+    def repo_info(self, repository: str) -> Any:
+        return SimpleNamespace(private=self.private)
+
+    def upload_folder(self, repo_id: str, folder_path: Path, allow_patterns: list[str]) -> None:
+        self.calls.append(("upload", repo_id, sorted(allow_patterns)))
+
+
+def test_an_upload_is_private_unless_asked_otherwise_and_takes_nothing_of_a_person(
+    run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    export(["--run", str(run), "--output", str(tmp_path / "out"), "--photos", str(photos), "--push_to_hub", "org/name"])
+    assert hub.calls == [("create", "org/name", True), ("upload", "org/name", ["README.md", ADAPTER])]
+    for public in (False, True):
+        hub = Hub(private=False)
+        monkeypatch.setattr("huggingface_hub.HfApi", lambda hub=hub: hub)
+        with nullcontext() if public else pytest.raises(ExportError, match=r"everyone can see 'org/name'.*--public"):
+            cards.upload("org/name", tmp_path / "out", [ADAPTER], public)
+        assert [call[0] for call in hub.calls] == (["create", "upload"] if public else ["create"])
+
+
 def test_readme_and_card_show_the_same_lines() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert exporting.snippet("stable-diffusion-v1-5/stable-diffusion-v1-5") in readme
+    readme = (Path(__file__).parents[2] / "lit_multiip" / "tools" / "README.md").read_text(encoding="utf-8")
+    assert cards.snippet("stable-diffusion-v1-5/stable-diffusion-v1-5") in readme

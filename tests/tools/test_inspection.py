@@ -19,7 +19,8 @@ from lit_multiip.data.tasks import Task, make_tasks
 from lit_multiip.evaluation.pictures import Bars, photos_with_bars
 from lit_multiip.methods.adapter import VALIDATION_TIMES, MultiIPAdapter
 from lit_multiip.methods.aggregators import Aggregator, AvgPool, Concat, First, MaxPool, SelfAttention
-from lit_multiip.tools.inspection import (
+from lit_multiip.tools.inspection import render_summary, summarise
+from lit_multiip.tools.measures import (
     Inspected,
     effective_number,
     inspect_person,
@@ -27,7 +28,6 @@ from lit_multiip.tools.inspection import (
     rarity,
     restoration_losses,
     spearman,
-    summarise,
     visible_regions,
     visible_traits,
 )
@@ -120,6 +120,27 @@ def test_a_single_reference_cannot_be_left_out(tiny_backbone: Path) -> None:
         inspect_person(None, tasks, [{"references": torch.zeros(1, WIDTH)}])
 
 
+def test_a_row_of_attention_is_measured_apart_from_what_a_photo_receives(tiny_backbone: Path) -> None:
+    """A photo that attends to itself alone has a spread of 1, though all photos receive alike."""
+    embeds = tasks_and_items()[1][0]["references"]
+    even = inspected(tiny_backbone, partial(SelfAttention, query_scale=0)).values
+    assert even["row_spread"] == pytest.approx(np.full(5, 5.0)) and even["own_weight"] == pytest.approx(np.full(5, 0.2))
+    steep = inspected(tiny_backbone, partial(SelfAttention, query_scale=100.0), embeds).values
+    assert steep["row_spread"] == pytest.approx(np.ones(5)) and steep["own_weight"] == pytest.approx(np.ones(5))
+    assert steep["weight"] == pytest.approx(np.full(5, 0.2))
+    assert not {"row_spread", "own_weight"} & inspected(tiny_backbone, MaxPool).values.keys()
+
+
+def test_the_printout_has_the_rows_of_attention_beside_what_photos_receive() -> None:
+    people = [person(name, [0.2, 0.3, 0.5], [1, 2, 3], [1, 1, 2]) for name in "ab"]
+    assert "of a row" not in render_summary("SelfAttention", "attention", people, summarise(people))
+    for one in people:
+        one.values |= {"row_spread": np.array([1.0, 1.2, 1.4]), "own_weight": np.array([0.9, 0.95, 1.0])}
+    text = render_summary("SelfAttention", "attention", people, summarise(people))
+    row = "- attention of a row: spread over 1.20 [1.20, 1.20] photos (exp H), weight on itself 0.950 [0.950, 0.950]"
+    assert row in text
+
+
 # The truth
 
 
@@ -181,7 +202,8 @@ def test_correlations_are_means_over_the_people_for_whom_both_vary() -> None:
     ]
     scores = summarise(people)
     assert scores["spearman/weight/rarity"].value == pytest.approx(1 / 3)
-    assert scores["spearman/weight/rarity"].low == -1 and scores["spearman/weight/rarity"].people == 3
+    assert scores["spearman/weight/rarity"].low == pytest.approx(1 / 3 - 4.302653 * 2 / 3)  # t of 2 degrees of freedom
+    assert scores["spearman/weight/rarity"].people == 3
     assert scores["spearman/weight/visible_regions"].people == 2  # all photos of a show one region
     assert scores["spearman/weight/loss_increase"].value == pytest.approx(1)
     assert scores["loss"].value == 0.5

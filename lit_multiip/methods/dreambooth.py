@@ -284,7 +284,7 @@ class DreamBooth(Method):
         self.watch.loss(loss, "loss", step, {"person": [who.person]})
         with torch.autocast(self.device.type, enabled=False):  # which is for the forward pass alone
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             self.watch.gradients(self, step, [who.person])
             optimizer.step()
             schedule.step()

@@ -24,6 +24,7 @@ from lit_multiip.datamodule import MultiPhotoData, PredictArgs
 from lit_multiip.evaluation import faces, vision  # noqa: F401  so that a config may call their extractors by name
 from lit_multiip.evaluation.callback import ScoreTest
 from lit_multiip.files import UsageError, only_writer, write_durably
+from lit_multiip.finite import RequireFinite
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.dreambooth import DreamBooth  # noqa: F401  which a config names
 from lit_multiip.methods.method import Method
@@ -175,9 +176,9 @@ class CLI(LightningCLI):
             for target in BACKBONE_TARGETS:  # which the link would replace without a word
                 if self.options.get(target) is not None:
                     raise UsageError(f"{target} is set, and model and data share one backbone: set backbone.path")
-            for place, (cls, _, short) in SHORT.items():
+            for place, (cls, commands, short) in SHORT.items():
                 given = {name: self.options[name] for name in short if self.options.get(name) is not None}
-                if given:
+                if given and self.config.get("subcommand") in commands:
                     self.options[place] = Namespace({**asdict(cls()), **(self.options.get(place) or {}), **given})
         if "subcommand" in self.config:
             self._find_checkpoint(self.config.subcommand, self.options)
@@ -286,6 +287,7 @@ def trainer_defaults() -> dict[str, Any]:
             "init_args": {"save_dir": "runs", "name": "multiip", "default_hp_metric": False},
         },
         "callbacks": [  # Lightning adds these to those of the config
+            RequireFinite(),
             ExactResume(),
             callbacks.ValidateBySteps(),
             ModelCheckpoint(filename="last", monitor=None, save_top_k=1, enable_version_counter=False),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,20 +13,20 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from lit_multiip.backbone.encoders import Encoder, load_clip, load_latent_encoder
 from lit_multiip.backbone.face_crop import FaceCrop
-from lit_multiip.backbone.features import Features, Pixels
+from lit_multiip.backbone.features import Features
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.checking import check_photos
 from lit_multiip.data.groups import Balance, Target, draw_references, stable_hash
 from lit_multiip.data.people import MiniFaces, PeopleSource, Person, read_person
 from lit_multiip.data.photos import DataError, Photo, distinct_photos
 from lit_multiip.data.split import Split, select_people, split_people
+from lit_multiip.data.variants import describe_augment, vary
 from lit_multiip.datasets import (
     EpochSampler,
     HeldOutGroups,
     OnePerson,
-    OnlineGroups,
+    PhotosOf,
     Position,
     Request,
     ShareSampler,
@@ -45,7 +45,7 @@ MOST_WORKERS = 256  # of a loader; more are a slip
 
 @dataclass
 class PredictArgs:
-    """What ``predict`` draws: every prompt with every seed, of one person.
+    """What `predict` draws: every prompt with every seed, of one person.
 
     Args:
         photos: folder with photos of the person, any number; None takes data.person, else the first test person, and
@@ -62,7 +62,7 @@ class PredictArgs:
 class MultiPhotoData(L.LightningDataModule):
     """Groups of a person's photos for training, and tasks for validation, test and predict.
 
-    Where the trainer's module learns a person at a time (``per_person``), fit is given ``person`` alone: the reference
+    Where the trainer's module learns a person at a time (`per_person`), fit is given `person` alone: the reference
     set that a test gives them, nothing held out, and no validation.
 
     Args:
@@ -72,9 +72,9 @@ class MultiPhotoData(L.LightningDataModule):
         min_photos: people with fewer are left out.
         max_people: keep a seeded subset of this many people.
         training_people: train on a seeded subset of this many of the training side; None takes all. Other than
-            ``max_people`` it leaves validation and test people as they are.
-        balance: ``person`` (every person gives N targets an epoch) or ``photo`` (every photo is a target once).
-        target: ``held_out``, or ``reference`` to train as the published single-photo IP-Adapter (references = 1).
+            `max_people` it leaves validation and test people as they are.
+        balance: `person` (every person gives N targets an epoch) or `photo` (every photo is a target once).
+        target: `held_out`, or `reference` to train as the published single-photo IP-Adapter (references = 1).
         drop: probabilities of dropping image, text and both in training.
         test_fraction: of the people, where neither the source nor a list decides.
         validation_fraction: of the training side.
@@ -84,22 +84,21 @@ class MultiPhotoData(L.LightningDataModule):
         held_out: evaluation tasks: held-out photos a test person, at most.
         seeds: images per held-out photo.
         validation_held_out: held-out photos a validation person.
-        tested: whose tasks ``test`` scores; options are chosen on ``validation``, and ``train`` shows what was learned
+        tested: whose tasks `test` scores; options are chosen on `validation`, and `train` shows what was learned
             by heart.
         tested_people: the most people of them, a seeded subset; None takes all.
-        on_unreadable: ``refuse`` or ``skip`` photos that cannot be decoded.
+        on_unreadable: `refuse` or `skip` photos that cannot be decoded.
         batch_size: training samples a step and device.
         eval_batch_size: tasks at once.
         num_workers: of the loaders.
         cache_dir: feature store.
         encode_batch_size: photos at once in an encoder.
-        online: encode training photos at every step, rather than once: for augmentation. A step then costs three times
-            as much or more, and the encoders stay in memory.
-        augment: changes each training photo as it is read, such as ``torchvision.transforms.v2.RandomHorizontalFlip``;
-            needs ``online``.
+        variants: of every training photo, encoded once like any photo; 1 takes the photos alone.
+        augment: makes a photo's variants but the first, which is the photo itself; such as
+            `torchvision.transforms.v2.RandomHorizontalFlip`.
         seed: of the split, the groups and the tasks.
-        training_seed: of the training groups alone, for several trainings on one protocol; None takes ``seed``.
-        predict: what ``predict`` draws.
+        training_seed: of the training groups alone, for several trainings on one protocol; None takes `seed`.
+        predict: what `predict` draws.
         person: whom fit learns, where the method learns one person; whom predict draws.
         crop: cut every photo to a square at its face, for encoders and scores alike; None takes its central square.
     """
@@ -136,14 +135,17 @@ class MultiPhotoData(L.LightningDataModule):
         predict: PredictArgs | None = None,
         person: str | None = None,
         crop: FaceCrop | None = None,
-        online: bool = False,
+        variants: int = 1,
         augment: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__()
-        if augment is not None and not online:
-            raise DataError("data.augment changes photos at every step, and their features are kept: set data.online")
-        if online and backbone is not None and backbone.face_encoder is not None:
-            raise DataError("data.online encodes photos by CLIP alone: leave it out with a face_encoder")
+        if variants < 1 or (variants > 1) != (augment is not None):
+            raise DataError(
+                f"data.variants={variants} and data.augment={augment}: several variants need an augmentation, and an "
+                "augmentation needs at least 2 variants, so set both or neither"
+            )
+        if augment is not None:
+            describe_augment(augment)
         if min(batch_size, eval_batch_size, encode_batch_size, references, held_out, seeds, validation_held_out) < 1:
             raise DataError("batch sizes, references, held_out and seeds must be at least 1")
         if not 0 <= num_workers <= MOST_WORKERS:
@@ -167,8 +169,7 @@ class MultiPhotoData(L.LightningDataModule):
         self.cache_dir, self.encode_batch_size, self.seed = cache_dir, encode_batch_size, seed
         self.training_seed = seed if training_seed is None else training_seed
         self.predict_args, self.person = predict or PredictArgs(), person
-        self.online, self.augment = online, augment
-        self.encoders: dict[str, Encoder] = {}  # what training reads by, where photos are encoded at every step
+        self.variants, self.augment = variants, augment
         self.per_person = False  # setup asks the trainer's module
         self.split: Split | None = None
         self.features: Features | None = None
@@ -195,6 +196,8 @@ class MultiPhotoData(L.LightningDataModule):
             self.per_person = getattr(self.trainer.lightning_module, "per_person", False)
         if stage == "fit" and not self.per_person and self.person is not None:
             raise DataError(f"data.person='{self.person}' is for methods that learn one person: leave it out of fit")
+        if stage == "fit" and self.per_person and self.variants > 1:
+            raise DataError("data.variants is for methods that train on held-out groups: leave it and augment out")
         if stage == "predict" and self.predict_args.photos is not None:
             self._setup_predict(*self.read_references(self.predict_args.photos))
             return
@@ -225,13 +228,15 @@ class MultiPhotoData(L.LightningDataModule):
         self.strangers = {**self._find_stranger(self.validation_tasks), **self._find_stranger(self.tasks)}
         for references in self.strangers.values():
             photos += references
-        prompts = (photo.prompt for photo in _PhotosOf(training, targets))
-        if self.online:
-            training = []
-        self._build(_PhotosOf(training, photos), _PhotosOf(training, targets), prompts)
+        prompts = (photo.prompt for photo in PhotosOf(training, targets))
+        self._build(self._varied(training, photos), self._varied(training, targets), prompts)
+
+    def _varied(self, training: Sequence[Person], further: Sequence[Photo]) -> PhotosOf:
+        """Every variant of every training photo, and then further photos."""
+        return PhotosOf(training, further, lambda photo: (vary(photo, v, self.augment) for v in range(self.variants)))
 
     def read_references(self, folder: str) -> tuple[Person, tuple[Photo, ...]]:
-        """Read a folder with photos of one person, any number, and draw ``references`` of them."""
+        """Read a folder with photos of one person, any number, and draw `references` of them."""
         [person] = self._cut(check_photos([read_person(folder)], self.on_unreadable, progress=False))
         return person, self._draw_references(_distinct(person))
 
@@ -243,9 +248,9 @@ class MultiPhotoData(L.LightningDataModule):
             if person.name == name:
                 return person
         known = [person.name for person in people]
-        some = ", ".join(difflib.get_close_matches(name or "", known) or known[:3])
+        close = ", ".join(difflib.get_close_matches(name or "", known) or known[:3])
         wrong = "this method learns one person" if name is None else f"there is no person '{name}'"
-        raise DataError(f"{wrong}: set data.person to one of the {len(known)}, such as {some}")
+        raise DataError(f"{wrong}: set data.person to one of the {len(known)}, such as {close}")
 
     def _tested(self, person: Person) -> Task:
         """Return one of a person's tasks in a test, for the references that all have: no held-out photo is in them."""
@@ -313,18 +318,23 @@ class MultiPhotoData(L.LightningDataModule):
         self.features.refresh()
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Batches of ``HeldOutGroups`` items; its own sampler serves all ranks (``use_distributed_sampler: false``)."""
+        """Batches of `HeldOutGroups` items; its own sampler serves all ranks (`use_distributed_sampler: false`)."""
         assert self.split is not None and self.features is not None
         if self.tuning is not None:
             item = reference_set(self.tuning.person, self.tuning.references, self.features)
             return DataLoader(OnePerson(item), batch_size=1)
         references = 1 if self.target == "reference" else self.references
-        drawn: Any = (self.training_seed, references, self.balance, self.target, self.drop)
-        if self.online:
-            pixels = Pixels(self.features, *self._load_encoders(), self.augment)
-            groups: HeldOutGroups = OnlineGroups(self.split.train, pixels, *drawn)  # type: ignore[arg-type]
-        else:
-            groups = HeldOutGroups(self.split.train, self.features, *drawn)
+        groups = HeldOutGroups(
+            self.split.train,
+            self.features,
+            self.training_seed,
+            references,
+            self.balance,
+            self.target,
+            self.drop,
+            self.variants,
+            self.augment,
+        )
         rank, world = self._rank_and_world()
         sampler = EpochSampler(len(groups), self.training_seed, rank, world, self._start(len(groups) // world))
         if len(sampler) < self.batch_size:
@@ -356,7 +366,7 @@ class MultiPhotoData(L.LightningDataModule):
         self.position = state_dict
 
     def _divisions(self, samples: int | None) -> dict[str, Any]:
-        """What an epoch is divided by; ``samples`` of a rank."""
+        """What an epoch is divided by; `samples` of a rank."""
         assert self.trainer is not None
         return {
             "samples": samples,
@@ -380,25 +390,6 @@ class MultiPhotoData(L.LightningDataModule):
             )
         return self.position["epoch"], min(self.position["batch"] * self.batch_size, samples)
 
-    def _load_encoders(self) -> tuple[Any, Any]:
-        assert self.features is not None
-        device = self.features.device
-        self.encoders = {
-            "references": load_clip(self.backbone, device),
-            "moments": load_latent_encoder(self.backbone, device),
-        }
-        return self.encoders["references"].read, self.encoders["moments"].read
-
-    @torch.no_grad()
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Encode a training batch's photos, where that is done at every step; the batch is then as it always is."""
-        if not self.encoders or (self.trainer is not None and not self.trainer.training):
-            return batch
-        pixels = batch["references"]  # (B, R, 3, S, S)
-        embeds = self.encoders["references"].encode(pixels.flatten(0, 1))  # (B R, D)
-        moments = self.encoders["moments"].encode(batch["moments"]).float()  # (B, 2C, h, w)
-        return {**batch, "references": embeds.unflatten(0, pixels.shape[:2]), "moments": moments}
-
     def val_dataloader(self) -> DataLoader[Any]:
         """Batches of the validation people's tasks."""
         return self._task_loader(self.validation_tasks)
@@ -419,18 +410,6 @@ class MultiPhotoData(L.LightningDataModule):
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-
-
-class _PhotosOf:
-    """The photos of people, and then further ones, without a list of them all."""
-
-    def __init__(self, people: Sequence[Person], further: Sequence[Photo]) -> None:
-        self.people, self.further = people, further
-
-    def __iter__(self) -> Iterator[Photo]:
-        for person in self.people:
-            yield from person.photos
-        yield from self.further
 
 
 def _distinct(person: Person) -> Person:

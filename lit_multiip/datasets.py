@@ -4,34 +4,55 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, default_collate
 
-from lit_multiip.backbone.features import Features, Pixels
+from lit_multiip.backbone.encoders import replace_missing
+from lit_multiip.backbone.features import Features
 from lit_multiip.data.groups import Balance, Group, Target, draw_references, held_out_group, stable_hash
 from lit_multiip.data.people import Person
 from lit_multiip.data.photos import Photo
 from lit_multiip.data.tasks import Task
+from lit_multiip.data.variants import Augment, vary
+
+
+class PhotosOf:
+    """The photos of people, or what is made of each, and then further ones, without a list of them all."""
+
+    def __init__(
+        self,
+        people: Sequence[Person],
+        further: Sequence[Photo],
+        made: Callable[[Photo], Iterable[Photo]] = lambda photo: (photo,),
+    ) -> None:
+        self.people, self.further, self.made = people, further, made
+
+    def __iter__(self) -> Iterator[Photo]:
+        for person in self.people:
+            for photo in person.photos:
+                yield from self.made(photo)
+        yield from self.further
 
 
 class HeldOutGroups(Dataset[dict[str, Any]]):
-    """Training samples, indexed by ``(epoch, index)``; every draw is a function of (seed, epoch, index) alone.
+    """Training samples, indexed by `(epoch, index)`; every draw is a function of (seed, epoch, index) alone.
 
     Args:
         people: with at least two photos each.
         features: of all their photos and prompts.
         seed: of all draws.
         references: N - 1, the number of photos that condition.
-        balance: ``person``: each person gives N targets an epoch; ``photo``: each photo is the target once.
-        target: ``held_out``, or ``reference``, where the one reference is the target (the published IP-Adapter).
+        balance: `person`: each person gives N targets an epoch; `photo`: each photo is the target once.
+        target: `held_out`, or `reference`, where the one reference is the target (the published IP-Adapter).
         drop: probabilities to drop the image condition, the text, and both (published: 5 % each).
+        variants: of a photo, one of which is drawn each time that it is a target or a reference.
+        augment: makes variants 1 .. `variants` - 1; variant 0 is the photo itself.
     """
 
     def __init__(
@@ -43,7 +64,10 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         balance: Balance = "person",
         target: Target = "held_out",
         drop: tuple[float, float, float] = (0.05, 0.05, 0.05),
+        variants: int = 1,
+        augment: Augment | None = None,
     ) -> None:
+        self.variants, self.augment = variants, augment
         self.people, self.features, self.seed = people, features, seed
         self.references, self.target, self.drop = references, target, drop
         counts = [references + 1 if balance == "person" else len(person.photos) for person in people]
@@ -72,7 +96,7 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         """Return one sample.
 
         Returns:
-            photo: the target, as ``person/name``.
+            photo: the target, as `person/name`.
             references: image embeddings, (R, D).
             moments: posterior mean and logvar of the target, (2C, h, w).
             text: what the UNet takes besides: `prompt_embeds` of the target's prompt, or of "" where text is dropped,
@@ -83,16 +107,21 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         """
         epoch, index = key
         target, references = self.draw(epoch, index)
+        if self.variants > 1:
+            chance = np.random.default_rng([self.seed, epoch, index, 2])
+            target, *references = (
+                vary(photo, int(chance.integers(self.variants)), self.augment) for photo in (target, *references)
+            )
         rng = np.random.default_rng([self.seed, epoch, index, 1])
         u, (image, text, both) = rng.random(), self.drop
         drop_image = u < image or image + text <= u < image + text + both
         drop_text = image <= u < image + text + both
         moments = self.features.moments(target)
-        shape = self._latent_shape(moments)
+        shape = (moments.shape[0] // 2, *moments.shape[1:])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         return {
             "photo": f"{target.person}/{target.name}",
-            "references": self.features.embeds(references),
+            "references": replace_missing(self.features.embeds(references), target.person),
             "moments": moments,
             "text": self.features.text("" if drop_text else target.prompt) | self.features.sizes(target),
             "drop_image": torch.tensor(drop_image),
@@ -101,30 +130,9 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
             "eps": torch.randn(shape, generator=generator),
         }
 
-    def _latent_shape(self, moments: Tensor) -> tuple[int, ...]:
-        return (moments.shape[0] // 2, *moments.shape[1:])
-
-
-class OnlineGroups(HeldOutGroups):
-    """The same samples with pixels where ``HeldOutGroups`` has features of photos: ``references`` and ``moments``.
-
-    What augmentation draws from torch's generator is a function of (seed, epoch, index), too.
-    """
-
-    features: Pixels  # type: ignore[assignment]
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """Return one sample; ``references`` are (R, 3, S, S) float32 and ``moments`` (3, H, W) uint8."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stable_hash("augment", self.seed, *key) % 2**63)
-            return super().__getitem__(key)
-
-    def _latent_shape(self, moments: Tensor) -> tuple[int, ...]:
-        return self.features.latent_shape
-
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """Yields ``(epoch, index)`` in an order drawn from (seed, epoch); rank r of W takes every W-th.
+    """Yields `(epoch, index)` in an order drawn from (seed, epoch); rank r of W takes every W-th.
 
     So that all ranks have equally many and none twice, up to W - 1 samples of an epoch are left out.
 
@@ -163,7 +171,7 @@ class ShareSampler(Sampler[int]):
     """Yields 0 .. size - 1 in order, rank r of W a run of ceil(size / W) of them.
 
     Runs, because tasks are sorted by person and a method may work person by person. Where they are too few it counts on
-    from size, so that all ranks have equally many; a ``TaskDataset`` repeats its last task for that, and says so.
+    from size, so that all ranks have equally many; a `TaskDataset` repeats its last task for that, and says so.
     """
 
     def __init__(self, size: int, rank: int = 0, world: int = 1) -> None:
@@ -245,9 +253,9 @@ class TaskDataset(Dataset[dict[str, Any]]):
         if self.per_person:
             item |= reference_set(task.person, task.references, self.features)
         else:
-            item["references"] = self.features.embeds(task.references)
+            item["references"] = replace_missing(self.features.embeds(task.references), task.person)
             if others := self.others.get(task.person):
-                item["other_references"] = self.features.embeds(others)
+                item["other_references"] = replace_missing(self.features.embeds(others), others[0].person)
         if not isinstance(task, Request):
             item["photo"] = f"{task.person}/{task.held_out.name}"
             item["moments"] = self.features.moments(task.held_out)
@@ -268,7 +276,7 @@ class OnePerson(IterableDataset[dict[str, Any]]):
 
 @dataclass(frozen=True)
 class Position:
-    """Where training is: ``batch`` batches of an epoch of ``batches`` are done, by ``steps`` optimiser steps in it."""
+    """Where training is: `batch` batches of an epoch of `batches` are done, by `steps` optimiser steps in it."""
 
     epoch: int
     batch: int
@@ -277,7 +285,7 @@ class Position:
 
     @classmethod
     def after(cls, step: int, batches: float, accumulate: int) -> Position:
-        """Where training is after ``step`` optimiser steps; the last one of an epoch may be of fewer batches."""
+        """Where training is after `step` optimiser steps; the last one of an epoch may be of fewer batches."""
         if math.isinf(batches):
             return cls(0, step * accumulate, None, step)
         epoch, steps = divmod(step, math.ceil(batches / accumulate))

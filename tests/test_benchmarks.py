@@ -21,21 +21,19 @@ def cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 @pytest.fixture
 def tiny(cases: Any, tiny_backbone: Path, tmp_path: Path) -> Any:
-    return cases.Size("tiny", str(tiny_backbone), 32, 4, "float32", 3, 2, 2, 2, 2, 16, tmp_path / "cache")
+    return cases.Size("tiny", str(tiny_backbone), 32, 4, "float32", 3, 2, 2, 2, 16, tmp_path / "cache")
 
 
 def test_a_step_of_the_miniature_does_the_floors_arithmetic(cases: Any, tmp_path: Path) -> None:
-    rows = cases.flops(cases.mini(tmp_path))["rows"]
+    rows = cases.flops(cases.mini(tmp_path))
     work = {row["what"].removeprefix("GFLOP a sample, 64 px: "): row["gflop"] for row in rows}
     step, floor = work["step on stored features"], work["floor: UNet forward and backward"]
     assert floor < step < 1.001 * floor
-    online = step + work["CLIP of 9 photos"] + work["VAE encoder"]
-    assert online / step == pytest.approx(1.58, abs=0.005)  # as tests/benchmarks/README.md says
 
 
 def test_steps_and_batches_are_measured_beside_their_references(cases: Any, tiny: Any) -> None:
     rows = {row["what"]: row for case in (cases.training, cases.generation, cases.features) for row in case(tiny)}
-    for name, repeats in {"step cached / floor": 3, "step online / floor": 2, "predict / diffusers by hand": 2}.items():
+    for name, repeats in {"step cached / floor": 3, "predict / diffusers by hand": 2}.items():
         row = rows[name]
         assert row["repeats"] == repeats and row["peak_mib"] > 100 and row["reference_peak_mib"] > 100
         assert math.isfinite(row["ratio"]) and row["quartiles"][0] <= row["ratio"] <= row["quartiles"][1]

@@ -1,20 +1,23 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from batches import equal
 from PIL import Image
-from torch import Tensor
-from torchvision.transforms.v2 import ColorJitter
+from torchvision.transforms.v2 import ColorJitter, RandomHorizontalFlip
 
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.people import Folder, MiniFaces
 from lit_multiip.data.photos import DataError
+from lit_multiip.data.variants import vary
 from lit_multiip.datamodule import MultiPhotoData, PredictArgs
 
 
@@ -67,35 +70,55 @@ def test_training_batches_are_equal_with_no_and_two_workers(tiny_backbone: Path,
         assert equal(a, b)
 
 
-@pytest.mark.parametrize("backbone", ["tiny_backbone", "tiny_sdxl"])
-def test_online_batches_are_the_cached_ones_and_no_training_photo_is_stored(
-    backbone: str, cache: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    folder = request.getfixturevalue(backbone)
-    cached = made(folder, cache, "fit")
-    online = made(folder, str(tmp_path), "fit", online=True)
-    assert online.split is not None and online.features is not None and not cached.encoders
-    train = [photo.content_key() for person in online.split.train for photo in person.photos]
-    assert online.features.store["latent"].missing(train) == train
-    for expected, batch in zip(cached.train_dataloader(), online.train_dataloader(), strict=True):
-        assert batch["references"].shape == (8, 9, 3, 32, 32) and batch["moments"].shape == (8, 3, 32, 32)
-        batch = online.on_after_batch_transfer(batch, 0)
-        assert set(batch) == set(expected) and batch.pop("photo") == expected["photo"]
-        assert equal(batch.pop("text"), expected["text"])
-        for name, values in batch.items():  # convolutions differ in the last bits by the size of a batch
-            assert torch.allclose(values.float(), expected[name].float(), atol=2e-3 if name == "moments" else 1e-5)
+def test_variants_are_stored_once_and_drawn_by_seed_epoch_and_index(tiny_backbone: Path, tmp_path: Path) -> None:
+    source, flip = MiniFaces(train=1, validation=1, test=1, photos=11), RandomHorizontalFlip(p=1.0)
+    varied = made(tiny_backbone, str(tmp_path), "fit", source=source, variants=3, augment=flip)
+    assert varied.split is not None and varied.features is not None
+    photos = varied.split.train[0].photos
+    [rows] = (np.load(file) for file in tmp_path.glob("latent-*/*.npy"))
+    assert len(rows) == 3 * 11 + len(varied.validation_tasks)  # no variant of a validation photo
+    plain = {str(row.tolist()) for row in varied.features.store["latent"].get([p.content_key() for p in photos])}
+    batches = [list(made(tiny_backbone, str(tmp_path), "fit", source=source, variants=3, augment=flip,
+                         num_workers=workers).train_dataloader()) for workers in (0, 2)]  # fmt: skip
+    assert all(equal(a, b) for a, b in zip(*batches, strict=True))
+    assert len(list(tmp_path.glob("latent-*/*.npy"))) == 1
+    groups = varied.train_dataloader().dataset
+    moments = [str(groups[epoch, index]["moments"].half().tolist()) for epoch in range(9) for index in range(10)]
+    assert 15 < sum(row in plain for row in moments) < 45  # a third of 90 is the photo itself
+    assert 16 < len(set(moments)) <= 33
+    embeds = groups[0, 0]["references"]
+    single = made(tiny_backbone, str(tmp_path), "fit", source=source).train_dataloader().dataset
+    assert not torch.equal(embeds, single[0, 0]["references"])
+    assert torch.equal(groups[0, 0]["eps"], single[0, 0]["eps"])  # all other draws stay
 
 
-def test_augmentation_is_a_function_of_seed_epoch_and_index(tiny_backbone: Path, cache: str) -> None:
-    def pixels(workers: int, augment: Any) -> Tensor:
-        data = made(tiny_backbone, cache, "fit", online=True, augment=augment, num_workers=workers)
-        return torch.cat([batch["moments"] for batch in data.train_dataloader()])
+def test_a_variant_is_a_photo_of_its_own() -> None:
+    photo, jitter = MiniFaces(train=1, validation=1, test=1).people()[0].photos[0], ColorJitter(brightness=0.5)
+    assert vary(photo, 0, jitter) is photo
+    one, again, two = (vary(photo, number, jitter) for number in (1, 1, 2))
+    state = torch.get_rng_state()
+    pixels = [one.image().tobytes(), again.image().tobytes(), two.image().tobytes(), photo.image().tobytes()]
+    assert torch.equal(state, torch.get_rng_state())
+    assert pixels[0] == pixels[1] and len(set(pixels)) == 3
+    keys = [each.content_key() for each in (one, two, photo, vary(photo, 1, ColorJitter(brightness=0.4)))]
+    assert len(set(keys)) == 4 and again.content_key() == keys[0]
+    assert one.original() is photo and pickle.loads(pickle.dumps(one)).content_key() == keys[0]
+    with ThreadPoolExecutor(4) as pool:  # as features are built
+        assert set(pool.map(lambda _: one.image().tobytes(), range(40))) == {pixels[0]}
 
-    noise = ColorJitter(brightness=0.5)
-    one, two = pixels(0, noise), pixels(2, noise)
-    assert torch.equal(one, two) and not torch.equal(one, pixels(0, None))
-    with pytest.raises(DataError, match=r"set data\.online"):
-        made(tiny_backbone, cache, "fit", augment=noise)
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"variants": 2}, r"data\.variants=2 and data\.augment=None"),
+        ({"augment": ColorJitter()}, "at least 2 variants"),
+        ({"variants": 0}, r"data\.variants=0"),
+        ({"variants": 2, "augment": lambda image: image}, "does not name its settings"),
+    ],
+)
+def test_half_an_augmentation_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        MultiPhotoData(**wrong)
 
 
 def test_fit_encodes_no_photo_of_a_test_person(tiny_backbone: Path, tmp_path: Path) -> None:

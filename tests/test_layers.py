@@ -15,7 +15,7 @@ FLOORS = (
     ("backbone",),
     ("methods", "datasets", "datamodule"),
     ("evaluation",),
-    ("callbacks", "resume", "personalizer"),
+    ("callbacks", "finite", "resume", "personalizer"),
     ("console", "cli"),
     ("comparison", "tools", "mini"),
     ("__main__",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,7 +58,7 @@ class PhotoEncoder:
     def read(self, photos: Sequence[Photo]) -> tuple[Tensor | None, Tensor | None]:
         """CLIP's pixels (B, 3, S, S), and embeddings of faces (B, E).
 
-        Where no face is found these are zero, as if dropped; of several faces the largest counts. Either is told.
+        Where no face is found these are NaN; of several faces the largest counts. Either is told.
         """
         images = [photo.image() for photo in photos]
         pixels = None if self.clip is None else self.clip.read(images)
@@ -67,22 +67,52 @@ class PhotoEncoder:
         faces = encode_faces(self.faces, images)
         for photo, image, missing in zip(photos, images, faces.isnan().any(dim=1).tolist(), strict=True):
             if missing:
-                logger.warning("%s of %s: no face is found, so that no face conditions", photo.name, photo.person)
+                logger.warning("%s of %s: no face is found, other photos take its place", photo.name, photo.person)
             elif self.faces.detector is not None:
                 count = len(self.faces.detector.faces(np.asarray(image.convert("RGB"))))
                 if count > 1:
                     logger.warning("%s of %s: of %d faces the largest conditions", photo.name, photo.person, count)
-        return pixels, faces.nan_to_num(0.0)
+        return pixels, faces
 
     def encode(self, batch: tuple[Tensor | None, Tensor | None]) -> Tensor:
-        """Embeddings of what was read, (B, D) float32."""
+        """Embeddings of what was read, (B, D) float32; those of a photo without a face are NaN."""
         pixels, faces = batch
         parts = [] if self.clip is None or pixels is None else [self.clip.encode(pixels)]
-        return torch.cat(parts + ([] if faces is None else [faces.to(self.device)]), dim=1)
+        if faces is None:
+            return parts[0]
+        faces = faces.to(self.device)
+        missing = faces.isnan().any(dim=1, keepdim=True)  # (B, 1)
+        return torch.cat([*parts, faces], dim=1).masked_fill(missing, float("nan"))
 
     def __call__(self, photos: Sequence[Photo]) -> Tensor:
-        """Embeddings of photos, (B, D) float32."""
-        return self.encode(self.read(photos))
+        """Embeddings of one person's references, (R, D) float32; see `replace_missing`."""
+        return replace_missing(self.encode(self.read(photos)), photos[0].person)
+
+
+def replace_missing(embeds: Tensor, person: str) -> Tensor:
+    """Put embeddings of one person's other references in the place of those without a face, in turn.
+
+    Args:
+        embeds: of the references, (R, D); a row of NaN is of a photo without a face.
+        person: whose they are, for the message.
+
+    Returns:
+        (R, D); all NaN where no photo has a face, which a method takes for a dropped condition.
+    """
+    missing = embeds.isnan().any(dim=1)  # (R,)
+    if not missing.any():
+        return embeds
+    if missing.all():
+        _warn_of_no_face(person)
+        return embeds
+    source, faces = torch.arange(len(embeds), device=embeds.device), (~missing).nonzero()[:, 0]
+    source[missing] = faces[torch.arange(len(embeds) - len(faces), device=embeds.device) % len(faces)]
+    return embeds[source]
+
+
+@cache
+def _warn_of_no_face(person: str) -> None:
+    logger.warning("%s: no reference shows a face, so they condition as if dropped", person)
 
 
 def encode_faces(network: FaceNetwork, images: Sequence[Image.Image]) -> Tensor:

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CroppedPhoto(Photo):
-    """A square of another photo; ``box`` is its left, top and side in px."""
+    """A square of another photo; `box` is its left, top and side in px."""
 
     photo: Photo
     box: tuple[int, int, int]
@@ -49,7 +49,7 @@ class FaceCrop:
     several faces. What was found is kept in the feature store.
 
     Args:
-        detector: of YuNet, a file or ``org/repository/file.onnx`` on the hub.
+        detector: of YuNet, a file or `org/repository/file.onnx` on the hub.
         size: side of the square by the longer side of the face's box; None takes the largest square of the photo.
     """
 
@@ -99,7 +99,7 @@ class FaceCrop:
         return int(left), int(top), int(side)
 
     def find(self, photos: Sequence[Photo], cache_dir: str | Path) -> dict[Photo, np.ndarray]:
-        """Rows of ``box``, of every photo; those that the store lacks are looked for and kept in it."""
+        """Rows of `box`, of every photo; those that the store lacks are looked for and kept in it."""
         from lit_multiip.backbone.store import SHARD_ROWS, Shards
 
         digest = hash_file(weights_file(self.detector))[:16]

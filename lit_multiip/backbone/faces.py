@@ -202,13 +202,13 @@ class FaceEncoder:
     """A face-recognition network whose embedding conditions. It sees the largest face of a photo; see FaceNetwork.
 
     Args:
-        path: its ONNX file, (B, 3, S, S) -> (B, E), or ``org/repository/file.onnx`` on the hub.
+        path: its ONNX file, (B, 3, S, S) -> (B, E), or `org/repository/file.onnx` on the hub.
         beside_clip: join its embedding to CLIP's, (D + E,), rather than take its place.
-        detector: of YuNet, by whose landmarks faces are aligned; None shows the network ``crop`` of every photo.
+        detector: of YuNet, by whose landmarks faces are aligned; None shows the network `crop` of every photo.
         side: px of the network's input; None reads it from the file.
-        mean: of each colour channel in 0..1, subtracted before the division by ``std``.
+        mean: of each colour channel in 0..1, subtracted before the division by `std`.
         std: of each colour channel.
-        colours: order of the channels, ``rgb`` or ``bgr``.
+        colours: order of the channels, `rgb` or `bgr`.
         crop: centre and side of the square that is seen without a detector, as shares of the photo.
     """
 

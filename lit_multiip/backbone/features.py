@@ -1,6 +1,6 @@
 """Outputs of the frozen encoders, computed once per photo or prompt and kept on disk.
 
-On disk, ``<cache>/<kind>-<fingerprint>/`` holds shards: ``<name>.npy`` is one array, a row per key, and ``<name>.json``
+On disk, `<cache>/<kind>-<fingerprint>/` holds shards: `<name>.npy` is one array, a row per key, and `<name>.json`
 its list of keys. The fingerprint covers the encoder's weights and the preprocessing, a key the content of a photo or
 the text of a prompt, so that a stale row cannot be found by mistake. A shard appears by one rename of a finished file,
 is never changed, and is read memory-mapped without pickle: several processes may build and read at once. An index of 24
@@ -8,7 +8,7 @@ bytes a row is memory-mapped, too, from a file without a name that goes with its
 
 | kind   | key                    | row                                                       |
 |--------|------------------------|-----------------------------------------------------------|
-| embeds | sha256 of the photo    | CLIP image embedding, (D,) float32                        |
+| embeds | sha256 of the photo    | image embedding, (D,) float32; NaN: a photo without a face|
 | latent | sha256 of the photo    | VAE posterior mean and logvar, (2C, h, w) float16         |
 | text   | sha256 of the prompt   | text states that the UNet attends to, (L, E) float16      |
 | pooled | sha256 of the prompt   | SDXL alone: pooled text embedding, (P,) float16           |
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +31,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -59,7 +57,7 @@ class _Items:
         self.digests = digests_of(map(key, items))
 
     def parts(self, positions: npt.NDArray[np.int64], size: int) -> Iterator[list[Any]]:
-        """Yield the items at ``positions`` in lists of ``size``."""
+        """Yield the items at `positions` in lists of `size`."""
         chosen = np.zeros(len(self.digests), bool)
         chosen[positions] = True
         found = compress(self.items, chosen)
@@ -68,7 +66,7 @@ class _Items:
 
 
 def _ahead(read: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """Yield each part and what ``read`` makes of it, while the next ones are being read in other threads."""
+    """Yield each part and what `read` makes of it, while the next ones are being read in other threads."""
     with ThreadPoolExecutor(2) as pool:
         waiting: deque[tuple[Any, Future[Any]]] = deque()
         for part in parts:
@@ -96,7 +94,7 @@ class Features:
         self.backbone, self.device, self.batch_size = backbone, device, batch_size
         text = "".join(map(backbone.fingerprint, backbone.text_components))
         names = {
-            "embeds": backbone.fingerprint_photo_encoder(),
+            "embeds": backbone.fingerprint_photo_encoder() + ("-nan" if backbone.face_encoder else ""),
             "latent": f"{backbone.fingerprint('vae')}-{backbone.image_side}px",
             "text": text,
         }
@@ -109,7 +107,7 @@ class Features:
     def build(
         self, photos: Iterable[Photo], targets: Iterable[Photo], prompts: Iterable[str], rank: int = 0, world: int = 1
     ) -> None:
-        """Encode whatever is not stored yet; of ``world`` ranks, this one does every world-th.
+        """Encode whatever is not stored yet; of `world` ranks, this one does every world-th.
 
         Args:
             photos: whose image embeddings will be asked for; gone through twice, as are targets, so no iterator.
@@ -134,9 +132,8 @@ class Features:
                 "pooled": lambda: self._text_encoder("pooled_prompt_embeds"),
                 "frame": lambda: Encoder(self.frames, lambda rows: rows),
             }
-        self._require_space(
-            {kind: len(self.store[kind].lacking(wanted.digests)) for kind, wanted in items.items()}, rank
-        )
+        if rank == 0:
+            self._forecast({kind: len(self.store[kind].lacking(wanted.digests)) for kind, wanted in items.items()})
         for kind, load in encoders.items():
             self._fill(kind, items[kind], load, rank, world)
 
@@ -145,20 +142,12 @@ class Features:
         shapes = self.backbone.feature_shapes()
         return {kind: math.prod(shape) * (4 if kind in FLOAT32 else 2) for kind, shape in shapes.items()}
 
-    def _require_space(self, missing: dict[str, int], rank: int) -> None:
-        """Say what will be computed and what it will take; refuse it where the disk is too small."""
-        if not any(missing.values()):
-            return
-        per_row = self.row_bytes()
-        needed = sum(count * per_row[kind] for kind, count in missing.items())
-        folder = next(path for path in self.store["embeds"].folder.absolute().parents if path.exists())
-        free = shutil.disk_usage(folder).free
-        counts = ", ".join(f"{count} {kind}" for kind, count in missing.items() if count)
-        what = f"features to compute: {counts}; {needed / 2**20:,.1f} MiB on disk, {free / 2**20:,.0f} MiB free"
-        if needed > free:
-            raise DataError(f"{what}: free some, or set data.cache_dir to a folder on a larger disk")
-        if rank == 0:
-            logger.info("%s", what)
+    def _forecast(self, missing: dict[str, int]) -> None:
+        """Say what will be computed, and what it will take on disk."""
+        if any(missing.values()):
+            counts = ", ".join(f"{count} {kind}" for kind, count in missing.items() if count)
+            size = sum(count * self.row_bytes()[kind] for kind, count in missing.items())
+            logger.info("features to compute: %s; %s MiB on disk", counts, f"{size / 2**20:,.1f}")
 
     def refresh(self) -> None:
         """Take in what other processes have built."""
@@ -166,7 +155,7 @@ class Features:
             shards.refresh()
 
     def embeds(self, photos: Sequence[Photo]) -> Tensor:
-        """Image embeddings, (n, D) float32."""
+        """Image embeddings, (n, D) float32; see `replace_missing` for photos without a face."""
         return self.store["embeds"].get([photo.content_key() for photo in photos])
 
     def moments(self, photo: Photo) -> Tensor:
@@ -174,7 +163,7 @@ class Features:
         return self.store["latent"].get([photo.content_key()])[0].float()
 
     def text(self, prompt: str) -> dict[str, Tensor]:
-        """A prompt's ``prompt_embeds``, text states (L, E), and of SDXL ``pooled_prompt_embeds`` (P,); float32."""
+        """A prompt's `prompt_embeds`, text states (L, E), and of SDXL `pooled_prompt_embeds` (P,); float32."""
         kinds = {"prompt_embeds": "text"} | ({"pooled_prompt_embeds": "pooled"} if "pooled" in self.store else {})
         return {name: self.store[kind].get([prompt_key(prompt)])[0].float() for name, kind in kinds.items()}
 
@@ -214,8 +203,11 @@ class Features:
             for part, batch in _ahead(encoder.read, items.parts(positions, self.batch_size)):
                 with torch.inference_mode():
                     encoded = encoder.encode(batch).cpu()
-                if not encoded.isfinite().all():
-                    bad = next(item for item, row in zip(part, encoded, strict=True) if not row.isfinite().all())
+                fine = encoded.flatten(1).isfinite().all(dim=1)  # (B,)
+                if kind == "embeds" and self.backbone.face_encoder is not None:
+                    fine |= encoded.isnan().all(dim=1)  # a photo without a face
+                if not fine.all():
+                    bad = part[int(fine.int().argmin())]
                     raise DataError(f"the {kind} encoder makes NaN or infinity of {bad!r}: leave it out")
                 stored += map(items.key, part)
                 rows.append(encoded.numpy())
@@ -238,44 +230,3 @@ class Features:
         pipe = self.backbone.text_pipeline().to(self.device)
         encode = self.backbone.encode_prompts
         return Encoder(list, lambda prompts: encode(pipe, prompts)[part].half())  # (B, L, E) or (B, P)
-
-
-class Pixels:
-    """Stands in for ``Features`` where photos are encoded at every step: gives what the encoders take of them.
-
-    Args:
-        features: of the prompts.
-        read_embeds: pictures => what the image encoder takes.
-        read_latent: pictures => what the VAE takes.
-        augment: changes each picture as it is read.
-    """
-
-    def __init__(
-        self,
-        features: Features,
-        read_embeds: Callable[[Sequence[Image.Image]], Tensor],
-        read_latent: Callable[[Sequence[Image.Image]], Tensor],
-        augment: Callable[[Image.Image], Image.Image] | None = None,
-    ) -> None:
-        self.features, self.read_embeds, self.read_latent, self.augment = features, read_embeds, read_latent, augment
-        self.latent_shape = features.backbone.latent_shape
-
-    def _image(self, photo: Photo) -> Image.Image:
-        image = photo.image()
-        return image if self.augment is None else self.augment(image)
-
-    def embeds(self, photos: Sequence[Photo]) -> Tensor:
-        """What the image encoder takes, (n, 3, S, S) float32."""
-        return self.read_embeds([self._image(photo) for photo in photos])
-
-    def moments(self, photo: Photo) -> Tensor:
-        """What the VAE takes, (3, H, W) uint8."""
-        return self.read_latent([self._image(photo)])[0]
-
-    def text(self, prompt: str) -> dict[str, Tensor]:
-        """What ``Features`` has of a prompt: pictures alone are augmented."""
-        return self.features.text(prompt)
-
-    def sizes(self, photo: Photo) -> dict[str, Tensor]:
-        """What the UNet is told of the picture's size before augmentation."""
-        return self.features.backbone.sizes(self.features.frames([photo])[0])

@@ -45,7 +45,7 @@ State = dict[str, dict[str, Tensor]]
 
 
 def _host(unet: UNet2DConditionModel) -> Any:
-    """The least that diffusers' public adapter methods work on: a thing with a ``unet``.
+    """The least that diffusers' public adapter methods work on: a thing with a `unet`.
 
     A whole pipeline would do the same and warn about the components it was not given.
     """
@@ -65,7 +65,7 @@ def ip_adapter_from_text(unet: UNet2DConditionModel, embed_dim: int, *, seed: in
         seed: of the Linear's initialisation. The global random state is left as it was.
 
     Returns:
-        ``{"image_proj": {...}, "ip_adapter": {...}}`` in float32 on the CPU, ready for ``install_ip_adapter``.
+        `{"image_proj": {...}, "ip_adapter": {...}}` in float32 on the CPU, ready for `install_ip_adapter`.
     """
     from diffusers.models.embeddings import ImageProjection
 
@@ -81,10 +81,10 @@ def read_ip_adapter(path: str) -> State:
     """Read adapter weights as published (.safetensors with flat keys, or .bin); nothing is unpickled.
 
     Args:
-        path: a file, or hub id and file, such as ``h94/IP-Adapter/models/ip-adapter_sd15.safetensors``.
+        path: a file, or hub id and file, such as `h94/IP-Adapter/models/ip-adapter_sd15.safetensors`.
 
     Returns:
-        ``{"image_proj": {...}, "ip_adapter": {...}}`` and any other sections, such as ``aggregator``.
+        `{"image_proj": {...}, "ip_adapter": {...}}` and any other sections, such as `aggregator`.
 
     Raises:
         BackboneError: the file is missing or broken, holds a pickled object, or is of another adapter family.
@@ -135,7 +135,7 @@ def find_adapter_file(path: str) -> Path:
 
 
 def read_adapter_record(path: str) -> dict[str, Any]:
-    """What an exported adapter says of itself, such as its ``aggregator``; empty for one that others published."""
+    """What an exported adapter says of itself, such as its `aggregator`; empty for one that others published."""
     file = find_adapter_file(path)
     if file.suffix != ".safetensors":
         return {}
@@ -148,7 +148,7 @@ def read_adapter_record(path: str) -> dict[str, Any]:
 
 
 def ip_adapter_state(unet: UNet2DConditionModel) -> State:
-    """Copy the installed IP-Adapter out, float32 on the CPU: the inverse of ``install_ip_adapter``."""
+    """Copy the installed IP-Adapter out, float32 on the CPU: the inverse of `install_ip_adapter`."""
     return _nested(ip_adapter_parameters(unet))
 
 
@@ -156,15 +156,15 @@ def install_ip_adapter(unet: UNet2DConditionModel, state: Mapping[str, Any], emb
     """Install diffusers' IP-Adapter modules, Z + lambda * Attention(Q, K', V') (eq. 3/16/19), with lambda = 1.
 
     Afterwards the UNet is frozen but for the adapter, whose parameters are float32 whatever the UNet's own precision:
-    under a half-precision UNet, run it in autocast. ``state`` is copied, never shared.
+    under a half-precision UNet, run it in autocast. `state` is copied, never shared.
 
     Args:
         unet: of SD or SDXL. An adapter already there is replaced.
-        state: ``{"image_proj": {...}, "ip_adapter": {...}}``; further sections are ignored.
+        state: `{"image_proj": {...}, "ip_adapter": {...}}`; further sections are ignored.
         embed_dim: width of the image encoder's embeddings, to be checked against the adapter's.
 
     Raises:
-        BackboneError: ``state`` is incomplete, of another family, or made for another UNet or image encoder.
+        BackboneError: `state` is incomplete, of another family, or made for another UNet or image encoder.
     """
     _check_layout(state, "the adapter")
     _check_fit(unet, state, embed_dim)
@@ -198,7 +198,7 @@ def set_ip_scale(unet: UNet2DConditionModel, scale: float) -> None:
     """Set lambda of eq. (3)/(19), the weight of the image attention, in every layer; 0 gives the plain backbone.
 
     Raises:
-        ValueError: ``scale`` is not finite.
+        ValueError: `scale` is not finite.
         BackboneError: no adapter is installed.
     """
     if not math.isfinite(scale):
@@ -209,7 +209,7 @@ def set_ip_scale(unet: UNet2DConditionModel, scale: float) -> None:
 
 @contextmanager
 def _quiet_cast() -> Iterator[None]:
-    """Keep diffusers from warning that a cast may hurt the float32 layers ``[]``: there are none."""
+    """Keep diffusers from warning that a cast may hurt the float32 layers `[]`: there are none."""
 
     def harmful(record: logging.LogRecord) -> bool:
         return "should be kept in float32: []" not in record.getMessage()
@@ -229,7 +229,7 @@ def text_kv(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
 
 
 def _cross_attention(unet: UNet2DConditionModel) -> dict[int, Any]:
-    """Cross-attention layers by their published numbers 1, 3, 5, ...; diffusers' rule: whatever is not ``attn1``."""
+    """Cross-attention layers by their published numbers 1, 3, 5, ...; diffusers' rule: whatever is not `attn1`."""
     names = [name for name in unet.attn_processors if not name.endswith("attn1.processor")]
     return {2 * i + 1: unet.get_submodule(name.removesuffix(".processor")) for i, name in enumerate(names)}
 
@@ -239,7 +239,7 @@ def _context_dim(unet: UNet2DConditionModel) -> int:
 
 
 def _projection_parameters(projection: ImageProjection) -> dict[str, nn.Parameter]:
-    """Diffusers calls the Linear ``image_embeds``, the published files call it ``proj``."""
+    """Diffusers calls the Linear `image_embeds`, the published files call it `proj`."""
     return {f"image_proj.{k.replace('image_embeds', 'proj')}": p for k, p in projection.named_parameters()}
 
 
@@ -254,7 +254,7 @@ def _require_installed(unet: UNet2DConditionModel) -> None:
 
 
 def _nested(flat: Mapping[str, Tensor], copy: bool = True) -> State:
-    """``{"a.b.c": tensor} -> {"a": {"b.c": tensor}}``; a copy is float32 on the CPU and shares no memory."""
+    """`{"a.b.c": tensor} -> {"a": {"b.c": tensor}}`; a copy is float32 on the CPU and shares no memory."""
     state: State = {}
     for key, tensor in flat.items():
         section, _, name = key.partition(".")

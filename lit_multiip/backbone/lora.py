@@ -32,7 +32,7 @@ def require_peft(rank: int | None) -> None:
 def add_lora(module: Any, rank: int, seed: int = 0) -> None:
     """Add float32 LoRA to all attention of a UNet or CLIP text encoder; with B = 0 it changes nothing until trained.
 
-    All other parameters of ``module`` are frozen by it. The global random state is left as it was.
+    All other parameters of `module` are frozen by it. The global random state is left as it was.
     """
     from peft import LoraConfig
 
@@ -60,7 +60,7 @@ def lora_disabled(module: Any) -> Iterator[None]:
 
 
 def read_lora(modules: Mapping[str, Any], file: Path) -> None:
-    """Give modules that have LoRA the weights of a file of ``save_lora``.
+    """Give modules that have LoRA the weights of a file of `save_lora`.
 
     Raises:
         ValueError: the file's weights are not those of these modules.
@@ -77,12 +77,12 @@ def read_lora(modules: Mapping[str, Any], file: Path) -> None:
 
 
 def save_lora(pipeline: Any, folder: Path, modules: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Write ``LORA_FILE`` as the pipeline's class does.
+    """Write `LORA_FILE` as the pipeline's class does.
 
     Args:
         pipeline: a class of diffusers pipelines.
         folder: where to.
-        modules: what has LoRA, by its name in the pipeline, such as ``unet``.
+        modules: what has LoRA, by its name in the pipeline, such as `unet`.
         dtype: of the file's weights.
     """
     from peft import get_peft_model_state_dict

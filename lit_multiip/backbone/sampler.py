@@ -92,7 +92,7 @@ class Sampler:
                 IP-Adapter.
             seeds: one an image.
             side: of the image in px.
-            ip_scale: overrides ``sampling.ip_scale``.
+            ip_scale: overrides `sampling.ip_scale`.
 
         Returns:
             RGB, (B, 3, side, side) uint8.
@@ -119,7 +119,7 @@ class Sampler:
 
     @contextmanager
     def _image_attention(self, scale: float, image_embeds: Tensor | None) -> Iterator[None]:
-        """Weigh the photos by ``scale``, where there are any; the UNet is left at 1, as it is trained."""
+        """Weigh the photos by `scale`, where there are any; the UNet is left at 1, as it is trained."""
         if image_embeds is None or scale == 1:
             yield
             return

@@ -79,11 +79,11 @@ class Shards:
         return [keys[at] for at in self.lacking(digests_of(keys))]
 
     def lacking(self, digests: Digests, rank: int = 0, world: int = 1) -> npt.NDArray[np.int64]:
-        """Where in ``digests`` those stand, each once, that have no row yet.
+        """Where in `digests` those stand, each once, that have no row yet.
 
         Args:
             digests: of keys, (n,).
-            rank: of ``world`` ranks, this one gets every world-th of the distinct keys: a share that does not depend on
+            rank: of `world` ranks, this one gets every world-th of the distinct keys: a share that does not depend on
                 what others have stored by now.
             world: number of ranks.
         """
@@ -91,14 +91,14 @@ class Shards:
         return first[~self._find(digests[first])[1]]
 
     def add(self, keys: Sequence[str], rows: npt.NDArray[Any]) -> None:
-        """Write one shard, durable before it becomes visible; ``refresh`` takes it in."""
+        """Write one shard, durable before it becomes visible; `refresh` takes it in."""
         name = self.folder / uuid.uuid4().hex
         rows = np.ascontiguousarray(rows)
         write_durably(name.with_suffix(".npy"), lambda file: np.lib.format.write_array(file, rows, allow_pickle=False))
         write_durably(name.with_suffix(".json"), lambda file: file.write(json.dumps(list(keys)).encode()))
 
     def get(self, keys: Sequence[str]) -> Tensor:
-        """Return the rows of ``keys`` stacked, as stored.
+        """Return the rows of `keys` stacked, as stored.
 
         Raises:
             KeyError: one was never stored.

@@ -58,6 +58,8 @@ class MultiIPAdapter(Method):
         "lora_rank": "set model.lora_rank likewise",
     }
 
+    aggregator: Aggregator  # from `build` on
+
     def __init__(
         self,
         backbone: Backbone | None = None,
@@ -72,10 +74,8 @@ class MultiIPAdapter(Method):
         require_peft(lora_rank)
         self.make_aggregator, self.ip_adapter, self.trained = aggregator, ip_adapter, trained
         self.lora_rank = lora_rank
-        self.aggregator: Any = None
         self.adapter_is_random = False  # made from the text K and V, with a random projection, and not trained since
         self._adapter_file: Path | None = None  # where the adapter's weights were read
-        self._photos: list[str] = []  # targets since the last optimiser step
 
     # ---- building -----------------------------------------------------------------------------------------------
 
@@ -139,27 +139,25 @@ class MultiIPAdapter(Method):
     # ---- training -----------------------------------------------------------------------------------------------
 
     def condition(self, references: Tensor) -> Tensor:
-        """Aggregate one set of embeddings a sample, (B, R, D) -> (B, M, D)."""
-        return self.aggregator(references)
+        """Aggregate one set of embeddings a sample, (B, R, D) -> (B, M, D); a set without a face (NaN) gives zeros."""
+        if self.backbone.face_encoder is None:
+            embeds: Tensor = self.aggregator(references)
+            return embeds
+        faceless = references.isnan().flatten(1).any(dim=1)[:, None, None]  # (B, 1, 1)
+        embeds = self.aggregator(references.masked_fill(faceless, 0.0))
+        return embeds.masked_fill(faceless, 0.0)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Restore the held-out photos of a batch of ``HeldOutGroups`` items."""
+        """Restore the held-out photos of a batch of `HeldOutGroups` items."""
         x = self.latents(batch["moments"], batch["latent_noise"])  # (B, C, h, w)
         embeds = self.condition(batch["references"])  # (B, M, D)
         embeds = embeds * ~batch["drop_image"][:, None, None]  # zeros AFTER aggregation
         t = (batch["time"] * self.noise.config.num_train_timesteps).long()  # (B,)
         error = self.denoising_loss(x, batch["eps"], t, batch["text"], embeds)  # (B,)
         loss = error.mean()
-        self.watch(error, "loss", self.global_step, batch)
-        self._photos += batch.get("photo", [])
+        self.watch.loss(error, "loss", self.global_step, batch)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
-
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Stop before a broken gradient reaches the weights; a scaler of float16 gradients sees to that itself."""
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            self.watch_gradients(self.global_step, self._photos)
-        self._photos = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss at fixed noise a timestep bin, and the reference gap: what shuffling or dropping the photos costs."""
@@ -180,7 +178,7 @@ class MultiIPAdapter(Method):
             t = torch.full((len(x),), int(time * self.noise.config.num_train_timesteps), device=x.device)
             for name, embeds in variants.items():
                 error = self.denoising_loss(x, eps, t, batch["text"], embeds)
-                self.require_finite(error, "validation loss", self.global_step, batch)  # before a checkpoint is written
+                self.watch.loss(error, "validation loss", self.global_step, batch)
                 loss = (error * weight).sum() / max(count, 1)
                 sums[name] = sums[name] + loss / len(VALIDATION_TIMES)
                 if name == "right":
@@ -195,10 +193,10 @@ class MultiIPAdapter(Method):
         """Draw the images of a batch of tasks: RGB, (B, 3, H, W) uint8.
 
         Args:
-            batch: of ``TaskDataset`` items.
+            batch: of `TaskDataset` items.
             references: the task's own, none (scale 0 and no LoRA), another person's, or zeros for the aggregated
                 embedding.
-            ip_scale: overrides ``sampling.ip_scale``.
+            ip_scale: overrides `sampling.ip_scale`.
         """
         embeds = self.condition(batch["other_references" if references == "other" else "references"])
         if references == "zero":

@@ -1,8 +1,8 @@
 """Aggregators G: from the embeddings of one person's photos to the embeddings the IP-Adapter sees.
 
-Every ``G`` maps ``(B, N, D) -> (B, M, D)``; each of the M vectors becomes four image tokens. The order of the photos
+Every `G` maps `(B, N, D) -> (B, M, D)`; each of the M vectors becomes four image tokens. The order of the photos
 never matters: what is pooled is invariant, and what keeps a row per photo permutes its rows with the photos (which
-cross-attention, being permutation-invariant itself, does not see). ``First`` alone reads the order it is given.
+cross-attention, being permutation-invariant itself, does not see). `First` alone reads the order it is given.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 
 class Aggregator(nn.Module, ABC):
-    """Base of all aggregators: checks the input, then leaves the work to ``aggregate``.
+    """Base of all aggregators: checks the input, then leaves the work to `aggregate`.
 
     Args:
         dim: width D of an image embedding, read from the image encoder's weights.
 
     Raises:
-        ValueError: ``dim`` is not positive.
+        ValueError: `dim` is not positive.
     """
 
     weights_are: str | None = None  # what `photo_weights` are, such as "attention"
@@ -44,7 +44,7 @@ class Aggregator(nn.Module, ABC):
             (B, M, D); M is 1 for First and what pools, and N for Concat and SelfAttention.
 
         Raises:
-            ValueError: ``embeds`` is not (B, N, D) with this aggregator's D, or N is 0.
+            ValueError: `embeds` is not (B, N, D) with this aggregator's D, or N is 0.
         """
         self._check(embeds)
         return self.aggregate(embeds)
@@ -56,7 +56,7 @@ class Aggregator(nn.Module, ABC):
             embeds: image embeddings, (B, N, D).
 
         Returns:
-            (B, N), rows of at least 0 that sum to one; None where ``weights_are`` is.
+            (B, N), rows of at least 0 that sum to one; None where `weights_are` is.
         """
         return None
 
@@ -77,7 +77,7 @@ class Aggregator(nn.Module, ABC):
             raise ValueError(f"{name} got no photo, shape {shape}: pass at least one reference, or drop the condition")
 
     def extra_repr(self) -> str:
-        """Show the width in ``print(module)``."""
+        """Show the width in `print(module)`."""
         return f"dim={self.dim}"
 
 
@@ -120,7 +120,8 @@ class NormAvgPool(Aggregator):
         """Average unit vectors, and give the result the mean norm of the photos."""
         norms = embeds.norm(dim=2, keepdim=True)  # (B, N, 1)
         direction = F.normalize(F.normalize(embeds, dim=2).mean(dim=1, keepdim=True), dim=2)  # (B, 1, D)
-        return direction * norms.mean(dim=1, keepdim=True)  # (B, 1, D)
+        pooled: Tensor = direction * norms.mean(dim=1, keepdim=True)  # (B, 1, D)
+        return pooled
 
 
 class WeightedSum(Aggregator):
@@ -188,12 +189,12 @@ class SelfAttention(Aggregator):
     """Self-attention over the photos, Z = softmax(Q K^T / sqrt(d)) V, Q = x W_q, K = x W_k, V = x W_v (Algorithm 1).
 
     No biases, so zeros stay zeros. The paper does not say how it starts. Here W_k = I and W_q = s I, with s the
-    ``query_scale``, so that it starts as something known, with a gradient to leave it by:
+    `query_scale`, so that it starts as something known, with a gradient to leave it by:
 
     * default: W_v = I. Photo n's logits are s x_n . x_m / sqrt(d), largest for itself: at s = 1 a row is mostly its own
-      photo (0.96 of it with the miniature's embeddings, of norm 14.5), so that, untrained, it is nearly ``Concat``. At
-      s = 0 every row is the mean of the photos, ``AvgPool``, and has to learn to be told apart (W_q can: W_k is not 0).
-    * ``residual``: x + Z with W_v = 0. Untrained, it is ``Concat``, whatever s. W_v moves with the first step, and with
+      photo (0.96 of it with the miniature's embeddings, of norm 14.5), so that, untrained, it is nearly `Concat`. At
+      s = 0 every row is the mean of the photos, `AvgPool`, and has to learn to be told apart (W_q can: W_k is not 0).
+    * `residual`: x + Z with W_v = 0. Untrained, it is `Concat`, whatever s. W_v moves with the first step, and with
       s = 0 W_q with the second.
 
     Args:
@@ -207,7 +208,7 @@ class SelfAttention(Aggregator):
             model can be drawn without its attention.
 
     Raises:
-        ValueError: ``heads`` is not a positive divisor of ``dim``, or ``query_scale`` is negative or not finite.
+        ValueError: `heads` is not a positive divisor of `dim`, or `query_scale` is negative or not finite.
     """
 
     weights_are = "attention"
@@ -244,7 +245,7 @@ class SelfAttention(Aggregator):
         if self.attend:
             query, key, value = map(self._split, (self.to_q(embeds), self.to_k(embeds), mixed))  # (B, h, N, d)
             mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # (B, N, D)
-        rows = embeds + mixed if self.residual else mixed  # (B, N, D)
+        rows: Tensor = embeds + mixed if self.residual else mixed  # (B, N, D)
         return rows.mean(dim=1, keepdim=True) if self.pool == "mean" else rows  # (B, M, D)
 
     def attention_weights(self, embeds: Tensor) -> Tensor:
@@ -266,9 +267,9 @@ class SelfAttention(Aggregator):
         return self.attention_weights(embeds).mean(dim=(1, 2))  # (B, h, N, N) => (B, N)
 
     def _split(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, D) -> (B, h, N, d)
+        return projected.view(*projected.shape[:2], self.heads, -1).transpose(1, 2)  # (B, N, D) -> (B, h, N, d)
 
     def extra_repr(self) -> str:
-        """Show the options in ``print(module)``."""
+        """Show the options in `print(module)`."""
         pool = f", pool={self.pool}" if self.pool != "none" else ""
         return f"dim={self.dim}, heads={self.heads}, residual={self.residual}{pool}"

@@ -8,35 +8,31 @@ same of images x_pr that the frozen backbone drew itself, with t' and eps' of th
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import groupby
-from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from lit_multiip.backbone.lora import add_lora, require_peft
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.groups import stable_hash
-from lit_multiip.files import LitMultiIPError, hash_text
+from lit_multiip.files import LitMultiIPError
+from lit_multiip.methods.class_images import ClassImages
 from lit_multiip.methods.method import Batch, Method, References
+from lit_multiip.methods.people import Who, people_of
 from lit_multiip.runs import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-DRAWN_AT_ONCE = 16  # class images
+WITHOUT_WARMUP = ("constant", "piecewise_constant")  # schedules of diffusers that ignore its steps
 
 
 class Draws(NamedTuple):
@@ -48,21 +44,10 @@ class Draws(NamedTuple):
     eps: Tensor  # (B, C, h, w)
 
 
-class Who(NamedTuple):
-    """A person to tune on."""
-
-    person: str
-    reference_set: str
-    moments: Tensor  # of the VAE's posteriors of the references, (R, 2C, h, w)
-    sizes: Mapping[str, Tensor] = MappingProxyType(
-        {}
-    )  # what the UNet is told of theirs, (R, ...) each; of most nothing
-
-
 class DreamBooth(Method):
     """Tunes the UNet on one person's reference set under "a photo of sks person", with prior preservation (eq. 13).
 
-    ``fit`` learns one person, ``data.person``; ``test`` and ``predict`` learn each person that they draw, always from
+    `fit` learns one person, `data.person`; `test` and `predict` learn each person that they draw, always from
     the backbone's own weights, which are put back bit for bit. All draws are functions of (seed, person, step) alone.
 
     In prompts the identifier stands before the first class noun, in place of its article: "a photo of a person in a red
@@ -110,7 +95,7 @@ class DreamBooth(Method):
                 f"steps={steps}, batch_size={batch_size} and class_images={class_images} must be at least 1, and "
                 f"prior_weight={prior_weight} at least 0"
             )
-        if lr_schedule != "constant" and steps <= self.lr_warmup_steps:
+        if lr_schedule not in WITHOUT_WARMUP and steps <= self.lr_warmup_steps:
             raise LitMultiIPError(
                 f"model.steps={steps} end within the {self.lr_warmup_steps} steps of the warm-up and learn nothing: "
                 "over a backbone of configs/on/ lay its *_dreambooth.yaml, or set model.lr_warmup_steps"
@@ -125,12 +110,12 @@ class DreamBooth(Method):
             )
         self.automatic_optimization = False  # fit takes the very steps that test takes
         self.steps, self.batch_size, self.seed = steps, batch_size, seed
-        self.prior_weight, self.class_images, self.class_folder = prior_weight, class_images, class_folder
+        self.prior_weight, self.class_images = prior_weight, class_images
         self.identifier, self.class_noun = identifier.strip(), class_noun.strip()
         self.tuned, self.lora_rank = tuned, lora_rank
         self.learnt: tuple[str, str] | None = None  # whom the weights know: person and reference set
         self.texts: Any = None  # the pipeline's tokenizers and text encoders
-        self._class_moments: Tensor | None = None
+        self.prior = ClassImages(self.backbone, self.sampling, self.class_prompt(), class_images, class_folder)
         self._prompt_embeds: dict[str, Tensor] | None = None
 
     # ---- building ---------------------------------------------------------------------------------------------------
@@ -162,23 +147,25 @@ class DreamBooth(Method):
         """Names of what is tuned."""
         return ["unet", *(self.text_encoders() if self.tuned == "unet+text" else [])]
 
-    def setup(self, stage: str) -> None:
-        """Refuse what would not tune as it should.
+    def check_trainer(self, trains: bool) -> None:
+        """Refuse what would not tune as it should, too.
 
         Raises:
             ValueError: the precision needs a scaled loss, or the Trainer would stop early.
         """
-        super().setup(stage)
+        super().check_trainer(trains)
         if self.trainer.precision == "16-mixed":
             raise ValueError("DreamBooth does not scale its loss, as 16-mixed needs: use trainer.precision bf16-mixed")
-        if stage != "fit":
-            return
-        if self.trainer.max_steps not in (-1, self.steps):
+        if self.trainer.state.fn == TrainerFn.FITTING and self.trainer.max_steps not in (-1, self.steps):
             raise LitMultiIPError(
                 f"trainer.max_steps is {self.trainer.max_steps} and model.steps {self.steps}, which test takes: "
                 "set model.steps, and leave trainer.max_steps at -1"
             )
-        self.trainer.check_val_every_n_epoch = 1  # nothing is validated: checkpoints are saved when training ends
+
+    def setup(self, stage: str) -> None:
+        """Let checkpoints be saved when training ends, for nothing is validated."""
+        if stage == "fit":
+            self.trainer.check_val_every_n_epoch = 1
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
@@ -222,11 +209,11 @@ class DreamBooth(Method):
         return personal if found else f"{prompt}, {self.identifier} {self.class_noun}"
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Text states ``prompt_embeds``, (B, L, E), and of SDXL ``pooled_prompt_embeds``, (B, P)."""
+        """Text states `prompt_embeds`, (B, L, E), and of SDXL `pooled_prompt_embeds`, (B, P)."""
         return self.backbone.encode_prompts(self.texts, prompts)
 
     def _tuning_prompts(self) -> dict[str, Tensor]:
-        """``encode`` of the person's and the class's prompt, (2, ...); once, where the text encoders are frozen."""
+        """`encode` of the person's and the class's prompt, (2, ...); once, where the text encoders are frozen."""
         prompts = [self.personal_prompt(self.class_prompt()), self.class_prompt()]
         if self.tuned == "unet+text":
             return self.encode(prompts)
@@ -237,49 +224,16 @@ class DreamBooth(Method):
 
     # ---- class images -----------------------------------------------------------------------------------------------
 
-    def class_file(self) -> Path:
-        """Where the class images lie, named by everything that decides them."""
-        parts = ("unet", "vae", *self.backbone.text_components, "scheduler")
-        facts = {
-            "backbone": [self.backbone.fingerprint(name) for name in parts],
-            "prompt": self.class_prompt(),
-            "count": self.class_images,
-            "side": self.image_side,
-            "sampling": self.sampling.describe(),
-        }
-        name = hash_text(json.dumps(facts))[:16]
-        return Path(self.class_folder).expanduser() / f"class-{name}" / "images.safetensors"
-
     def prepare_class_images(self, draw: bool = True) -> None:
-        """Read the class images, and draw them before that, where ``draw`` and they are not there.
-
-        The file holds ``images`` (K, 3, H, W) uint8 and ``moments`` (K, 2C, h, w) float16, and appears at once.
-        """
+        """Read the class images, and draw them before that, where `draw` and they are not there."""
         if self.prior_weight == 0:
             return
-        file = self.class_file()
-        if draw and not file.exists():
+        if draw and not self.prior.file().exists():
             start = time.perf_counter()
-            self._draw_class_images(file)
+            with self.pristine():
+                self.prior.write(self.draw, self.sampler.encode)
             self.spent["class_images"] = time.perf_counter() - start
-        try:
-            self._class_moments = load_file(file)["moments"].float()
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"class images '{file}' cannot be read ({error}): delete the file") from error
-
-    @torch.no_grad()
-    def _draw_class_images(self, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)  # before work
-        drawn, encoded = [], []
-        with self.pristine():
-            for first in tqdm(range(0, self.class_images, DRAWN_AT_ONCE), "drawing class images", delay=3):
-                seeds = list(range(first, min(first + DRAWN_AT_ONCE, self.class_images)))
-                images = self.draw([self.class_prompt()] * len(seeds), seeds)
-                drawn.append(images.cpu())
-                encoded.append(self.sampler.encode(images).float().cpu())
-        part = file.with_name(f"{os.getpid()}.part")
-        save_file({"images": torch.cat(drawn), "moments": torch.cat(encoded).half()}, part)
-        os.replace(part, file)
+        self.prior.read()
 
     def _start(self) -> None:
         """Before a person is tuned on: class images, on rank 0 first."""
@@ -306,8 +260,8 @@ class DreamBooth(Method):
         """Epsilon MSE on the person's photos (eq. 12 with w_t = SNR) and on class images (eq. 13, before lambda)."""
         terms: list[tuple[Literal["references", "class"], Tensor]] = [("references", who.moments)]
         if self.prior_weight > 0:
-            assert self._class_moments is not None
-            terms.append(("class", self._class_moments))
+            assert self.prior.moments is not None
+            terms.append(("class", self.prior.moments))
         draws = [self.draws(who.person, step, term, len(photos)) for term, photos in terms]
         moments = [photos.cpu()[one.which] for one, (_, photos) in zip(draws, terms, strict=True)]
         _, t, latent_noise, eps = (torch.cat(parts).to(self.device) for parts in zip(*draws, strict=True))
@@ -328,11 +282,11 @@ class DreamBooth(Method):
         """Take one step, within whatever autocast the caller has."""
         own, prior = self.losses(who, step)
         loss = own + self.prior_weight * prior
-        self.watch(loss, "loss", step, {"person": [who.person]})
+        self.watch.loss(loss, "loss", step, {"person": [who.person]})
         with torch.autocast(self.device.type, enabled=False):  # which is for the forward pass alone
             optimizer.zero_grad()
-            loss.backward()
-            self.watch_gradients(step, [who.person])
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.watch.gradients(self, step, [who.person])
             optimizer.step()
             schedule.step()
         torch.clear_autocast_cache()  # it holds casts of the weights before this step
@@ -351,7 +305,7 @@ class DreamBooth(Method):
             for step in tqdm(range(self.steps), f"tuning on {who.person}", delay=10, leave=False):
                 self._tuning_step(who, step, optimizer, schedule)
             optimizer.zero_grad()
-        self.look()
+        self.watch.look()
         self.learnt = who[:2]
         self.spent["personalise"] += time.perf_counter() - start
 
@@ -370,7 +324,7 @@ class DreamBooth(Method):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Tune on the one person of the batch."""
-        [(who, _)] = _people(batch)
+        [(who, _)] = people_of(batch)
         if self.learnt not in (None, who[:2]):
             raise CheckpointError(
                 f"the checkpoint is of {self.learnt[0]}, and {who.person} is to be learnt: leave the checkpoint out, "
@@ -378,11 +332,12 @@ class DreamBooth(Method):
             )
         self.learnt = who[:2]
         own, prior = self._tuning_step(who, self.global_step, self.optimizers(), self.lr_schedulers())
-        self.log_dict({"train/loss": own + self.prior_weight * prior, "train/references": own, "train/class": prior})
+        losses = {"train/loss": own + self.prior_weight * prior, "train/references": own, "train/class": prior}
+        self.log_dict(losses, sync_dist=True)
         return own
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Stop after ``steps``."""
+        """Stop after `steps`."""
         if self.global_step >= self.steps:
             self.trainer.should_stop = True
 
@@ -413,7 +368,7 @@ class DreamBooth(Method):
         """Draw the images of a batch of tasks, tuning on each person first: RGB, (B, 3, H, W) uint8.
 
         Args:
-            batch: of ``TaskDataset`` items, sorted by person.
+            batch: of `TaskDataset` items, sorted by person.
             references: the task's own, with the identifier in the prompt, or none: the backbone itself.
         """
         if references not in self.conditions:
@@ -423,7 +378,7 @@ class DreamBooth(Method):
             with self.pristine():
                 return self.sampler(batch["text"], batch["negative_text"], None, seeds, self.image_side)
         images = []
-        for who, rows in _people(batch):
+        for who, rows in people_of(batch):
             self.personalise(who)
             prompts = [self.personal_prompt(batch["prompt"][row]) for row in rows]
             images.append(self.draw(prompts, [seeds[row] for row in rows]))
@@ -461,12 +416,3 @@ class DreamBooth(Method):
         tuning = ("steps", "batch_size", "prior_weight", "class_images", "identifier", "class_noun", "seed")
         facts = super().describe() | {name: getattr(self, name) for name in tuning}
         return {name: value for name, value in facts.items() if name not in ("person", "reference_set")}
-
-
-def _people(batch: Batch) -> Iterator[tuple[Who, list[int]]]:
-    """Each person of a batch and their rows, in order; rows of one person follow one another."""
-    keys = list(zip(batch["person"], batch["reference_set"], strict=True))
-    for (person, reference_set), rows in groupby(range(len(keys)), keys.__getitem__):
-        own = list(rows)
-        sizes = {name: size[own[0]] for name, size in batch["reference_sizes"].items()}
-        yield Who(person, reference_set, batch["reference_moments"][own[0]], sizes), own

@@ -11,38 +11,45 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from lit_multiip.backbone.components import BackboneError
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampler, Sampling
 from lit_multiip.data.record import Record
-from lit_multiip.files import LitMultiIPError, shorten
 from lit_multiip.runs import CheckpointError
 
 Batch = dict[str, Any]
 References = Literal["right", "none", "other", "zero"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 WEIGHTS = {"state_dict", "current_model_state"}  # parts of a checkpoint; of an averaged method the first is the average
-LOOK_EVERY = 20  # values, two a step: how long NaN may go unseen on a GPU
 
 
-class NonFiniteLoss(LitMultiIPError):
-    """The loss became NaN or infinite; the last checkpoint holds the last good state."""
+class Watch:
+    """What a method hands its losses and gradients to; this one looks at nothing."""
+
+    def loss(self, value: Tensor, name: str, step: int, batch: Batch) -> None:
+        """Take a loss, (B,) or (); `photo` or `person` of the batch names whom it is of."""
+
+    def gradients(self, module: Method, step: int, names: Sequence[str]) -> None:
+        """Take a module before its optimiser steps, where it has a loop of its own; names are of its samples."""
+
+    def look(self) -> None:
+        """Look at what was taken and not looked at yet."""
 
 
 class Method(L.LightningModule):
     """Personalises the UNet of a backbone.
 
-    A subclass makes ``unet`` in ``build``, trains, and draws in ``generate``. What requires grad after ``build`` is
+    A subclass makes `unet` in `build`, trains, and draws in `generate`. What requires grad after `build` is
     trained, and is all that a checkpoint holds. Where a config changes the class, the command line keeps the values of
     equally named arguments, defaults too: a config of a method whose defaults are others writes them out.
 
     Args:
         backbone: frozen; shared with the data.
         optimizer: over the trained parameters.
-        lr_schedule: a schedule of ``diffusers.optimization.get_scheduler``, stepped every optimiser step.
+        lr_schedule: a schedule of `diffusers.optimization.get_scheduler`, stepped every optimiser step.
         lr_warmup_steps: of the schedule.
         sampling: how images are drawn.
         frozen_dtype: of frozen weights; trained ones are float32.
@@ -53,11 +60,11 @@ class Method(L.LightningModule):
 
     # Whether fit learns one person (data.person) and test each in turn, rather than all from held-out groups.
     per_person: ClassVar[bool] = False
-    # What ``generate`` can be conditioned on: the task's own references, none, another person's, a zero embedding.
+    # What `generate` can be conditioned on: the task's own references, none, another person's, a zero embedding.
     conditions: ClassVar[tuple[References, ...]] = ("right", "none")
     # What a checkpoint's provenance must agree on with the model that loads it, and what to do otherwise.
     must_agree: ClassVar[dict[str, str]] = {
-        "method": "use the config that the run was trained with",
+        "method": "use the run's config.yaml, or give load_from_checkpoint the arguments in it",
         "unet": "set backbone.path to the one it was trained on",
     }
 
@@ -81,7 +88,7 @@ class Method(L.LightningModule):
         self.make_optimizer, self.lr_schedule, self.lr_warmup_steps = optimizer, lr_schedule, lr_warmup_steps
         self.frozen_dtype, self.gradient_checkpointing = getattr(torch, frozen_dtype), gradient_checkpointing
         self.channels_last, self.compile_unet = channels_last, compile_unet
-        self._watched: list[tuple[Tensor, str, int, Batch]] = []  # what nobody has looked at yet
+        self.watch = Watch()  # a callback may put itself in its place
         # Wall seconds of this process's test that are not drawing: "personalise", of all people, and others by name.
         self.spent: dict[str, float] = {"personalise": 0.0}
         self.trained_on: Record | None = None  # whom the weights know that it starts from
@@ -91,15 +98,15 @@ class Method(L.LightningModule):
     # ---- what a subclass gives --------------------------------------------------------------------------------------
 
     def build(self) -> None:
-        """Load ``self.unet`` and all else; what is trained requires grad and is float32."""
+        """Load `self.unet` and all else; what is trained requires grad and is float32."""
         raise NotImplementedError
 
     def generate(self, batch: Batch, references: References = "right") -> Tensor:
         """Draw the images of a batch of tasks: RGB, (B, 3, H, W) uint8.
 
         Args:
-            batch: of ``TaskDataset`` items.
-            references: one of ``conditions``.
+            batch: of `TaskDataset` items.
+            references: one of `conditions`.
         """
         raise NotImplementedError
 
@@ -142,7 +149,7 @@ class Method(L.LightningModule):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def optimizer_and_schedule(self, steps: int) -> tuple[torch.optim.Optimizer, Any]:
-        """AdamW (or what the config says) over what is trained, and its schedule over ``steps``."""
+        """AdamW (or what the config says) over what is trained, and its schedule over `steps`."""
         from diffusers.optimization import get_scheduler
 
         optimizer = self.make_optimizer(list(self.trained_parameters().values()))
@@ -151,18 +158,37 @@ class Method(L.LightningModule):
         )
         return optimizer, schedule
 
-    def setup(self, stage: str) -> None:
-        """Refuse strategies that shard weights: checkpoints hold what was trained under its own names, whole.
+    def configure_callbacks(self) -> list[Any]:
+        """Refuse a Trainer that would not do as it should; here, as this comes before any data is prepared."""
+        self.check_trainer(self.trainer.state.fn == TrainerFn.FITTING or self.per_person)
+        return []
+
+    def check_trainer(self, trains: bool) -> None:
+        """Refuse what would train nothing or fail late.
+
+        Args:
+            trains: whether weights will be moved.
 
         Raises:
-            ValueError: the strategy is one of them.
+            ValueError: the strategy shards weights, for checkpoints hold what was trained under its own names, whole;
+                or the precision does not go with the weights.
         """
-        strategy = type(self.trainer.strategy)
+        strategy, precision = type(self.trainer.strategy), str(self.trainer.precision)
         sharding = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
         if issubclass(strategy, sharding):
             raise ValueError(
                 f"trainer.strategy is {strategy.__name__}, which shards weights: use ddp; what needs less memory are "
                 "model.gradient_checkpointing, model.frozen_dtype bfloat16 and model.lora_rank"
+            )
+        if trains and precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"trainer.precision={precision} rounds the steps of an optimiser away, so nothing is trained: use "
+                "bf16-mixed, and model.frozen_dtype bfloat16 to save memory"
+            )
+        if precision.startswith(("32", "64")) and self.frozen_dtype != torch.float32:
+            raise ValueError(
+                f"trainer.precision={precision} does not go with model.frozen_dtype="
+                f"{str(self.frozen_dtype).removeprefix('torch.')}: use bf16-mixed, or model.frozen_dtype float32"
             )
 
     # ---- training ---------------------------------------------------------------------------------------------------
@@ -194,88 +220,6 @@ class Method(L.LightningModule):
         target = self.noise.get_velocity(x, eps, t) if velocity else eps
         return F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
 
-    def require_finite(self, loss: Tensor, name: str, step: int, batch: Batch) -> None:
-        """Stop before a broken state is kept.
-
-        Args:
-            loss: a value a sample, (B,), or one of all, ().
-            name: what it is.
-            step: when.
-            batch: what it is of; ``photo`` names the samples, ``person`` whom they show.
-
-        Raises:
-            NonFiniteLoss: it is NaN or infinite; the message names the photos.
-        """
-        finite = loss.isfinite()
-        if finite.all():
-            return
-        names: list[str] = batch.get("photo") or batch.get("person") or [f"sample {i}" for i in range(finite.numel())]
-        bad = [i for i, fine in enumerate(finite.expand(len(names)).tolist()) if not fine]
-        stored = {key: batch[key] for key in ("references", "moments") if key in batch} | batch.get("text", {})
-        broken = {key: [i for i in bad if not rows[i].isfinite().all()] for key, rows in stored.items()}
-        value, of = float(loss[~finite].flatten()[0]), shorten([names[i] for i in bad])
-        for key, where in broken.items():
-            if where:
-                raise NonFiniteLoss(
-                    f"the {name} is {value} at step {step}: the stored {key} of {shorten([names[i] for i in where])} "
-                    "are not finite: delete data.cache_dir, or leave the photo out; the checkpoints hold the last good "
-                    "state"
-                )
-        raise NonFiniteLoss(
-            f"the {name} is {value} at step {step}, of {of}: lower the learning rate, or look at these photos; the "
-            "checkpoints hold the last good state"
-        )
-
-    def watch_gradients(self, step: int, names: Sequence[str]) -> None:
-        """Stop before the optimiser takes a gradient of NaN or infinity into the weights; on a GPU some steps later.
-
-        Raises:
-            NonFiniteLoss: there is one; the message names the weight (on a GPU, its norm) and the samples of the step.
-        """
-        gradients = {key: p.grad for key, p in self.trained_parameters().items() if p.grad is not None}
-        if not gradients:
-            return
-        norm = get_total_norm(list(gradients.values()))
-        if self.device.type != "cpu":
-            self.watch(norm, "norm of the gradients", step, {"photo": list(names)})
-        elif not norm.isfinite():  # a sum of squares may overflow where no gradient does, so it only says where to look
-            for key, gradient in gradients.items():
-                if not gradient.isfinite().all():
-                    raise NonFiniteLoss(
-                        f"the gradient of '{key}' is not finite at step {step}, in a batch of {shorten(names)}: lower "
-                        "the learning rate, or look at these photos; the checkpoints hold the last good state"
-                    )
-
-    def watch(self, value: Tensor, name: str, step: int, batch: Batch) -> None:
-        """``require_finite``, but on a GPU some steps later: or the CPU would wait for the device at every step.
-
-        Raises:
-            NonFiniteLoss: this value, or one of the last, is NaN or infinite.
-        """
-        self._watched.append((value.detach(), name, step, batch))
-        if self.device.type == "cpu" or len(self._watched) >= LOOK_EVERY:
-            self.look()
-
-    def look(self) -> None:
-        """Look at what was watched since the last time; before validation, a checkpoint and the end, at the latest.
-
-        Raises:
-            NonFiniteLoss: one of the values is NaN or infinite.
-        """
-        watched, self._watched = self._watched, []
-        finite = torch.stack([value.isfinite().all() for value, *_ in watched]).tolist() if watched else []
-        for fine, (value, name, step, batch) in zip(finite, watched, strict=True):
-            if not fine:
-                self.require_finite(value, name, step, batch)
-
-    def on_validation_start(self) -> None:
-        """Look at the training losses."""
-        self.look()
-
-    def on_train_end(self) -> None:
-        """Look at the training losses."""
-        self.look()
-
     # ---- drawing ----------------------------------------------------------------------------------------------------
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -304,7 +248,7 @@ class Method(L.LightningModule):
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def provenance(self) -> dict[str, Any]:
-        """What a checkpoint says of itself; it must agree on ``must_agree`` with the model that loads it."""
+        """What a checkpoint says of itself; it must agree on `must_agree` with the model that loads it."""
         return {"method": self.settings(), "backbone": self.backbone.path, "unet": self.backbone.fingerprint("unet")}
 
     def describe(self) -> dict[str, Any]:
@@ -320,11 +264,15 @@ class Method(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what was trained, and what it was trained on."""
-        self.look()
         trained = self.trained_parameters()
         for part in WEIGHTS & checkpoint.keys():
             checkpoint[part] = {name: value for name, value in checkpoint[part].items() if name in trained}
         checkpoint["lit_multiip"] = self.provenance()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights; that those which are not trained are missing is no news, as no checkpoint holds them."""
+        keys, trained = super().load_state_dict(state_dict, strict, assign), self.trained_parameters()
+        return keys._replace(missing_keys=[key for key in keys.missing_keys if key in trained])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another method or backbone."""

@@ -120,10 +120,10 @@ class Maker:
         stage = stages.CLIPStage(vision, text, tokenizer, data)
         self._fit(stage, data, 1600, 128, ema=None)
         self._fit(stages.CLIPImageStage(stage), data, 5000, 128, ema=None)
-        vision.half().save_pretrained(self.out / "image_encoder")
+        _save_for_float32(vision, self.out / "image_encoder")
         plain = CLIPTextModel(text_config)
         plain.load_state_dict({key.removeprefix("text_model."): v for key, v in text.text_model.state_dict().items()})
-        plain.half().save_pretrained(self.out / "text_encoder")
+        _save_for_float32(plain, self.out / "text_encoder")
         weights = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in plain.state_dict().items()}
         save_file(weights, self.out / "text_encoder" / "model.safetensors", {"format": "pt"})  # all versions read these
         CLIPImageProcessor(
@@ -233,6 +233,14 @@ class Maker:
 
 
 STAGES = ["critic", "critic_b", "clip", "vae", "unet", "ip_adapter", "vae_decoder"]
+
+
+def _save_for_float32(module: Any, folder: Path) -> None:
+    """Save weights as float16 with a configuration that reads them as float32, as diffusers reads the UNet's."""
+    module.half().save_pretrained(folder)
+    config = folder / "config.json"
+    values = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def make_mini(

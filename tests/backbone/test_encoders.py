@@ -14,16 +14,17 @@ from onnx_file import write_pooling
 
 from lit_multiip.backbone import faces
 from lit_multiip.backbone.components import BackboneError
-from lit_multiip.backbone.encoders import PhotoEncoder
+from lit_multiip.backbone.encoders import PhotoEncoder, replace_missing
 from lit_multiip.backbone.faces import TEMPLATE, FaceEncoder, FaceNetwork
 from lit_multiip.backbone.features import Features
 from lit_multiip.backbone.ip_adapter import read_ip_adapter
 from lit_multiip.backbone.pipeline import Backbone
-from lit_multiip.data.people import MiniFaces
+from lit_multiip.data.people import MiniFaces, Person
+from lit_multiip.datasets import HeldOutGroups, Request, TaskDataset
 from lit_multiip.evaluation.extractors import refuse_conditioning_network
 from lit_multiip.evaluation.faces import FaceRecognition
 from lit_multiip.methods.adapter import MultiIPAdapter
-from lit_multiip.methods.aggregators import AvgPool
+from lit_multiip.methods.aggregators import AvgPool, MaxPool
 from lit_multiip.pixels import to_tensor
 from lit_multiip.runs import CheckpointError
 
@@ -57,23 +58,62 @@ def test_it_stands_in_clips_place_or_beside_it(tiny_backbone: Path, network: str
     assert torch.allclose(face.square().mean(dim=1), torch.ones(4), atol=1e-5)
 
 
-def test_a_photo_without_a_face_conditions_as_a_dropped_one_and_is_told(
-    tiny_backbone: Path, network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("beside_clip", [False, True])
+def test_a_photo_without_a_face_is_missing(
+    beside_clip: bool,
+    tiny_backbone: Path,
+    network: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    embed = FaceNetwork.embed
+    embed, blank = FaceNetwork.embed, [to_tensor([PHOTOS[index].image()]) for index in (1, 2)]
 
     def blind(self: FaceNetwork, images: Any) -> Any:
         found = embed(self, images)
-        return found * float("nan") if torch.equal(images, to_tensor([PHOTOS[1].image()])) else found
+        return found * float("nan") if any(torch.equal(images, picture) for picture in blank) else found
 
     monkeypatch.setattr(FaceNetwork, "embed", blind)
-    features = Features(Backbone(str(tiny_backbone), face_encoder=FaceEncoder(network, True, detector=None)), tmp_path)
+    face = FaceEncoder(network, beside_clip, detector=None)
+    features = Features(Backbone(str(tiny_backbone), face_encoder=face), tmp_path)
     with caplog.at_level("WARNING", "lit_multiip"):
-        features.build(PHOTOS, [], [])
-    embeds = features.embeds(PHOTOS)
-    assert not embeds[1, 24:].any() and embeds[1, :24].all() and embeds[[0, 2, 3], 24:].abs().max() > 0.1
+        features.build(PHOTOS, PHOTOS, ["a", *{photo.prompt for photo in PHOTOS}])
     told = [record.getMessage() for record in caplog.records if "no face is found" in record.getMessage()]
-    assert len(told) == 1 and PHOTOS[1].name in told[0]
+    assert len(told) == 2 and PHOTOS[1].name in told[0]
+    stored = features.embeds(PHOTOS)
+    assert stored[[1, 2]].isnan().all() and stored[[0, 3]].isfinite().all()
+
+    # photos with a face take its place, in training groups, tasks and by hand alike
+    expected = stored[[0, 0, 3, 3]]
+    task = TaskDataset([Request(PHOTOS[0].person, tuple(PHOTOS), "a", 0)], features)[0]["references"]
+    assert torch.equal(task, expected) and torch.equal(PhotoEncoder(features.backbone)(PHOTOS), expected)
+    groups = HeldOutGroups([Person(PHOTOS[0].person, tuple(PHOTOS), None)], features, references=3)
+    for index in range(4):
+        known = {str(row.tolist()) for row in stored[[0, 3]]}
+        assert {str(row.tolist()) for row in groups[0, index]["references"]} <= known
+
+    # where no photo has a face the condition is dropped: zeros after the aggregator, and no NaN in a gradient
+    caplog.clear()
+    with caplog.at_level("WARNING", "lit_multiip"):
+        [none, _] = (TaskDataset([Request("Ann", tuple(PHOTOS[1:3] * 2), "a", n)], features)[0] for n in (0, 1))
+    assert [record.getMessage() for record in caplog.records].count(
+        "Ann: no reference shows a face, so they condition as if dropped"
+    ) == (not beside_clip)  # once in a process
+    model = built(tiny_backbone, face)
+    embeds = model.condition(torch.stack([none["references"], expected]))
+    assert not embeds[0].any() and torch.equal(embeds[1], model.aggregator(expected[None])[0])
+    embeds.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_pooling_sees_the_photos_with_a_face_alone() -> None:
+    embeds = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)) - 3  # mostly negative
+    holed = embeds.clone()
+    holed[[0, 2]] = float("nan")
+    filled = replace_missing(holed, "Ann")
+    assert torch.equal(MaxPool(8)(filled[None]), MaxPool(8)(embeds[[1, 3]][None]))
+    assert torch.allclose(AvgPool(8)(filled[None]), AvgPool(8)(embeds[[1, 3]][None]), atol=1e-6)
+    assert replace_missing(embeds, "Ann") is embeds
 
 
 def test_of_several_faces_the_largest_conditions_and_that_is_told(

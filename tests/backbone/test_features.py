@@ -164,20 +164,6 @@ def test_the_estimate_is_what_the_disk_then_holds(tiny_backbone: Path, tmp_path:
         assert array.nbytes == rows[kind] * size
 
 
-def test_a_disk_that_is_too_small_is_told_before_an_encoder_is_loaded(
-    tiny_backbone: Path, tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    size = Features(Backbone(str(tiny_backbone)), tmp_path).row_bytes()
-    needed = 5 * size["embeds"] + 5 * size["latent"] + 3 * size["text"]
-    for free in (needed - 1, needed):
-        monkeypatch.setattr(features.shutil, "disk_usage", lambda _, free=free: type("Usage", (), {"free": free}))
-        if free < needed:
-            with pytest.raises(DataError, match=r"5 embeds, 5 latent, 3 text.*data\.cache_dir"):
-                build(tiny_backbone, tmp_path / "cache")
-            assert loads == [] and not (tmp_path / "cache").exists()
-    build(tiny_backbone, tmp_path / "cache")
-
-
 def test_an_interrupted_build_goes_on_where_it_was(
     tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

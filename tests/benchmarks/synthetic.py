@@ -48,9 +48,8 @@ class Strangers(PeopleSource):
 def fill(features: Features, photos: Sequence[Photo], seed: int = 0) -> None:
     """Store features of photos that no encoder made, as ``Features.build`` stores the encoders'."""
     rng = np.random.default_rng(seed)
-    shapes = {"embeds": (features.row_bytes()["embeds"] // 4,), "latent": features.latent_shape}
-    shapes["latent"] = (2 * shapes["latent"][0], *shapes["latent"][1:])
-    for kind, shape in shapes.items():
+    shapes = features.backbone.feature_shapes()
+    for kind, shape in ((kind, shapes[kind]) for kind in ("embeds", "latent")):
         dtype = np.dtype(np.float32 if kind == "embeds" else np.float16)
         keys = features.store[kind].missing(photo.content_key() for photo in photos)
         for first in range(0, len(keys), 1024):
@@ -59,7 +58,7 @@ def fill(features: Features, photos: Sequence[Photo], seed: int = 0) -> None:
     text = features.store["text"]
     keys = text.missing(map(prompt_key, ["", *PROMPTS]))
     if keys:
-        tokens, width = features.backbone.feature_shapes()["text"]
+        tokens, width = shapes["text"]
         text.add(keys, rng.standard_normal((len(keys), tokens, width)).astype(np.float16))
     features.refresh()
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.trainer.states import TrainerState
 from tiny import make_tiny_backbone
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -22,10 +24,10 @@ from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.datamodule import MultiPhotoData
 from lit_multiip.files import hash_file
+from lit_multiip.finite import NonFiniteLoss, RequireFinite
 from lit_multiip.methods.adapter import MultiIPAdapter
-from lit_multiip.methods.aggregators import AvgPool, Concat, SelfAttention
+from lit_multiip.methods.aggregators import AvgPool, Concat, MaxPool, SelfAttention
 from lit_multiip.methods.dreambooth import DreamBooth
-from lit_multiip.methods.method import NonFiniteLoss
 from lit_multiip.runs import CheckpointError
 
 Batch = dict[str, Tensor]
@@ -151,21 +153,6 @@ def test_the_loss_is_the_epsilon_error_at_the_drawn_step(tiny_backbone: Path, ba
     assert loss == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
 
 
-def test_cached_and_online_features_give_the_same_loss(
-    tiny_backbone: Path, data: MultiPhotoData, batch: Batch, tmp_path: Path
-) -> None:
-    online = MultiPhotoData(
-        Backbone(str(tiny_backbone)), data.source, batch_size=8, cache_dir=str(tmp_path), online=True
-    )
-    online.setup("fit")
-    module = built(tiny_backbone)
-    module.log = lambda *_, **__: None  # type: ignore[method-assign]
-    encoded = online.on_after_batch_transfer(next(iter(online.train_dataloader())), 0)
-    with torch.no_grad():
-        losses = [float(module.training_step(one, 0)) for one in (batch, encoded)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
 def test_a_dropped_condition_is_zeros_after_aggregation(tiny_backbone: Path, batch: Batch) -> None:
     module = built(tiny_backbone)
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
@@ -261,6 +248,7 @@ def test_the_aggregator_alone_can_be_trained(tiny_backbone: Path) -> None:
 
 def test_a_loss_of_nan_stops(tiny_backbone: Path, batch: Batch, tasks: Batch) -> None:
     module = built(tiny_backbone)
+    module.watch = RequireFinite()
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
     torch.nn.init.constant_(module.aggregator.to_v.weight, float("nan"))
     with pytest.raises(NonFiniteLoss, match=r"loss is nan at step 0, of .*: lower the learning rate"):
@@ -287,6 +275,24 @@ def test_a_checkpoint_of_another_method_is_refused(tiny_backbone: Path) -> None:
         built(tiny_backbone, trained="aggregator").on_load_checkpoint(checkpoint)
     with pytest.raises(CheckpointError, match="not written by lit_multiip"):
         built(tiny_backbone).on_load_checkpoint({"state_dict": {}})
+
+
+def test_load_from_checkpoint_takes_the_arguments_of_the_run_and_warns_of_nothing(
+    tiny_backbone: Path, tmp_path: Path
+) -> None:
+    module, path = built(tiny_backbone, aggregator=MaxPool), tmp_path / "last.ckpt"
+    with torch.no_grad():
+        for weights in module.trained_parameters().values():
+            weights.add_(1.0)
+    torch.save(saved(module) | {"pytorch-lightning_version": L.__version__}, path)
+    backbone: Any = {"backbone": Backbone(str(tiny_backbone)), "weights_only": True, "map_location": "cpu"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = MultiIPAdapter.load_from_checkpoint(path, aggregator=MaxPool, **backbone)
+    expected, found = module.state_dict(), again.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    with pytest.raises(CheckpointError, match=r"another method: MaxPool.*give load_from_checkpoint the arguments"):
+        MultiIPAdapter.load_from_checkpoint(path, **backbone)
 
 
 def test_a_checkpoint_of_another_backbone_is_refused_but_a_copy_is_not(tiny_backbone: Path, tmp_path: Path) -> None:
@@ -419,6 +425,37 @@ def test_a_strategy_that_shards_weights_is_refused_by_name(name: str, method: An
     """Its checkpoints would lack what was trained, whose names and shapes it changes."""
     cls = getattr(L.pytorch.strategies, name)
     module = method()
-    module._trainer = SimpleNamespace(strategy=cls.__new__(cls))
+    module._trainer = SimpleNamespace(
+        strategy=cls.__new__(cls), precision="32-true", state=TrainerState(), barebones=False
+    )
     with pytest.raises(ValueError, match=rf"trainer.strategy is {name}, which shards weights: use ddp"):
-        module.setup("fit")
+        module.configure_callbacks()
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "message"),
+    [
+        ("bf16-true", {}, "nothing is trained: use bf16-mixed"),
+        ("16-true", {}, "nothing is trained: use bf16-mixed"),
+        ("32-true", {"frozen_dtype": "bfloat16"}, r"does not go with model\.frozen_dtype=bfloat16: use bf16-mixed"),
+    ],
+)
+def test_a_precision_that_trains_nothing_is_refused_before_any_work(
+    precision: Any, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    data = MultiPhotoData(Backbone("mini"), MiniFaces(train=3), cache_dir=str(tmp_path / "features"))
+    trainer = L.Trainer(
+        accelerator="cpu", precision=precision, max_steps=1, logger=False, enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(MultiIPAdapter(Backbone("mini"), **options), data)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_training_loss_is_the_mean_over_ranks(tiny_backbone: Path, batch: Batch) -> None:
+    module, logged = built(tiny_backbone), {}
+    module.log = lambda name, value, **options: logged.update({name: options})  # type: ignore[method-assign]
+    with torch.no_grad():
+        module.training_step(batch, 0)
+    assert logged["train/loss"]["sync_dist"] is True

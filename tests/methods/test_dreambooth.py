@@ -18,9 +18,11 @@ from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.data.photos import DataError
 from lit_multiip.datamodule import MultiPhotoData, PredictArgs
+from lit_multiip.finite import NonFiniteLoss, RequireFinite
 from lit_multiip.methods.adapter import MultiIPAdapter
-from lit_multiip.methods.dreambooth import DreamBooth, Who
-from lit_multiip.methods.method import NonFiniteLoss
+from lit_multiip.methods.class_images import ClassImages
+from lit_multiip.methods.dreambooth import DreamBooth
+from lit_multiip.methods.people import Who
 from lit_multiip.runs import CheckpointError
 
 PEOPLE = ["test_000000", "test_000001"]
@@ -137,7 +139,7 @@ def test_the_two_terms_are_of_the_persons_photos_and_of_class_images(
     tiny_backbone: Path, features: str, tasks: dict[str, Any]
 ) -> None:
     module, who = built(tiny_backbone, features), person(tasks, 0)
-    class_moments = load_file(module.class_file())["moments"].float()
+    class_moments = load_file(module.prior.file())["moments"].float()
     terms: list[Any] = [
         ("references", who.moments, "a photo of sks person"),
         ("class", class_moments, "a photo of a person"),
@@ -187,6 +189,7 @@ def test_the_prior_term_changes_what_is_learnt(tiny_backbone: Path, features: st
 
 def test_a_loss_of_nan_stops(tiny_backbone: Path, features: str, tasks: dict[str, Any]) -> None:
     module = built(tiny_backbone, features)
+    module.watch = RequireFinite()
     with pytest.raises(NonFiniteLoss, match="loss is nan at step 0, of test_000000"):
         module.personalise(person(tasks, 0)._replace(moments=torch.full((9, 8, 8, 8), float("nan"))))
 
@@ -338,25 +341,25 @@ def test_class_images_are_drawn_once_and_by_the_backbone(
 ) -> None:
     module = built(tiny_backbone, str(tmp_path), class_images=5)
     assert module.spent["class_images"] > 0
-    stored = load_file(module.class_file())
+    stored = load_file(module.prior.file())
     assert stored["images"].shape == (5, 3, 32, 32) and stored["images"].dtype == torch.uint8
     assert stored["moments"].shape == (5, 8, 8, 8)
-    assert [path.name for path in module.class_file().parent.iterdir()] == ["images.safetensors"]
+    assert [path.name for path in module.prior.file().parent.iterdir()] == ["images.safetensors"]
     with torch.no_grad():
         plain = module.sampler(module.encode(["a photo of a person"]), module.encode([""]), None, [3], 32)
     assert (plain[0].int() - stored["images"][3].int()).abs().max() <= 1
 
     tuned = dreambooth(tiny_backbone, str(tmp_path / "again"), class_images=5)
     tuned.configure_model()
-    tuned._class_moments = stored["moments"].float()
+    tuned.prior.moments = stored["moments"].float()
     tuned.personalise(person(tasks, 0))
     tuned.prepare_class_images()  # by the backbone, whoever was learnt before
-    assert torch.equal(load_file(tuned.class_file())["images"], stored["images"])
+    assert torch.equal(load_file(tuned.prior.file())["images"], stored["images"])
 
     def fail(*_: Any) -> None:
         raise AssertionError("drawn again")
 
-    monkeypatch.setattr(DreamBooth, "_draw_class_images", fail)
+    monkeypatch.setattr(ClassImages, "write", fail)
     assert "class_images" not in built(tiny_backbone, str(tmp_path), class_images=5).spent
     built(tiny_backbone, str(tmp_path), prior_weight=0, class_images=7)
     with pytest.raises(AssertionError, match="drawn again"):
@@ -364,7 +367,7 @@ def test_class_images_are_drawn_once_and_by_the_backbone(
 
 
 def test_broken_class_images_are_told(tiny_backbone: Path, tmp_path: Path) -> None:
-    file = built(tiny_backbone, str(tmp_path)).class_file()
+    file = built(tiny_backbone, str(tmp_path)).prior.file()
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"images\.safetensors' cannot be read .*delete the file"):
         built(tiny_backbone, str(tmp_path))
@@ -513,6 +516,7 @@ def test_lora_without_peft_is_told_what_to_install(monkeypatch: pytest.MonkeyPat
         ({"steps": 0}, "steps=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"lora_rank": 0}, "lora_rank=0"),
+        ({"lr_schedule": "cosine", "steps": 20}, r"model\.steps=20 would all be warm-up"),
         ({"prior_weight": -1.0}, "prior_weight=-1"),
         ({"prior_weight": float("nan")}, "prior_weight=nan"),
         ({"identifier": " "}, "must not be empty"),
@@ -529,6 +533,7 @@ def test_impossible_settings_are_refused(wrong: dict[str, Any], message: str) ->
     [
         ({}, None, r"learns one person: set data\.person to one of the 6, such as test_000000"),
         ({}, "test_0000", r"no person 'test_0000': .* such as test_000"),
+        ({"precision": "bf16-true"}, PEOPLE[0], r"nothing is trained: use bf16-mixed"),
         ({"max_steps": 1}, PEOPLE[0], r"max_steps=1 would end before model\.steps=2"),
         pytest.param(
             {"precision": "16-mixed", "accelerator": "gpu"},

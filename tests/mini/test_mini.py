@@ -1,11 +1,13 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from lit_multiip.backbone.components import resolve_backbone
 from lit_multiip.backbone.pipeline import Backbone
@@ -79,6 +81,13 @@ def test_the_shipped_folder_is_a_plain_pipeline_of_small_half_precision_files() 
     assert adapter is not None
     pipe.load_ip_adapter(str(MINI), subfolder="ip_adapter", weight_name=Path(adapter).name)
     assert len(pipe.unet.attn_processors) == 14 and pipe.vae.config.scaling_factor > 0
+    zeros = torch.zeros(2, 1, Backbone("mini").embed_dim)  # without and with guidance
+    options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np", "ip_adapter_image_embeds": [zeros]}
+    [image] = pipe("a photo of a person", **options).images  # it draws as it is: all of it is float32
+    assert image.shape == (64, 64, 3) and image.std() > 0.05
+    half = load_file(MINI / "text_encoder" / "model.safetensors")
+    for name, weights in pipe.text_encoder.state_dict().items():
+        assert torch.equal(weights, half[name if name in half else f"text_model.{name}"].float())
     for path in MINI.rglob("*.safetensors"):
         assert path.stat().st_size < 16 * 2**20, path
         with safe_open(path, "pt") as file:

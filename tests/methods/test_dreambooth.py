@@ -516,7 +516,7 @@ def test_lora_without_peft_is_told_what_to_install(monkeypatch: pytest.MonkeyPat
         ({"steps": 0}, "steps=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"lora_rank": 0}, "lora_rank=0"),
-        ({"lr_schedule": "cosine", "steps": 20}, r"model\.steps=20 would all be warm-up"),
+        ({"lr_schedule": "cosine", "steps": 20}, r"model\.steps=20 end within the 20 steps"),
         ({"prior_weight": -1.0}, "prior_weight=-1"),
         ({"prior_weight": float("nan")}, "prior_weight=nan"),
         ({"identifier": " "}, "must not be empty"),
@@ -534,7 +534,7 @@ def test_impossible_settings_are_refused(wrong: dict[str, Any], message: str) ->
         ({}, None, r"learns one person: set data\.person to one of the 6, such as test_000000"),
         ({}, "test_0000", r"no person 'test_0000': .* such as test_000"),
         ({"precision": "bf16-true"}, PEOPLE[0], r"nothing is trained: use bf16-mixed"),
-        ({"max_steps": 1}, PEOPLE[0], r"max_steps=1 would end before model\.steps=2"),
+        ({"max_steps": 1}, PEOPLE[0], r"max_steps is 1 and model\.steps 2"),
         pytest.param(
             {"precision": "16-mixed", "accelerator": "gpu"},
             PEOPLE[0],

@@ -264,7 +264,7 @@ def test_an_existing_target_is_refused_before_work_and_replaced_when_told(
 ) -> None:
     (tmp_path / ADAPTER).write_text("mine")
     with pytest.raises(SystemExit):
-        main(["export", "--run", "no run", "--output", str(tmp_path)])
+        main(["export", "--run", str(run), "--output", str(tmp_path)])
     assert f"{ADAPTER}' exists: give another --output, or --overwrite" in capsys.readouterr().err
     (tmp_path / "other.txt").write_text("mine")
     export(["--run", str(run), "--output", str(tmp_path), "--overwrite"])

@@ -1,6 +1,147 @@
-"""``python -m lit_multiip``."""
+"""`python -m lit_multiip`: Lightning's commands, and the project's own."""
 
-from lit_multiip.cli import main
+from __future__ import annotations
+
+import importlib
+import sys
+from argparse import RawDescriptionHelpFormatter
+from typing import Any, Literal
+
+from jsonargparse import DefaultHelpFormatter, Namespace, auto_cli
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lit_multiip.callbacks import Trainer
+from lit_multiip.cli import CLI
+from lit_multiip.console import errors_in_one_line, set_up_logging
+
+PROGRAM = "python -m lit_multiip"
+PLAIN = {  # functions that need no model and no data: where they are, and what they do
+    "compare": ("lit_multiip.comparison.compare", "train and test every method of a plan, and write the report"),
+    "sweep": ("lit_multiip.comparison.sweep", "score settings, numbers of photos and of training people"),
+    "report": ("lit_multiip.comparison.report", "write the report of a comparison again"),
+    "caption": ("lit_multiip.tools.caption", "write a prompt beside every photo that has none"),
+    "make-mini": ("lit_multiip.mini.make", "make the miniature backbone from a seed"),
+    "measure-mini": ("lit_multiip.mini.measure", "print the miniature's figures"),
+}
+DESCRIPTION = """Personalised images from several photos of a person.
+
+test, predict, inspect and export take the newest run under runs/, or --run <folder>. Further commands:
+""" + "\n".join(f"  {name:14}{line}" for name, (_, line) in PLAIN.items())
+
+
+class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Leaves the description's lines as they are."""
+
+
+class CommandTrainer(Trainer):
+    """The Trainer, with the commands that look at a run or take it away."""
+
+    def inspect(
+        self,
+        model: Any,
+        datamodule: Any = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        split: Literal["test", "validation"] = "test",
+        people: int = 6,
+        measured: int = 50,
+        output: str | None = None,
+    ) -> None:
+        """Show what a method looked at: the weight of each reference photo, and what is lost without it.
+
+        Args:
+            model: with an aggregator.
+            datamodule: its people.
+            ckpt_path: the weights to look at; None looks at the untrained method.
+            weights_only: as `fit` takes it.
+            split: whose people.
+            people: people with a picture.
+            measured: people in the numbers, at least those with a picture.
+            output: folder; None takes inspect/ in the run's.
+        """
+        from lit_multiip.tools.inspection import inspect
+
+        inspect(self, model, datamodule, ckpt_path, split, people, measured, output)
+
+    def export(
+        self,
+        model: Any,
+        datamodule: Any = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        output: str = "exported",
+        photos: list[str] | None = None,
+        dtype: Literal["float32", "float16"] = "float32",
+        overwrite: bool = False,
+        push_to_hub: str | None = None,
+        public: bool = False,
+    ) -> None:
+        """Write a run's weights for plain diffusers, a model card, and the embeddings of people.
+
+        Args:
+            model: whose weights are written.
+            datamodule: reads people's photos.
+            ckpt_path: the weights.
+            weights_only: as `fit` takes it.
+            output: folder.
+            photos: folders with photos of one person each.
+            dtype: of the file's weights.
+            overwrite: replace files that are there.
+            push_to_hub: ORG/NAME; upload what is of no one person, and the card, privately.
+            public: upload to a repository that everyone can see.
+        """
+        from lit_multiip.tools.export import export
+
+        export(self, model, datamodule, ckpt_path, output, photos or [], dtype, overwrite, push_to_hub, public)
+
+
+class Commands(CLI):
+    """The project's command line, with `inspect` and `export` beside Lightning's commands."""
+
+    commands = CLI.commands | {
+        "inspect": {"model", "datamodule"},
+        "export": {"model", "datamodule", "photos", "overwrite", "public"},
+    }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what is typed as `--photos a b`, `--overwrite` and `--public`."""
+        super().add_arguments_to_parser(parser)
+        if getattr(parser, "command", None) == "export":
+            folders = "folders with photos of one person each, whose embeddings are written"
+            parser.add_argument("--photos", type=str, nargs="+", default=None, help=folders)
+            parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+            parser.add_argument("--public", action="store_true", help="upload to a repository that everyone can see")
+
+    def before_instantiate_classes(self) -> None:
+        """Have one process do what shares no work."""
+        if self.subcommand in ("inspect", "export"):
+            self.options.trainer.update(Namespace(devices=1, num_nodes=1, strategy="auto"))
+        if self.subcommand == "export":
+            self.options.model.init_args.frozen_dtype = "float32"
+        super().before_instantiate_classes()
+
+    def export(self, **kwargs: Any) -> None:
+        """Pass on what `add_arguments_to_parser` added."""
+        trainer: Any = self.trainer
+        trainer.export(
+            **kwargs, photos=self.options.photos, overwrite=self.options.overwrite, public=self.options.public
+        )
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command line, that of the process by default."""
+    set_up_logging()
+    with errors_in_one_line():
+        given = sys.argv[1:] if args is None else args
+        if given and given[0] in PLAIN:
+            name = given[0]
+            function = getattr(importlib.import_module(PLAIN[name][0]), name.replace("-", "_"))
+            auto_cli(function, args=given[1:], as_positional=False, prog=f"{PROGRAM} {name}", exit_on_error=False)
+        else:
+            Commands(
+                args, trainer_class=CommandTrainer, prog=PROGRAM, description=DESCRIPTION, formatter_class=Formatter
+            )
+
 
 if __name__ == "__main__":
     main()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import shlex
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +19,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
@@ -29,6 +31,8 @@ from lit_multiip.data.photos import Photo
 from lit_multiip.data.record import RECORD, training_record, unknown_record
 from lit_multiip.evaluation.pictures import Cell, labelled_grid, references_held_out_generated, to_picture
 from lit_multiip.pixels import square
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer(L.Trainer):
@@ -92,13 +96,41 @@ class ProgressBar(TQDMProgressBar):
         bar.update(trainer.global_step - bar.n)
 
 
-class ValidateAtEnd(L.Callback):
-    """Validates after the last step, whatever the interval: the shortest fit leaves a checkpoint and a score."""
+class ValidateBySteps(L.Callback):
+    """Has `trainer.val_check_interval` count optimiser steps, and validates after the last step whatever the interval.
+
+    Lightning counts batches, of which a step has several where gradients are accumulated: it validates after a batch
+    whose number `trainer.val_check_batch` divides. With `trainer.check_val_every_n_epoch` Lightning's rule holds, but
+    for the last step.
+    """
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        """Remember the step, to see whether the batch completes one."""
+        self.step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
-        """Ask the loop to stop, which it does after a validation."""
-        if trainer.global_step == trainer.max_steps:
-            trainer.should_stop = True
+        """Settle whether a validation follows."""
+        step, interval = trainer.global_step, trainer.val_check_interval
+        if step == self.step:  # a gradient that is being accumulated
+            due = False
+        elif step == trainer.max_steps or (trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs):
+            due, trainer.check_val_every_n_epoch = True, None
+        else:
+            due = isinstance(interval, int) and step % interval == 0
+        if trainer.check_val_every_n_epoch is None and isinstance(interval, int):
+            trainer.val_check_batch = 1 if due else sys.maxsize
+
+
+class Summary(ModelSummary):
+    """Says in one line how much of a model is trained."""
+
+    @staticmethod
+    def summarize(
+        summary_data: list[tuple[str, list[str]]], total_parameters: int, trainable_parameters: int, *_: Any, **__: Any
+    ) -> None:
+        """Log the numbers of parameters."""
+        parts = ", ".join(dict(summary_data).get("Type", []))
+        logger.info("parameters: %s trained of %s (%s)", f"{trainable_parameters:,}", f"{total_parameters:,}", parts)
 
 
 class RecordPeople(L.Callback):

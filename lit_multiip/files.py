@@ -21,6 +21,10 @@ class LitMultiIPError(ValueError):
     """What this package refuses: the message is one line, names the value and says what to do."""
 
 
+class UsageError(LitMultiIPError):
+    """A command line or config that cannot be carried out; the exit code is 2."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, cut at 200 characters, or its class where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -102,8 +102,8 @@ class ExactResume(L.Callback):
         raise SIGTERMException(128 + number)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the last step, where a fit was stopped between its two saves of that and had nothing more to do."""
-        if trainer.ckpt_path is None:
+        """Save the last step, where no validation has: there was none, or a fit was stopped between its two saves."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         path = _last_of(trainer)
         behind = not path.exists() or read_checkpoint(path)["global_step"] < trainer.global_step

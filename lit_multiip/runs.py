@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import re
 import zipfile
+from collections.abc import Container, Sequence
 from pathlib import Path
 from pydoc import locate
 from typing import Any
 
 import torch
 
-from lit_multiip.files import LitMultiIPError, first_line
+from lit_multiip.files import LitMultiIPError, UsageError, first_line
 
 logger = logging.getLogger(__name__)
 
 LAST = "last.ckpt"
+CHOSEN = "LIT_MULTIIP_RUN"  # how a process tells the ranks that it starts which run it chose
+START = "python -m lit_multiip fit --config configs/self_attn.yaml"
 
 
 def read_checkpoint(path: Path, verify: bool = False) -> dict[str, Any]:
@@ -137,6 +141,56 @@ def newest_run(root: Path = Path("runs")) -> tuple[Path, Path] | None:
         if (checkpoint := best_checkpoint(run)) is not None:
             return run, checkpoint
     return None
+
+
+def choose_run(args: Sequence[str], commands: Container[str]) -> tuple[str, Path, Path] | None:
+    """Choose the run whose config a command line leaves out; None where it needs none.
+
+    `fit --ckpt_path last` without a config takes the newest run. Another command takes `--run`, or the newest run where
+    there is no config and no checkpoint either. Ranks that Lightning starts take what the process that started them
+    took.
+
+    Args:
+        args: the command line, the command first.
+        commands: those that take a run.
+
+    Returns:
+        The subcommand, the run's folder and its checkpoint.
+
+    Raises:
+        UsageError: there is no such run.
+    """
+    if not args or args[0] not in commands or {"-h", "--help", "--print_config"} & set(args):
+        return None
+    look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    look.add_argument("-c", "--config", nargs="?", action="append")
+    for name in ("--run", "--ckpt_path"):
+        look.add_argument(name, nargs="?", const="")
+    command, (given, _) = args[0], look.parse_known_args(args[1:])
+    if command == "fit":
+        if given.ckpt_path != "last" or given.config:
+            return None
+    elif given.run is None and (given.config or given.ckpt_path is not None):
+        return None
+    starter, _, folder = os.environ.get(CHOSEN, "").partition(":")
+    if "LOCAL_RANK" not in os.environ or starter != str(os.getppid()):
+        folder = given.run or ""
+    if command == "fit":
+        run, checkpoint = (
+            (Path(folder), newest_checkpoint(Path(folder))) if folder else run_to_continue(Path("runs"), "*/*")
+        )
+    elif not folder:
+        run, checkpoint = newest_run() or (Path("runs"), None)
+    else:
+        run, checkpoint = Path(folder), best_checkpoint(Path(folder))
+        if not (run / "config.yaml").is_file():
+            raise UsageError(f"'{run}' is not a run: give a folder with config.yaml, such as runs/self_attn/version_0")
+    if checkpoint is None and folder:
+        raise UsageError(f"run '{run}' has no checkpoint that can be loaded: give another run, or {START}")
+    if checkpoint is None:
+        raise UsageError(f"no run under {run.resolve()} has a checkpoint to {command}: first {START}")
+    os.environ[CHOSEN] = f"{os.getpid()}:{run}"
+    return command, run, checkpoint
 
 
 # ---- which checkpoint -----------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from resuming import METHOD, write_config
 from torch.utils.data import DataLoader
 
+from lit_multiip.__main__ import main
 from lit_multiip.callbacks import ProgressBar
-from lit_multiip.cli import main
 
 WANDB = {"class_path": "wandb_like.WandbLike", "init_args": {"save_dir": "runs", "project": "people"}}
 CSV = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "mine"}}

@@ -5,15 +5,22 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+import yaml
 
+from lit_multiip.__main__ import PLAIN, main
 from lit_multiip.backbone.faces import FaceEncoder
 from lit_multiip.backbone.pipeline import Backbone
-from lit_multiip.cli import COMMANDS, UsageError, expand, main, make_cli
+from lit_multiip.backbone.sampler import Sampling
+from lit_multiip.cli import CLI, SHORT
+from lit_multiip.methods.aggregators import Aggregator
+from lit_multiip.runs import choose_run
 
 
 def write_run(root: Path, name: str, scores: dict[str, float] | None = None, last: bool = True, age: int = 0) -> Path:
@@ -51,37 +58,48 @@ def failing(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[str, int]:
 # Which run
 
 
-def test_bare_test_is_the_newest_run_and_says_which(here: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_run(here, "a/version_0", {"best-step=10": 0.3})
-    caplog.set_level("INFO")
-    chosen = [
-        "--config",
-        "runs/a/version_0/config.yaml",
-        "--ckpt_path",
-        "runs/a/version_0/checkpoints/best-step=10.ckpt",
-    ]
-    for command in ("test", "predict"):
-        assert expand([command, "--data.held_out", "2"]) == [command, *chosen, "--data.held_out", "2"]
-        assert f"{command} of run runs/a/version_0, checkpoint best-step=10.ckpt" in caplog.text
+COMMANDS = ("fit", "validate", "test", "predict", "inspect", "export")
+
+
+def chosen(*args: str) -> tuple[str, Path, Path] | None:
+    return choose_run(args, COMMANDS)
+
+
+def test_without_config_and_checkpoint_a_command_takes_the_newest_run(here: Path) -> None:
+    run = write_run(here, "a/version_0", {"best-step=10": 0.3}).relative_to(here)
+    for command in COMMANDS[1:]:
+        assert chosen(command, "--data.held_out", "2") == (command, run, run / "checkpoints" / "best-step=10.ckpt")
+    assert chosen("fit") is chosen("fit", "--data.held_out", "2") is None
+    assert chosen("fit", "--ckpt_path", "last") == ("fit", run, run / "checkpoints" / "last.ckpt")
+
+
+@pytest.mark.parametrize("option", ["--config=x.yaml", "-c", "--ckpt_path", "--help", "--print_config"])
+def test_a_given_config_or_checkpoint_is_left_alone(here: Path, option: str) -> None:
+    write_run(here, "a/version_0")
+    assert chosen("test", option) is None
+    assert chosen("fit", "--ckpt_path=last", "--config=x.yaml") is None
 
 
 def test_run_chooses_another_run_and_takes_more_configs(here: Path) -> None:
     write_run(here, "new/version_0")
     write_run(here, "old/version_3", age=9)
-    expanded = expand(["test", "--run", "runs/old/version_3", "--config", "more.yaml"])
-    run = Path("runs/old/version_3")
-    assert expanded[1:5] == [
-        "--config",
-        str(run / "config.yaml"),
-        "--ckpt_path",
-        str(run / "checkpoints" / "last.ckpt"),
-    ]
-    assert expanded[5:] == ["--config", "more.yaml"]
+    for more in ([], ["--config", "more.yaml"], ["--ckpt_path", "other.ckpt"]):
+        run = Path("runs/old/version_3")
+        assert chosen("test", "--run", str(run), *more) == ("test", run, run / "checkpoints" / "last.ckpt")
 
 
-@pytest.mark.parametrize("option", ["--config=x.yaml", "-c", "--ckpt_path", "--help"])
-def test_a_given_config_or_checkpoint_is_left_alone(here: Path, option: str) -> None:
-    assert expand(["test", option]) == ["test", option]
+def test_ranks_that_lightning_starts_take_the_run_of_the_process_that_started_them(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(here, "old/version_3", age=9)
+    choice = chosen("test")
+    write_run(here, "new/version_0")  # by another fit, meanwhile
+    assert chosen("test") != choice
+    monkeypatch.setenv("LIT_MULTIIP_RUN", f"{os.getppid()}:runs/old/version_3")
+    assert chosen("test") != choice  # which a process of one's own is not
+    monkeypatch.setenv("LIT_MULTIIP_RUN", f"{os.getppid()}:runs/old/version_3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert chosen("test") == choice
 
 
 def test_without_a_run_it_is_said_what_to_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,25 +111,78 @@ def test_without_a_run_it_is_said_what_to_run(here: Path, capsys: pytest.Capture
     assert code == 2 and "'nowhere' is not a run" in message
 
 
-# Short forms
+# Short options
 
 
-def test_short_forms_of_predict(here: Path) -> None:
+def parsed(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
+    with pytest.raises(SystemExit) as exit_:
+        main([*args, "--print_config"])
+    output = capsys.readouterr()
+    assert exit_.value.code == 0, output.err
+    return yaml.safe_load(output.out)
+
+
+class Stop(Exception):
+    """Ends a command before anything is built."""
+
+
+def settled(monkeypatch: pytest.MonkeyPatch, *args: str) -> Any:
+    """The config of a command, as its objects would be built of it."""
+    found: list[Any] = []
+
+    def stop(self: CLI) -> None:
+        found.append(self.options)
+        raise Stop
+
+    monkeypatch.setattr(CLI, "before_instantiate_classes", stop)
+    with pytest.raises(Stop):
+        main(list(args))
+    return found[0]
+
+
+def test_short_options_set_what_they_stand_for(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "c.yaml").write_text("model: {init_args: {sampling: {steps: 4, guidance_scale: 2.0}}}\n")
     args = ["predict", "--config", "c.yaml", "--photos", "dir", "--prompts", "a,b", "c:", "--seeds", "3", "4"]
-    args += ["--ip_scale", "0.5", "--prompt", "d", "--steps", "7"]
-    assert set(expand(args)) == {
-        *("predict", "--config", "c.yaml", "--model.sampling.ip_scale=0.5", "--model.sampling.steps=7"),
-        *("--data.predict.photos=dir", '--data.predict.prompts=["a,b", "c:", "d"]', "--data.predict.seeds=[3, 4]"),
+    config = settled(monkeypatch, *args, "--ip_scale", "0.5", "--steps", "7")
+    assert config.model.init_args.sampling.as_dict() == asdict(Sampling(7, 2.0, 0.5))
+    assert config.data.predict.as_dict() == {"photos": "dir", "prompts": ["a,b", "c:"], "seeds": [3, 4]}
+    config = settled(
+        monkeypatch, "test", "--model.aggregator", "AvgPool", "--config", "c.yaml", "--guidance_scale", "5"
+    )
+    assert config.model.init_args.sampling.guidance_scale == 5.0 and config.model.init_args.sampling.steps == 4
+    assert config.model.init_args.aggregator.class_path.endswith("AvgPool")
+    (here / "empty.yaml").write_text("backbone: {path: mini}\n")
+    config = settled(monkeypatch, "test", "--config", "empty.yaml", "--ip_scale", "0.5")
+    assert config.model.init_args.sampling.as_dict() == {**asdict(Sampling()), "ip_scale": 0.5}
+    config = settled(monkeypatch, "test", "--model", "DreamBooth", "--config", "c.yaml", "--steps", "3")
+    assert config.model.class_path.endswith("DreamBooth") and config.model.init_args.sampling.steps == 3
+
+
+def test_the_help_of_a_command_shows_its_short_options(capsys: pytest.CaptureFixture[str]) -> None:
+    shown, short = {}, [name for _, _, options in SHORT.values() for name in options]
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as exit_:
+            main([command, "--help"])
+        assert exit_.value.code == 0
+        text = capsys.readouterr().out
+        shown[command] = {name for name in ("run", *short) if f"--{name} " in text}
+    drawn = {"run", "ip_scale", "guidance_scale", "steps"}
+    assert shown == {
+        "fit": set(),
+        "validate": {"run"},
+        "test": drawn,
+        "predict": drawn | {"photos", "prompts", "seeds"},
+        "inspect": {"run"},
+        "export": {"run", "photos"},
     }
-    assert expand(["test", "--config", "c", "--guidance_scale", "2"])[-1] == "--model.sampling.guidance_scale=2.0"
-    assert expand(["fit", "--ip_scale", "1"]) == ["fit", "--ip_scale", "1"]
 
 
-@pytest.mark.parametrize("value", ["nan", "inf"])
-def test_scales_must_be_finite(value: str) -> None:
-    for option in ("--ip_scale", "--guidance_scale"):
-        with pytest.raises(UsageError, match=f"{option} {value} is not finite"):
-            expand(["test", "--config", "c.yaml", option, value])
+@pytest.mark.parametrize("value", ["nan", ".nan", ".inf", "x"])
+def test_scales_must_be_finite(value: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "c.yaml").write_text("backbone: {path: mini}\n")
+    for option in ("ip_scale", "guidance_scale"):
+        message, code = failing(capsys, "test", "--config", "c.yaml", f"--{option}", value)
+        assert code in (1, 2) and option in message and value.strip(".") in message
 
 
 # What a user gets wrong is one line
@@ -136,14 +207,15 @@ def test_a_wrong_command_line_is_one_line(
 
 def test_an_unknown_aggregator_is_told_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     message, _ = failing(capsys, "fit", "--model.aggregator", "Median")
-    assert "First, MaxPool, AvgPool, Concat, SelfAttention" in message
+    names = ", ".join(cls.__name__ for cls in Aggregator.__subclasses__())
+    assert names.startswith("First, MaxPool, AvgPool") and f"by name: {names}" in message
 
 
 def test_an_unknown_method_or_option_of_a_method_is_told_without_jsonargparses_types(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     message, _ = failing(capsys, "fit", "--model", "Median")
-    assert "methods are MultiIPAdapter, DreamBooth" in message
+    assert "by name: MultiIPAdapter, DreamBooth" in message
     message, _ = failing(capsys, "fit", "--model", "DreamBooth", "--model.aggregator", "MaxPool")
     assert "Option 'aggregator' is not accepted" in message
     message, _ = failing(capsys, "fit", "--model.no_such_option", "1")
@@ -209,15 +281,15 @@ def test_one_backbone_is_given_to_model_and_data_and_comes_back_from_the_saved_c
     (here / "on.yaml").write_text("backbone: {path: mini, image_encoder: encoder}")
     (here / "side.yaml").write_text("backbone: {image_side: 32}")
     configs = ["--config", "side.yaml", "--config", "on.yaml", "--backbone.face_encoder.path", "faces.onnx"]
-    cli = make_cli([*configs, "--config", "side.yaml"], execute=False)
+    cli = CLI([*configs, "--config", "side.yaml"], run=False)
     backbone = cli.model.backbone
     assert backbone is cli.datamodule.backbone and backbone.path == "mini" and backbone.image_encoder == "encoder"
     assert backbone.face_encoder == FaceEncoder("faces.onnx") and backbone.image_side == 32
     saved = cli.parser.dump(cli.config, skip_none=False)
     (here / "saved.yaml").write_text(saved)
-    again = make_cli(["--config", "saved.yaml", "--backbone.image_encoder", "null"], execute=False)
+    again = CLI(["--config", "saved.yaml", "--backbone.image_encoder", "null"], run=False)
     assert again.model.backbone.face_encoder == backbone.face_encoder and again.model.backbone.image_encoder is None
-    other = make_cli(["--backbone.class_path", f"{__name__}.HalfBackbone"], execute=False)
+    other = CLI(["--backbone.class_path", f"{__name__}.HalfBackbone"], run=False)
     assert type(other.model.backbone).__name__ == "HalfBackbone" and other.model.backbone.image_side == 32
 
 
@@ -233,12 +305,13 @@ def test_the_traceback_can_be_asked_for(
 # Own commands
 
 
-def test_help_names_the_projects_own_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_every_command_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["--help"])
     assert exit_.value.code == 0
-    text = " ".join(capsys.readouterr().out.split()).replace("- ", "-")  # lines are wrapped at hyphens, too
-    assert all(name in text for name in (*COMMANDS, "fit", "test", "predict", "--photos", "--run"))
+    lines = [line.split(None, 1) for line in capsys.readouterr().out.splitlines()]
+    said = {line[0]: line[1] for line in lines if len(line) == 2}
+    assert all(len(said[name].split()) >= 4 for name in (*PLAIN, *COMMANDS))
 
 
 def test_help_loads_no_model_code() -> None:
@@ -246,12 +319,12 @@ def test_help_loads_no_model_code() -> None:
     code = """
 import sys
 sys.argv = ["lit_multiip", "fit", "--help"]
-from lit_multiip.cli import main
+from lit_multiip.__main__ import main
 try:
     main()
 except SystemExit:
     pass
-heavy = ("diffusers.models", "diffusers.pipelines", "peft", "sklearn", "matplotlib", "onnxruntime", "cv2")
+heavy = ("diffusers.models", "diffusers.pipelines", "peft", "sklearn", "onnxruntime", "cv2")
 print([name for name in heavy if name in sys.modules], file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -262,7 +335,7 @@ print([name for name in heavy if name in sys.modules], file=sys.stderr)
     assert set(ast.literal_eval(done.stderr.strip().splitlines()[-1])) <= own
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_own_commands_have_their_own_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([name, "--help"])

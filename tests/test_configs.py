@@ -1,4 +1,4 @@
-"""Every shipped config parses under fit and test, and over every other kind in any order."""
+"""Every shipped config parses; overlays set keys of their own, and of two that set the same the later one wins."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from lit_multiip.cli import main
+from lit_multiip.__main__ import main
 from lit_multiip.data.captions import TEMPLATE
 from lit_multiip.methods.adapter import MultiIPAdapter
+from lit_multiip.methods.aggregators import Aggregator
 from lit_multiip.methods.dreambooth import DreamBooth
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted((ROOT / "configs").glob("*.yaml"))
-CHOSEN = ("avg_pool", "dreambooth", "self_attn")
+CHOSEN = ("dreambooth", "self_attn")
 ADAPTERS = [path for path in METHODS if path.stem != "dreambooth"]
 CLASSES = [MultiIPAdapter, DreamBooth]
 DATA = sorted((ROOT / "configs" / "data").glob("*.yaml"))
-ON = sorted((ROOT / "configs" / "on").glob("*.yaml"))
+ON = [path for path in sorted((ROOT / "configs" / "on").glob("*.yaml")) if "dreambooth" not in path.stem]
+ON_DREAMBOOTH = sorted((ROOT / "configs" / "on").glob("*_dreambooth.yaml"))
 SCORE = sorted((ROOT / "configs" / "score").glob("*.yaml"))
 WITH = sorted((ROOT / "configs" / "with").glob("*.yaml"))
 OTHERS = [ROOT / "lit_multiip" / "mini" / "ip_adapter.yaml"]
@@ -41,7 +43,7 @@ def name(path: Path) -> str:
 
 
 @pytest.mark.parametrize("command", ["fit", "test"])
-@pytest.mark.parametrize("config", [*METHODS, *DATA, *ON, *SCORE, *WITH, *OTHERS], ids=name)
+@pytest.mark.parametrize("config", [*METHODS, *DATA, *ON, *ON_DREAMBOOTH, *SCORE, *WITH, *OTHERS], ids=name)
 def test_every_config_parses(config: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     values = parsed(capsys, command, config)
     if config in METHODS:
@@ -53,10 +55,57 @@ def test_every_config_parses(config: Path, command: str, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("overlay", [*DATA, *ON, *SCORE, *WITH], ids=name)
-@pytest.mark.parametrize("method", [ROOT / "configs" / f"{stem}.yaml" for stem in CHOSEN], ids=name)
-def test_the_order_of_overlays_does_not_matter(method: Path, overlay: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one, two = (parsed(capsys, "fit", *order) for order in permutations([method, overlay]))
+def test_an_adapters_file_and_an_overlay_set_keys_of_their_own(
+    overlay: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = (parsed(capsys, "fit", *order) for order in permutations([ROOT / "configs" / "max_pool.yaml", overlay]))
     assert one == two
+
+
+def test_of_two_overlays_that_set_the_same_the_later_one_wins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine, sd15 = tmp_path / "mine.yaml", ROOT / "configs" / "on" / "sd15.yaml"
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-5}}
+    own = {
+        "trainer": {"max_steps": 100, "precision": "32-true"},
+        "model": {"init_args": {"optimizer": optimizer}},
+        "data": {"batch_size": 2},
+    }
+    mine.write_text(yaml.safe_dump(own))
+
+    def chosen(*configs: Path) -> tuple[Any, ...]:
+        values = parsed(capsys, "fit", ROOT / "configs" / "self_attn.yaml", *configs)
+        lr = values["model"]["init_args"]["optimizer"]["init_args"]["lr"]
+        assert values["backbone"]["init_args"]["path"].startswith("stable-diffusion-v1-5/")
+        return values["trainer"]["max_steps"], values["trainer"]["precision"], lr, values["data"]["batch_size"]
+
+    assert chosen(sd15, mine) == (100, "32-true", 1e-5, 2)
+    assert chosen(mine, sd15) == (20000, "bf16-mixed", 1e-4, 8)
+
+
+@pytest.mark.parametrize("overlay", ON_DREAMBOOTH, ids=name)
+def test_a_backbone_has_values_of_its_own_for_dreambooth(overlay: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    on = overlay.with_name(overlay.name.replace("_dreambooth", ""))
+    orders = ([ROOT / "configs" / "dreambooth.yaml", on, overlay], [on, ROOT / "configs" / "dreambooth.yaml", overlay])
+    one, two = (parsed(capsys, "fit", *order) for order in orders)
+    assert one == two
+    args = one["model"]["init_args"]
+    assert one["model"]["class_path"].endswith(".DreamBooth") and one["trainer"]["max_steps"] == -1
+    assert args["lr_schedule"] == "constant" and args["steps"] >= 500 and args["frozen_dtype"] == "bfloat16"
+    assert args["optimizer"]["init_args"]["lr"] == (1e-4 if args["lora_rank"] else 5e-6)
+    for line in overlay.read_text().splitlines()[:3]:
+        assert line.startswith("# ")
+    assert all(path.stem in overlay.read_text() for path in orders[0])
+
+
+def test_classes_are_called_by_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = "\n".join(path.read_text() for path in [*METHODS, *DATA, *ON, *SCORE, *WITH, *OTHERS])
+    assert "class_path: lit_multiip" not in written
+    values = parsed(capsys, "test", ROOT / "configs" / "self_attn.yaml", DATA[1], SCORE[0])
+    classes = [values["model"], values["model"]["init_args"]["aggregator"], values["data"]["source"]]
+    found = [value["class_path"].rpartition(".")[2] for value in (*classes, *values["score"]["extractors"])]
+    assert found == ["MultiIPAdapter", "SelfAttention", "Folder", "Inception", "SFace", "CLIP", "DINO"]
 
 
 @pytest.mark.parametrize("stem", CHOSEN)
@@ -77,7 +126,7 @@ def test_a_backbone_data_and_a_method_in_any_order(
     ].endswith("Folder")
     # no class is named there: whichever method it is takes them
     model, own = results[0]["model"], yaml.safe_load(method.read_text())["model"]
-    assert model["class_path"] == own["class_path"]
+    assert model["class_path"].endswith(f".{own['class_path']}")
     assert model["init_args"]["frozen_dtype"] == "bfloat16" and model["init_args"]["gradient_checkpointing"]
     assert model["init_args"]["sampling"]["steps"] == 30
     for key, value in own["init_args"].items():
@@ -107,7 +156,7 @@ def test_a_method_without_its_config_has_its_own_defaults(capsys: pytest.Capture
     assert "aggregator" not in args
 
 
-@pytest.mark.parametrize("config", [*METHODS, *DATA, *ON, *WITH, *OTHERS], ids=name)
+@pytest.mark.parametrize("config", [*METHODS, *DATA, *ON, *ON_DREAMBOOTH, *WITH, *OTHERS], ids=name)
 def test_a_config_says_first_what_it_is_for(config: Path) -> None:
     lines = config.read_text().splitlines()
     assert lines[0].startswith("# ") and len(lines) <= 35
@@ -115,13 +164,12 @@ def test_a_config_says_first_what_it_is_for(config: Path) -> None:
 
 
 def test_methods_differ_in_what_distinguishes_them_alone() -> None:
-    values = {path.stem: yaml.safe_load(path.read_text()) for path in ADAPTERS}
-    shared = []
-    for stem, value in values.items():
-        assert value["trainer"]["logger"]["init_args"].pop("name") == stem
-        value["model"]["init_args"].pop("aggregator")
-        shared.append(value)
-    assert all(value == shared[0] for value in shared)
+    for path in ADAPTERS:
+        values = yaml.safe_load(path.read_text())
+        aggregator = values["model"]["init_args"].pop("aggregator")
+        rest = {"logger": {"init_args": {"name": path.stem}}}, {"class_path": "MultiIPAdapter", "init_args": {}}
+        assert (values.pop("trainer"), values.pop("model")) == rest and values == {}
+        assert aggregator["class_path"] in {cls.__name__ for cls in Aggregator.__subclasses__()}
 
 
 def test_an_option_of_the_default_source_needs_no_class_path(capsys: pytest.CaptureFixture[str]) -> None:

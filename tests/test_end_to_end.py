@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_multiip.cli import main
+from lit_multiip.__main__ import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -219,6 +219,57 @@ def test_the_config_of_fit_is_taken_by_fit_again(fitted: Path, tmp_path: Path, m
     assert (run_of(tmp_path) / "checkpoints" / "last.ckpt").exists()
 
 
+def validations(run: Path) -> list[int]:
+    """The steps after which a fit validated."""
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return [event.step + 1 for event in events.Scalars("val/loss")]
+
+
+def test_val_check_interval_counts_optimiser_steps(tiny_config: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = ["fit", "--config", str(CONFIGS / "self_attn.yaml"), "--config", tiny_config, "--grid.people", "0"]
+    # an epoch of 3 batches has 2 steps, the second one of a single batch
+    args += ["--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "4"]
+    main([*args, "--trainer.max_steps", "9"])
+    assert validations(run_of(tmp_path)) == [4, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (["max_epochs=1", "max_steps=-1", "val_check_interval=1000"], ["best-step=3.ckpt"]),
+        (
+            ["max_epochs=3", "max_steps=-1", "check_val_every_n_epoch=2", "val_check_interval=1.0"],
+            ["best-step=9.ckpt", "last.ckpt"],
+        ),
+        (["max_steps=3", "limit_val_batches=0"], []),
+    ],
+)
+def test_every_fit_ends_with_a_validation_and_a_checkpoint(
+    options: list[str], names: list[str], tiny_config: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = ["fit", "--config", str(CONFIGS / "self_attn.yaml"), "--config", tiny_config, "--grid.people", "0"]
+    main([*args, "--checkpoint.save_top_k", "-1", *(f"--trainer.{option}" for option in options)])
+    found = sorted(path.name for path in (run_of(tmp_path) / "checkpoints").iterdir())
+    assert set(names) <= set(found) and "last.ckpt" in found
+    last = torch.load(run_of(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == (9 if "max_epochs=3" in options else 3)
+
+
+def test_the_console_of_a_fit_says_what_matters(
+    tiny_config: str, tmp_path: Path, monkeypatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = ["fit", "--config", str(CONFIGS / "self_attn.yaml"), "--config", tiny_config, "--trainer.max_steps", "1"]
+    main(args)
+    said = capfd.readouterr()
+    text = said.out + said.err
+    assert re.search(r"parameters: [\d,]+ trained of [\d,]+", text) and text.count("Seed set to") <= 1
+    assert not re.search("litlogger|litmodels|FLOPs|kept in float32", text)
+
+
 # DreamBooth
 
 
@@ -290,3 +341,22 @@ def test_fit_of_dreambooth_asks_for_a_person(
     assert exit_.value.code == 1
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: this method learns one person: set data.person to one of the 8, such as test_")
+
+
+@pytest.mark.parametrize("steps", ["1", "3"])
+def test_fit_of_dreambooth_refuses_other_steps_than_those_of_test(
+    steps: str, dreambooth: list[str], tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["fit", *dreambooth, "--data.person", "test_000002", "--trainer.max_steps", steps])
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith(f"error: trainer.max_steps is {steps} and model.steps 2")
+
+
+def test_dreambooth_that_ends_within_its_warm_up_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["test", "--config", str(CONFIGS / "dreambooth.yaml"), "--config", str(CONFIGS / "on" / "sd15.yaml")])
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: model.steps=50 end within the 100 steps of the warm-up")
+    assert "_dreambooth.yaml" in message

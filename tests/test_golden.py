@@ -18,7 +18,7 @@ import torch
 import yaml
 from comparing import write_comparison
 
-from lit_multiip.cli import main
+from lit_multiip.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

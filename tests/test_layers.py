@@ -16,7 +16,7 @@ FLOORS = (
     ("methods", "datasets", "datamodule"),
     ("evaluation",),
     ("callbacks", "finite", "resume", "personalizer"),
-    ("cli",),
+    ("console", "cli"),
     ("comparison", "tools", "mini"),
     ("__main__",),
 )

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shlex
+from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -24,7 +25,6 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
 from lit_multiip.backbone.components import COMPONENTS, BackboneError
-from lit_multiip.cli import UsageError
 from lit_multiip.comparison.plan import OUTPUT, CompareError, Contrast, Plan, Row
 from lit_multiip.comparison.steps import Step, run_steps
 from lit_multiip.evaluation.critic import shipped_critic
@@ -189,8 +189,9 @@ class Inputs:
         """
         try:
             config = self.parser.parse_args(list(arguments), with_meta=False)
-        except UsageError as error:
-            raise CompareError(f"the plan cannot be carried out, {command} {shlex.join(arguments)}: {error}") from error
+        except ArgumentError as error:
+            said = f"{command} {shlex.join(arguments)}: {' '.join(str(error).split())}"
+            raise CompareError(f"the plan cannot be carried out, {said}") from error
         values = config.as_dict()
         config.score.extractors = None  # which would read their weights
         built = self.parser.instantiate_classes(config)
@@ -252,9 +253,9 @@ class Inputs:
 @cache
 def _parser() -> Any:
     """Return what parses the options of a command; making it takes seconds."""
-    from lit_multiip.cli import make_cli
+    from lit_multiip.cli import CLI
 
-    return make_cli([], execute=False).parser
+    return CLI([], run=False).parser
 
 
 def _drop(values: dict[str, Any], path: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from lit_multiip.backbone.lora import add_lora, require_peft
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.groups import stable_hash
+from lit_multiip.files import LitMultiIPError
 from lit_multiip.methods.class_images import ClassImages
 from lit_multiip.methods.method import Batch, Method, References
 from lit_multiip.methods.people import Who, people_of
@@ -56,7 +57,7 @@ class DreamBooth(Method):
         backbone: frozen but for what is tuned; shared with the data.
         optimizer: over the tuned parameters; each person has a new one.
         lr_schedule: a schedule of `diffusers.optimization.get_scheduler`, stepped every optimiser step.
-        steps: of tuning, a person; `trainer.max_steps` has no part in it.
+        steps: of tuning, a person; `trainer.max_steps` is -1, or the same.
         batch_size: reference photos a step, and as many class images.
         prior_weight: lambda of eq. (13); 0 needs no class images.
         class_images: how many the backbone draws, once, from seeds 0, 1, ...
@@ -95,9 +96,9 @@ class DreamBooth(Method):
                 f"prior_weight={prior_weight} at least 0"
             )
         if lr_schedule not in WITHOUT_WARMUP and steps <= self.lr_warmup_steps:
-            raise ValueError(
-                f"model.steps={steps} would all be warm-up, as model.lr_warmup_steps={self.lr_warmup_steps}: set fewer "
-                "of these, or lr_schedule constant"
+            raise LitMultiIPError(
+                f"model.steps={steps} end within the {self.lr_warmup_steps} steps of the warm-up and learn nothing: "
+                "over a backbone of configs/on/ lay its *_dreambooth.yaml, or set model.lr_warmup_steps"
             )
         require_peft(lora_rank)
         if not identifier.strip() or not class_noun.strip():
@@ -155,10 +156,10 @@ class DreamBooth(Method):
         super().check_trainer(trains)
         if self.trainer.precision == "16-mixed":
             raise ValueError("DreamBooth does not scale its loss, as 16-mixed needs: use trainer.precision bf16-mixed")
-        if self.trainer.state.fn == TrainerFn.FITTING and 0 <= self.trainer.max_steps < self.steps:
-            raise ValueError(
-                f"trainer.max_steps={self.trainer.max_steps} would end before model.steps={self.steps}, and test would "
-                "tune for longer: set model.init_args.steps instead"
+        if self.trainer.state.fn == TrainerFn.FITTING and self.trainer.max_steps not in (-1, self.steps):
+            raise LitMultiIPError(
+                f"trainer.max_steps is {self.trainer.max_steps} and model.steps {self.steps}, which test takes: "
+                "set model.steps, and leave trainer.max_steps at -1"
             )
 
     def setup(self, stage: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from transformers import (
 )
 
 from lit_multiip.backbone.ip_adapter import ip_adapter_state
-from lit_multiip.cli import make_cli
+from lit_multiip.cli import CLI
 from lit_multiip.mini import stages
 from lit_multiip.mini.portraits import Portraits
 from lit_multiip.mini.tokenizer import MAX_LENGTH, make_tokenizer
@@ -226,8 +225,8 @@ class Maker:
             "trainer.logger.init_args.save_dir": self.work,
         }
         shutil.rmtree(self.out / "ip_adapter", ignore_errors=True)
-        sys.argv[1:] = ["fit", *(f"--{key}={value}" for key, value in options.items())]
-        state = ip_adapter_state(make_cli().model.unet)
+        fit = CLI(["fit", *(f"--{key}={value}" for key, value in options.items())])
+        state = ip_adapter_state(fit.model.unet)
         (self.out / "ip_adapter").mkdir()
         flat = {f"{part}.{key}": value.half() for part, values in state.items() for key, value in values.items()}
         save_file(flat, self.out / "ip_adapter" / "ip-adapter_mini.safetensors")

@@ -9,7 +9,6 @@ pipeline folder.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import os
@@ -19,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -169,52 +168,54 @@ def compare_dreambooth(model: DreamBooth, folder: Path) -> int:
 # ---- the command ------------------------------------------------------------------------------------------------
 
 
-def export(args: Sequence[str]) -> None:
-    """Write a run's adapter for plain diffusers: bare, that of the newest run; see `export --help`."""
-    parser = argparse.ArgumentParser(
-        "lit_multiip export",
-        description=f"Writes {ADAPTER}, which plain diffusers loads with load_ip_adapter, a model card, and with "
-        f"--photos the embeddings of people; LoRA as {LORA_FILE}, and a wholly tuned DreamBooth as a pipeline folder. "
-        "Nothing is left behind unless plain diffusers draws the same image from it as this package (at most "
-        f"{TOLERANCE} of 255 grey levels apart).",
-        epilog="Bare, the newest run under runs/ is exported. All options of a config are taken: --backbone.path, ...",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--run", help="folder of a run, such as runs/self_attn/version_0")
-    parser.add_argument("--output", default="exported", help="folder")
-    parser.add_argument("--photos", nargs="+", default=[], help="folders with photos of one person each")
-    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the file's weights")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    hub = "upload what is of no one person, and the card, privately"
-    parser.add_argument("--push_to_hub", metavar="ORG/NAME", help=hub)
-    parser.add_argument("--public", action="store_true", help="upload to a repository that everyone can see")
-    options, rest = parser.parse_known_args(args)
-    if "--print_config" not in rest:
-        check_target(options.output, options.photos, options.overwrite)
+def export(
+    trainer: Any,
+    model: Any,
+    data: Any,
+    checkpoint: str | None,
+    output: str = "exported",
+    photos: Sequence[str] = (),
+    dtype: Literal["float32", "float16"] = "float32",
+    overwrite: bool = False,
+    push_to_hub: str | None = None,
+    public: bool = False,
+) -> None:
+    """Write a run's weights for plain diffusers, a model card, and with photos the embeddings of people.
 
-    from lit_multiip.cli import build_run
+    Nothing is left behind unless plain diffusers draws the same image from them, at most `TOLERANCE` of 255 grey levels
+    apart.
 
-    cli, run, checkpoint = build_run("export", options.run, [], ["--model.frozen_dtype=float32", *rest])
-    assert run is not None and checkpoint is not None
-    model, data = cli.model, cli.datamodule
-    if isinstance(model, DreamBooth) and (options.photos or options.push_to_hub):
+    Args:
+        trainer: of one process.
+        model: not built yet.
+        data: reads people's photos.
+        checkpoint: file of the model's weights.
+        output: folder.
+        photos: folders with photos of one person each.
+        dtype: of the file's weights.
+        overwrite: replace files that are there.
+        push_to_hub: `ORG/NAME`; upload what is of no one person, and the card, privately.
+        public: upload to a repository that everyone can see.
+    """
+    check_target(output, photos, overwrite)
+    if checkpoint is None:
+        raise ExportError("nothing was trained that could be exported: give --run, or --ckpt_path beside the config")
+    if isinstance(model, DreamBooth) and (photos or push_to_hub):
         raise ExportError(
             "DreamBooth's weights are of the one person they were tuned on: leave --photos and --push_to_hub out; "
             "upload them by hand if that person agrees"
         )
+    run, folder = Path(checkpoint).resolve().parent.parent, Path(output)
     model.configure_model()
-    loaded = load_trained(model, checkpoint)
-    model.to(cli.trainer.strategy.root_device).eval()
-    output = Path(options.output)
-    with staged(output, options.overwrite) as part:
-        record = record_of(
-            model, loaded.get("global_step"), f"{run.resolve().parent.name}/{run.resolve().name}", options.dtype
-        )
+    loaded = load_trained(model, Path(checkpoint))
+    model.to(trainer.strategy.root_device).eval()
+    with staged(folder, overwrite) as part:
+        record = record_of(model, loaded.get("global_step"), f"{run.parent.name}/{run.name}", dtype)
         if isinstance(model, DreamBooth):
             written = write_dreambooth(model, record, part)
         else:
             trained_on = training_record([], loaded.get(TRAINED_ON, unknown_record()), model.trained_on)
-            written = write_adapter(model, record, part, trained_on, options.photos, data)
+            written = write_adapter(model, record, part, trained_on, photos, data)
         if written.difference > TOLERANCE:
             raise ExportError(
                 f"plain diffusers draws another image from the exported files, up to {written.difference} of 255 grey "
@@ -223,9 +224,9 @@ def export(args: Sequence[str]) -> None:
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         (part / "README.md").write_text(card(record, config, written), encoding="utf-8")
         files = sorted(file.relative_to(part) for file in part.rglob("*") if file.is_file())
-    print("\n".join(["exported, and the same in plain diffusers:", *(f"  {output / file}" for file in files)]))
-    if options.push_to_hub:
-        upload(options.push_to_hub, output, [str(file) for file in files if file.parent == Path()], options.public)
+    print("\n".join(["exported, and the same in plain diffusers:", *(f"  {folder / file}" for file in files)]))
+    if push_to_hub:
+        upload(push_to_hub, folder, [str(file) for file in files if file.parent == Path()], public)
 
 
 def check_target(output: str, photos: Sequence[str], overwrite: bool) -> None:

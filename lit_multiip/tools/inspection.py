@@ -7,13 +7,12 @@ shows, so that both can be held against the truth: do they go to photos that sho
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from lit_multiip.data.photos import Photo
 from lit_multiip.evaluation import results as report
 from lit_multiip.evaluation.intervals import Score, person_mean
 from lit_multiip.evaluation.pictures import Bars, photos_with_bars, to_picture
+from lit_multiip.runs import load_trained
 from lit_multiip.tools.measures import (
     MEASURES,
     ROWS,
@@ -95,32 +95,36 @@ class Loaded(NamedTuple):
     model: Any
     data: Any
     device: torch.device
-    folder: Path  # of the run
-    checkpoint: Path | None
+    checkpoint: str | None
 
 
-def inspect(args: Sequence[str]) -> None:
-    """Look at what a method sees in its references: bare, the newest run; see `inspect --help`."""
-    parser = argparse.ArgumentParser(
-        "lit_multiip inspect",
-        description="What did the method look at? Attention (or dimensions won) of each reference photo, and what is "
-        "lost without it. Writes a picture a person, inspect.json and photos.csv.",
-        epilog="Bare, the newest run under runs/ is inspected. All options of a config are taken too, such as "
-        "--data.held_out 2.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--run", help="folder of a run, such as runs/self_attn/version_0")
-    parser.add_argument("--config", action="append", default=[], help="a config; without --run nothing is trained")
-    parser.add_argument("--split", choices=("test", "validation"), default="test", help="whose people")
-    parser.add_argument("--people", type=int, default=6, help="people with a picture")
-    parser.add_argument("--measured", type=int, default=50, help="people in the numbers, at least those with a picture")
-    parser.add_argument("--output", help="folder; inspect/ in the run's by default")
-    options, rest = parser.parse_known_args(args)
-    if options.people < 0 or options.measured < 1:
-        raise InspectError(f"people={options.people} and measured={options.measured}: give at least 0 and at least 1")
-    loaded = load(options.run, options.config, rest, options.split)
-    folder = Path(options.output) if options.output else loaded.folder / "inspect"
-    inspect_loaded(loaded, folder, options.split, options.people, options.measured)
+def inspect(
+    trainer: Any,
+    model: Any,
+    data: Any,
+    checkpoint: str | None,
+    split: Literal["test", "validation"] = "test",
+    people: int = 6,
+    measured: int = 50,
+    output: str | None = None,
+) -> None:
+    """Look at what a method sees in its references: write a picture a person, inspect.json and photos.csv.
+
+    Args:
+        trainer: of one process; says which device, and where the run lies.
+        model: not built yet.
+        data: whose people.
+        checkpoint: file of the model's weights; None looks at the untrained method.
+        split: whose people.
+        people: those with a picture.
+        measured: those in the numbers, at least those with a picture.
+        output: folder; None takes inspect/ in the run's.
+    """
+    if people < 0 or measured < 1:
+        raise InspectError(f"people={people} and measured={measured}: give at least 0 and at least 1")
+    loaded = load(trainer, model, data, checkpoint, split)
+    folder = Path(output) if output else Path(trainer.log_dir or trainer.default_root_dir) / "inspect"
+    inspect_loaded(loaded, folder, split, people, measured)
 
 
 def inspect_loaded(loaded: Loaded, folder: Path, split: str, people: int, measured: int) -> None:
@@ -151,7 +155,7 @@ def inspect_loaded(loaded: Loaded, folder: Path, split: str, people: int, measur
         folder / "inspect.json",
         {
             "model": model.describe(),
-            "checkpoint": None if loaded.checkpoint is None else str(loaded.checkpoint),
+            "checkpoint": loaded.checkpoint,
             "split": split,
             "weights_are": weights_are,
             "summary": {name: score._asdict() for name, score in scores.items()},
@@ -190,29 +194,17 @@ def inspect_people(
             yield person, picture
 
 
-def load(run: str | None, configs: Sequence[str], options: Sequence[str], split: str) -> Loaded:
-    """Build a method from a run (the newest by default) or from configs, with the features of its people.
-
-    Args:
-        run: A folder; None takes the newest, or, where there are configs, a method of which nothing is trained.
-        configs: laid over the run's own.
-        options: as on the command line, laid over all.
-        split: `test` or `validation`, whose features are made.
-    """
-    from lit_multiip.cli import build_run
-    from lit_multiip.runs import load_trained
-
-    cli, folder, checkpoint = build_run("inspect", run, configs, options)
-    model, data, trainer = cli.model, cli.datamodule, cli.trainer
+def load(trainer: Any, model: Any, data: Any, checkpoint: str | None, split: str) -> Loaded:
+    """Build a method, with a checkpoint's weights where there is one, and make the features of a split's people."""
     data.trainer = trainer
     data.prepare_data()
     data.setup("test" if split == "test" else "validate")
     model.configure_model()
     if checkpoint is not None:
-        load_trained(model, checkpoint)
+        load_trained(model, Path(checkpoint))
     device = trainer.strategy.root_device
     model.to(device).eval()
-    return Loaded(model, data, device, folder or Path(trainer.log_dir or trainer.default_root_dir), checkpoint)
+    return Loaded(model, data, device, checkpoint)
 
 
 def _to_device(item: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:

@@ -249,7 +249,7 @@ def test_what_conditions_may_not_score(tiny_backbone: Path, network: str, tmp_pa
 def test_one_config_over_a_method_trains_and_scores_with_it(
     tiny_backbone: Path, random_critic: Path, network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lit_multiip.cli import main
+    from lit_multiip.__main__ import main
 
     shipped = yaml.safe_load((Path(__file__).parents[2] / "configs" / "with" / "face.yaml").read_text())
     shipped["backbone"]["face_encoder"] |= {"path": network, "detector": None}

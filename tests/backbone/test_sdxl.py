@@ -13,9 +13,9 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_backbone
 
+from lit_multiip.__main__ import main
 from lit_multiip.backbone.ip_adapter import ip_adapter_parameters, read_ip_adapter
 from lit_multiip.backbone.pipeline import Backbone
-from lit_multiip.cli import main
 from lit_multiip.methods.adapter import MultiIPAdapter
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -21,9 +21,9 @@ from synthetic import PROMPTS, Strangers, fill
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lit_multiip.__main__ import main as lit_multiip
 from lit_multiip.backbone.features import Encoder, Features
 from lit_multiip.backbone.pipeline import Backbone
-from lit_multiip.cli import main as lit_multiip
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.data.photos import FilePhoto, Photo
 from lit_multiip.datamodule import MultiPhotoData

@@ -15,7 +15,7 @@ import yaml
 from onnx_file import write_pooling
 from PIL import Image
 
-from lit_multiip.cli import main
+from lit_multiip.__main__ import main
 from lit_multiip.comparison import compare as module
 from lit_multiip.comparison.compare import Inputs, make_steps
 from lit_multiip.comparison.plan import Contrast, Plan, Row

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from comparing import write_comparison, write_plan, write_test
 
-from lit_multiip.cli import main
+from lit_multiip.__main__ import main
 from lit_multiip.comparison.report import as_page, latex, report
 from lit_multiip.comparison.tables import summarise
 from lit_multiip.comparison.tests import load_comparison

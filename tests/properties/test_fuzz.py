@@ -20,8 +20,8 @@ import yaml
 from PIL import Image
 from resuming import METHOD, write_config
 
+from lit_multiip.__main__ import main
 from lit_multiip.backbone.features import prompt_key
-from lit_multiip.cli import main
 from lit_multiip.data import Folder
 from lit_multiip.data.captions import METADATA
 from lit_multiip.data.photos import MIN_SIDE, DataError, FilePhoto

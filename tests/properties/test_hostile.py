@@ -17,12 +17,12 @@ import torch
 from resuming import METHOD, ROOT, run, write_config
 from transformers import AutoModel
 
+from lit_multiip.__main__ import main
 from lit_multiip.backbone.components import BackboneError
 from lit_multiip.backbone.ip_adapter import read_ip_adapter
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampler, Sampling
 from lit_multiip.backbone.store import Shards
-from lit_multiip.cli import main
 from lit_multiip.data.photos import DataError
 from lit_multiip.evaluation.vision import _load
 from lit_multiip.resume import DurableCheckpointIO

@@ -11,7 +11,7 @@ import pytest
 import torch
 from resuming import METHOD, run_of, state_of, write_config
 
-from lit_multiip.cli import main
+from lit_multiip.__main__ import main
 from lit_multiip.data import MiniFaces
 from lit_multiip.methods.adapter import MultiIPAdapter
 

@@ -15,7 +15,7 @@ import torch
 from resuming import METHOD, STEPS, Command, differences, logged, run, run_of, state_of, write_config
 
 from lit_multiip import files
-from lit_multiip.cli import main
+from lit_multiip.__main__ import main
 from lit_multiip.datasets import Position
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.resume import DurableCheckpointIO, ExactResume

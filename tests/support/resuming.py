@@ -80,7 +80,7 @@ def _command(folder: Path, args: Sequence[str], stop: str | None, variables: dic
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     if stop is not None:
         _arm(*stop.split(":"))
-    from lit_multiip.cli import main
+    from lit_multiip.__main__ import main
 
     main(list(args))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lit_multiip.cli import main
+from lit_multiip.__main__ import main
 from lit_multiip.data.people import Folder
 from lit_multiip.data.photos import DataError
 from lit_multiip.tools.caption import PREFIX, ImageToText, caption_photos, read_people, with_prefix, without_name

@@ -27,6 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lit_multiip.__main__ import Commands, CommandTrainer, main
 from lit_multiip.backbone.components import BackboneError
 from lit_multiip.backbone.encoders import PhotoEncoder
 from lit_multiip.backbone.ip_adapter import read_ip_adapter, text_kv
@@ -34,7 +35,6 @@ from lit_multiip.backbone.lora import LORA_FILE
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.callbacks import RecordPeople
-from lit_multiip.cli import main
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.data.record import RECORD as TRAINED_ON
 from lit_multiip.data.record import digests_in, is_incomplete, training_record
@@ -46,7 +46,6 @@ from lit_multiip.methods.dreambooth import DreamBooth
 from lit_multiip.tools import card as cards
 from lit_multiip.tools import export as exporting
 from lit_multiip.tools.card import ADAPTER, EMBEDS, ExportError
-from lit_multiip.tools.export import export
 
 
 def built(backbone: Path, **options: Any) -> MultiIPAdapter:
@@ -71,6 +70,11 @@ def write_run(folder: Path, model: Any, config: dict[str, Any], seed: int = 1, s
     trainer = {"accelerator": "cpu", "enable_progress_bar": False, "max_steps": 7}
     (folder / "config.yaml").write_text(yaml.safe_dump({"trainer": trainer, **config}))
     return folder
+
+
+def export(args: list[str]) -> None:
+    """The command, with its errors as they are raised."""
+    Commands(["export", *args], trainer_class=CommandTrainer)
 
 
 @pytest.fixture(scope="module")

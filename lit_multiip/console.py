@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -102,8 +103,13 @@ def _explain_parsing(causes: Sequence[Exception]) -> str:
 
 def subclasses(base: type) -> list[type]:
     """Return the concrete subclasses of this package, at any depth."""
-    found = [cls for child in base.__subclasses__() for cls in (child, *subclasses(child))]
+    children: list[type] = base.__subclasses__()
+    found = [cls for child in children for cls in (child, *subclasses(child))]
     return [cls for cls in found if cls.__module__.startswith("lit_multiip.") and not cls.__name__.startswith("_")]
+
+
+def _leave_out(nag: str, record: logging.LogRecord) -> bool:
+    return nag not in record.getMessage()
 
 
 def set_up_logging() -> None:
@@ -115,7 +121,7 @@ def set_up_logging() -> None:
         handler.setFormatter(logging.Formatter("%(message)s"))
         package.addHandler(handler)
     for name, nag in (("lightning.pytorch.utilities.rank_zero", "Tip: "), ("diffusers", "kept in float32: []")):
-        logging.getLogger(name).addFilter(lambda record, nag=nag: nag not in record.getMessage())
+        logging.getLogger(name).addFilter(partial(_leave_out, nag))
     for nag in (
         "does not have many workers",
         "in eval mode at the start",

@@ -30,7 +30,10 @@ RANDOM = ("unet", "image_encoder_content", "ip_adapter_sha256")
 PARSED = {f"configs/{path.stem}": [path] for path in sorted(CONFIGS.glob("*.yaml"))}
 for method, kinds in (("self_attn", ("data", "on", "score", "with")), ("dreambooth", ("on",))):
     for path in sorted(path for kind in kinds for path in (CONFIGS / kind).glob("*.yaml")):
-        PARSED[f"configs/{method}+{path.parent.name}_{path.stem}"] = [CONFIGS / f"{method}.yaml", path]
+        below = path.with_name(path.name.replace("_dreambooth", ""))  # which DreamBooth's own values are laid over
+        if below == path or method == "dreambooth":
+            laid = [CONFIGS / f"{method}.yaml", below, *([path] if below != path else [])]
+            PARSED[f"configs/{method}+{path.parent.name}_{path.stem}"] = laid
 PARSED["configs/mini_ip_adapter"] = [ROOT / "lit_multiip" / "mini" / "ip_adapter.yaml"]
 PARSED |= {f"plans/{path.stem}": [path] for path in sorted((CONFIGS / "plans").glob("*.yaml"))}
 

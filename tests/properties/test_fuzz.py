@@ -330,7 +330,7 @@ def test_a_value_in_place_of_a_section_is_not_ignored(section, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.yaml").write_text(f"{section}: 1.0e+30\n")
     message = refusal(capsys, "fit", "--config", "bad.yaml", code=2)
-    assert message == f"error: '{section}' in bad.yaml is 1e+30: write its options below it, one a line"
+    assert message == f"error: '{section}' in a config is 1e+30: write its options below it, one a line"
 
 
 @pytest.mark.parametrize(

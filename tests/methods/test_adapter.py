@@ -14,6 +14,7 @@ from tiny import make_tiny_backbone
 from torch import Tensor
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
+from trainers import quiet_trainer
 
 from lit_multiip.backbone import sampler as sampling
 from lit_multiip.backbone.components import BackboneError
@@ -161,17 +162,8 @@ def test_a_dropped_condition_is_zeros_after_aggregation(tiny_backbone, batch):
 def test_training_changes_what_is_trained_and_no_bit_of_what_is_frozen(tiny_backbone, data, tmp_path):
     module = built(tiny_backbone, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), lr_warmup_steps=0)
     before = copy.deepcopy(module.state_dict())
-    trainer = L.Trainer(
-        max_steps=4,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-    )
+    options = {"limit_val_batches": 0, "use_distributed_sampler": False, "default_root_dir": tmp_path}
+    trainer = quiet_trainer(max_steps=4, **options)
     trainer.fit(module, data.train_dataloader())
     after, trained = module.state_dict(), set(module.trained_parameters())
     # W_q, W_k, W_v; Linear and LayerNorm with biases; K' and V' of four layers
@@ -424,10 +416,7 @@ def test_a_strategy_that_shards_weights_is_refused_by_name(name, method):
 )
 def test_a_precision_that_trains_nothing_is_refused_before_any_work(precision, options, message, tmp_path):
     data = MultiPhotoData(Backbone("mini"), MiniFaces(train=3), cache_dir=str(tmp_path / "features"))
-    trainer = L.Trainer(
-        accelerator="cpu", precision=precision, max_steps=1, logger=False, enable_checkpointing=False,
-        default_root_dir=tmp_path,
-    )  # fmt: skip
+    trainer = quiet_trainer(precision=precision, max_steps=1, default_root_dir=tmp_path)
     with pytest.raises(ValueError, match=message):
         trainer.fit(MultiIPAdapter(Backbone("mini"), **options), data)
     assert not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import make_tiny_backbone
 from torch import Tensor
+from trainers import quiet_trainer
 
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
@@ -90,18 +91,7 @@ def built(backbone: Path, folder: str, **options: Any) -> DreamBooth:
 
 
 def trainer(folder: Path, **options: Any) -> L.Trainer:
-    defaults = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": folder,
-        "max_steps": -1,
-        "precision": "bf16-mixed",
-    }
-    return L.Trainer(**{**defaults, **options})
+    return quiet_trainer(**{"default_root_dir": folder, "max_steps": -1, "precision": "bf16-mixed", **options})
 
 
 def weights(module: DreamBooth) -> dict[str, Tensor]:

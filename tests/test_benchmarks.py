@@ -1,11 +1,8 @@
 """The benchmarks run, on a tiny backbone; what they measure is for `python tests/benchmarks` to say."""
 
-from __future__ import annotations
-
 import importlib
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,25 +10,25 @@ FOLDER = Path(__file__).parent / "benchmarks"
 
 
 @pytest.fixture
-def cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def cases(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(FOLDER)
     monkeypatch.chdir(tmp_path)
     return importlib.import_module("cases")
 
 
 @pytest.fixture
-def tiny(cases: Any, tiny_backbone: Path, tmp_path: Path) -> Any:
+def tiny(cases, tiny_backbone, tmp_path):
     return cases.Size("tiny", str(tiny_backbone), 32, 4, "float32", 3, 2, 2, 2, 16, tmp_path / "cache")
 
 
-def test_a_step_of_the_miniature_does_the_floors_arithmetic(cases: Any, tmp_path: Path) -> None:
+def test_a_step_of_the_miniature_does_the_floors_arithmetic(cases, tmp_path):
     rows = cases.flops(cases.mini(tmp_path))
     work = {row["what"].removeprefix("GFLOP a sample, 64 px: "): row["gflop"] for row in rows}
     step, floor = work["step on stored features"], work["floor: UNet forward and backward"]
     assert floor < step < 1.001 * floor
 
 
-def test_steps_and_batches_are_measured_beside_their_references(cases: Any, tiny: Any) -> None:
+def test_steps_and_batches_are_measured_beside_their_references(cases, tiny):
     rows = {row["what"]: row for case in (cases.training, cases.generation, cases.features) for row in case(tiny)}
     for name, repeats in {"step cached / floor": 3, "predict / diffusers by hand": 2}.items():
         row = rows[name]

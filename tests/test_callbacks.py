@@ -1,7 +1,5 @@
 """A run's folder holds all that is made of it, with every logger; a fit says what it does and what to do next."""
 
-from __future__ import annotations
-
 import json
 import re
 import time
@@ -14,7 +12,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import TQDMProgressBar
-from resuming import METHOD, write_config
+from resuming import METHOD, score_by, write_config
 from torch.utils.data import DataLoader
 
 from lit_multiip.__main__ import main
@@ -31,13 +29,9 @@ LOGGERS: dict[str, tuple[Any, str, set[str]]] = {  # as in a config, name of the
 
 
 @pytest.fixture(scope="module")
-def config(tiny_backbone: Path, random_critic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config(tiny_backbone, random_critic, tmp_path_factory):
     folder = tmp_path_factory.mktemp("callbacks")
-    critic = {
-        "class_path": "lit_multiip.evaluation.critic.CriticExtractor",
-        "init_args": {"folder": str(random_critic)},
-    }
-    score = {"extractors": [critic], "anchors": False, "groups": 2, "resamples": 2}
+    score = score_by(random_critic)
     options = {"trainer": {"max_steps": 4, "val_check_interval": 2}, "score": score, "grid": {"people": 1}}
     return write_config(folder / "tiny.yaml", tiny_backbone, folder / "features", **options)
 
@@ -48,9 +42,7 @@ def files(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("kind", LOGGERS)
-def test_all_of_a_run_is_in_one_folder_whatever_its_logger(
-    kind: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_of_a_run_is_in_one_folder_whatever_its_logger(kind, config, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     logger, name, of_logger = LOGGERS[kind]
     Path("logger.yaml").write_text(yaml.safe_dump({"trainer": {"logger": logger}}))
@@ -113,12 +105,10 @@ class Slow(L.LightningModule):
         return self.weight * 0
 
 
-def test_the_bar_moves_from_the_first_step_over_epochs_and_reads_the_loss_once_a_second(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_bar_moves_from_the_first_step_over_epochs_and_reads_the_loss_once_a_second(monkeypatch, capsys):
     plain, read = TQDMProgressBar.get_metrics, []
 
-    def counted(self: Any, *args: Any) -> Any:
+    def counted(self, *args):
         read.append(time.monotonic())
         return plain(self, *args)
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import logging
 import pickle
 import shutil
@@ -22,7 +20,7 @@ from lit_multiip.datamodule import MultiPhotoData, PredictArgs
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+def cache(tmp_path_factory):
     return str(tmp_path_factory.mktemp("features"))
 
 
@@ -43,7 +41,7 @@ def write_people(folder: Path, people: int, photos: int) -> Path:
     return folder
 
 
-def test_fit_batches_have_what_training_takes(tiny_backbone: Path, cache: str) -> None:
+def test_fit_batches_have_what_training_takes(tiny_backbone, cache):
     data = made(tiny_backbone, cache, "fit")
     batches = list(data.train_dataloader())
     assert len(batches) == 3 * 10 // 8  # three people, ten targets each, and no part of a batch
@@ -64,13 +62,13 @@ def test_fit_batches_have_what_training_takes(tiny_backbone: Path, cache: str) -
         made(tiny_backbone, cache, "fit", batch_size=31).train_dataloader()
 
 
-def test_training_batches_are_equal_with_no_and_two_workers(tiny_backbone: Path, cache: str) -> None:
+def test_training_batches_are_equal_with_no_and_two_workers(tiny_backbone, cache):
     one, two = (list(made(tiny_backbone, cache, "fit", num_workers=n).train_dataloader()) for n in (0, 2))
     for a, b in zip(one, two, strict=True):
         assert equal(a, b)
 
 
-def test_variants_are_stored_once_and_drawn_by_seed_epoch_and_index(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_variants_are_stored_once_and_drawn_by_seed_epoch_and_index(tiny_backbone, tmp_path):
     source, flip = MiniFaces(train=1, validation=1, test=1, photos=11), RandomHorizontalFlip(p=1.0)
     varied = made(tiny_backbone, str(tmp_path), "fit", source=source, variants=3, augment=flip)
     assert varied.split is not None and varied.features is not None
@@ -92,7 +90,7 @@ def test_variants_are_stored_once_and_drawn_by_seed_epoch_and_index(tiny_backbon
     assert torch.equal(groups[0, 0]["eps"], single[0, 0]["eps"])  # all other draws stay
 
 
-def test_a_variant_is_a_photo_of_its_own() -> None:
+def test_a_variant_is_a_photo_of_its_own():
     photo, jitter = MiniFaces(train=1, validation=1, test=1).people()[0].photos[0], ColorJitter(brightness=0.5)
     assert vary(photo, 0, jitter) is photo
     one, again, two = (vary(photo, number, jitter) for number in (1, 1, 2))
@@ -116,12 +114,12 @@ def test_a_variant_is_a_photo_of_its_own() -> None:
         ({"variants": 2, "augment": lambda image: image}, "does not name its settings"),
     ],
 )
-def test_half_an_augmentation_is_refused(wrong: dict[str, Any], message: str) -> None:
+def test_half_an_augmentation_is_refused(wrong, message):
     with pytest.raises(DataError, match=message):
         MultiPhotoData(**wrong)
 
 
-def test_fit_encodes_no_photo_of_a_test_person(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_fit_encodes_no_photo_of_a_test_person(tiny_backbone, tmp_path):
     data = made(tiny_backbone, str(tmp_path), "fit")
     assert data.split is not None and data.features is not None
     for kind in ("embeds", "latent"):
@@ -131,7 +129,7 @@ def test_fit_encodes_no_photo_of_a_test_person(tiny_backbone: Path, tmp_path: Pa
         assert not data.features.store[kind].missing(train)
 
 
-def test_tasks_show_a_person_from_others_references(tiny_backbone: Path, cache: str) -> None:
+def test_tasks_show_a_person_from_others_references(tiny_backbone, cache):
     data = made(tiny_backbone, cache, "test", held_out=2)
     assert len(data.tasks) == 2 * 2
     assert all(task.held_out not in task.references and len(task.references) == 9 for task in data.tasks)
@@ -142,7 +140,7 @@ def test_tasks_show_a_person_from_others_references(tiny_backbone: Path, cache: 
     assert len(set(batch["seed"].tolist())) == 4
 
 
-def test_the_only_person_is_shown_by_a_training_persons_references(tiny_backbone: Path, cache: str) -> None:
+def test_the_only_person_is_shown_by_a_training_persons_references(tiny_backbone, cache):
     source = MiniFaces(train=3, validation=1, test=1, photos=11)
     for stage in ("fit", "test"):
         data = made(tiny_backbone, cache, stage, source=source)
@@ -155,16 +153,14 @@ def test_the_only_person_is_shown_by_a_training_persons_references(tiny_backbone
         assert stranger in {person.name for person in data.split.train}
 
 
-def test_where_nobody_can_be_borrowed_there_are_no_other_references_and_it_is_told(
-    tiny_backbone: Path, cache: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_where_nobody_can_be_borrowed_there_are_no_other_references_and_it_is_told(tiny_backbone, cache, caplog):
     source = MiniFaces(train=1, validation=1, test=1, photos=11)
     data = made(tiny_backbone, cache, "test", source=source, tested="train")
     assert "other_references" not in next(iter(data.test_dataloader()))
     assert "val/gap_shuffled and the row other_person are left out" in caplog.text
 
 
-def test_copies_of_a_photo_count_once(tiny_backbone: Path, cache: str, tmp_path: Path, caplog) -> None:
+def test_copies_of_a_photo_count_once(tiny_backbone, cache, tmp_path, caplog):
     folder = write_people(tmp_path / "people", 4, 5)
     shutil.copy(folder / "p0" / "1.png", folder / "p0" / "9.png")
     with caplog.at_level(logging.WARNING):
@@ -175,11 +171,11 @@ def test_copies_of_a_photo_count_once(tiny_backbone: Path, cache: str, tmp_path:
     assert {len(person.photos) for person in people} == {5}
 
 
-def test_an_unreadable_photo_is_named_before_anything_is_encoded(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_an_unreadable_photo_is_named_before_anything_is_encoded(tiny_backbone, tmp_path):
     folder = write_people(tmp_path / "people", 6, 5)
     bad = folder / "p3" / "2.png"
     bad.write_text("no picture")
-    options: dict[str, Any] = {"source": Folder(str(folder)), "min_photos": 4, "batch_size": 2}
+    options = {"source": Folder(str(folder)), "min_photos": 4, "batch_size": 2}
     with pytest.raises(DataError, match=r"p3/2\.png"):
         made(tiny_backbone, str(tmp_path / "cache"), "fit", **options)
     assert not (tmp_path / "cache").exists()
@@ -192,9 +188,7 @@ def test_an_unreadable_photo_is_named_before_anything_is_encoded(tiny_backbone: 
 @pytest.mark.parametrize(
     ("photos", "said"), [(3, "missing ones are drawn again"), (9, None), (14, "surplus is dropped")]
 )
-def test_predict_takes_any_number_of_photos(
-    tiny_backbone: Path, cache: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, photos: int, said: str | None
-) -> None:
+def test_predict_takes_any_number_of_photos(tiny_backbone, cache, tmp_path, caplog, photos, said):
     folder = write_people(tmp_path, 1, photos) / "p0"
     with caplog.at_level(logging.WARNING):
         data = made(tiny_backbone, cache, "predict", predict=PredictArgs(str(folder), ["a", "b"], [3, 4, 5]))
@@ -205,7 +199,7 @@ def test_predict_takes_any_number_of_photos(
     assert batch["references"].shape == (6, 9, 24) and batch["seed"].tolist() == [3, 4, 5] * 2
 
 
-def test_predict_without_photos_takes_a_test_person_and_their_prompts(tiny_backbone: Path, cache: str) -> None:
+def test_predict_without_photos_takes_a_test_person_and_their_prompts(tiny_backbone, cache):
     data = made(tiny_backbone, cache, "predict")
     assert {request.person for request in data.requests} == {"test_000000"}
     assert len(data.requests) == 4 * 2 and len({request.prompt for request in data.requests}) == 4
@@ -223,12 +217,12 @@ def test_predict_without_photos_takes_a_test_person_and_their_prompts(tiny_backb
         ({"min_photos": 12}, "min_photos = 12"),
     ],
 )
-def test_impossible_data_is_refused(tiny_backbone: Path, cache: str, wrong: dict[str, Any], message: str) -> None:
+def test_impossible_data_is_refused(tiny_backbone, cache, wrong, message):
     with pytest.raises(DataError, match=message):
         made(tiny_backbone, cache, "predict", **wrong)
 
 
-def test_the_training_seed_moves_the_groups_and_nothing_else(tiny_backbone: Path, cache: str) -> None:
+def test_the_training_seed_moves_the_groups_and_nothing_else(tiny_backbone, cache):
     own, other = (made(tiny_backbone, cache, "fit", training_seed=seed) for seed in (None, 1))
     assert own.split == other.split and own.validation_tasks == other.validation_tasks
     a, b = (next(iter(data.train_dataloader())) for data in (own, other))
@@ -237,7 +231,7 @@ def test_the_training_seed_moves_the_groups_and_nothing_else(tiny_backbone: Path
     assert torch.equal(a["eps"], next(iter(zero.train_dataloader()))["eps"])
 
 
-def test_fewer_training_people_leave_the_others_as_they_are(tiny_backbone: Path, cache: str) -> None:
+def test_fewer_training_people_leave_the_others_as_they_are(tiny_backbone, cache):
     source = MiniFaces(train=6, validation=2, test=2, photos=11)
     splits = [made(tiny_backbone, cache, "test", source=source, training_people=n).split for n in (None, 4, 2)]
     names = [{person.name for person in split.train} for split in splits if split is not None]
@@ -246,7 +240,7 @@ def test_fewer_training_people_leave_the_others_as_they_are(tiny_backbone: Path,
 
 
 @pytest.mark.parametrize("side", ["test", "validation", "train"])
-def test_any_side_can_be_tested(side: Any, tiny_backbone: Path, cache: str) -> None:
+def test_any_side_can_be_tested(side, tiny_backbone, cache):
     data = made(tiny_backbone, cache, "test", tested=side, tested_people=1)
     [name] = {task.person for task in data.tasks}
     assert data.split is not None and name in {person.name for person in getattr(data.split, side)}

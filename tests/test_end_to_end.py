@@ -1,17 +1,18 @@
 """fit, then bare test, then bare predict, in one process, on a tiny backbone of random weights."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from commands import config_args, refusal
 from PIL import Image
+from resuming import score_by
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_multiip.__main__ import main
@@ -20,13 +21,9 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @pytest.fixture(scope="module")
-def tiny_config(tiny_backbone: Path, random_critic: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def tiny_config(tiny_backbone, random_critic, tmp_path_factory):
     folder = tmp_path_factory.mktemp("end_to_end")
     faces = {"train": 3, "validation": 2, "test": 3, "photos": 11}
-    critic = {
-        "class_path": "lit_multiip.evaluation.critic.CriticExtractor",
-        "init_args": {"folder": str(random_critic)},
-    }
     config = {
         "backbone": {"path": str(tiny_backbone)},
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1},
@@ -37,7 +34,7 @@ def tiny_config(tiny_backbone: Path, random_critic: Path, tmp_path_factory: pyte
             "held_out": 2,
             "cache_dir": str(folder / "features"),
         },
-        "score": {"extractors": [critic], "groups": 2, "resamples": 20},
+        "score": score_by(random_critic, anchors=True, resamples=20),
     }
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -45,12 +42,12 @@ def tiny_config(tiny_backbone: Path, random_critic: Path, tmp_path_factory: pyte
 
 
 @pytest.fixture(scope="module")
-def fitted(tiny_config: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fitted(tiny_config, tmp_path_factory):
     """A working folder in which the shortest fit was run."""
     folder = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        main(["fit", "--config", str(CONFIGS / "self_attn.yaml"), "--config", tiny_config, "--trainer.max_steps", "5"])
+        main(["fit", *config_args(CONFIGS / "self_attn.yaml", tiny_config), "--trainer.max_steps", "5"])
     return folder
 
 
@@ -58,7 +55,11 @@ def run_of(folder: Path) -> Path:
     return folder / "runs" / "self_attn" / "version_0"
 
 
-def test_the_shortest_fit_leaves_best_and_last_of_its_last_step(fitted: Path) -> None:
+def results_of(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / "runs" / name / "version_0" / "test" / "metrics.json").read_text())
+
+
+def test_the_shortest_fit_leaves_best_and_last_of_its_last_step(fitted):
     files = sorted(path.name for path in (run_of(fitted) / "checkpoints").iterdir())
     assert files == ["best-step=5.ckpt", "last.ckpt"]
     for name in files:
@@ -69,7 +70,7 @@ def test_the_shortest_fit_leaves_best_and_last_of_its_last_step(fitted: Path) ->
         assert checkpoint["lit_multiip"]["method"].startswith("SelfAttention(")
 
 
-def test_tensorboard_has_losses_learning_rate_reference_gap_and_grids(fitted: Path) -> None:
+def test_tensorboard_has_losses_learning_rate_reference_gap_and_grids(fitted):
     events = EventAccumulator(str(run_of(fitted)))
     events.Reload()
     tags = events.Tags()
@@ -82,12 +83,12 @@ def test_tensorboard_has_losses_learning_rate_reference_gap_and_grids(fitted: Pa
         assert grid.width > 11 * 96 and grid.height > 2 * 96  # nine references, held-out, generated; two people
 
 
-def test_bare_test_scores_the_run_into_its_own_folder(fitted: Path, monkeypatch, caplog) -> None:
+def test_bare_test_scores_the_run_into_its_own_folder(fitted, monkeypatch, caplog):
     monkeypatch.chdir(fitted)
     caplog.set_level("INFO")
     main(["test"])
     assert "test of run runs/self_attn/version_0, checkpoint best-step=5.ckpt" in caplog.text
-    results = json.loads((run_of(fitted) / "test" / "metrics.json").read_text())
+    results = results_of(fitted, "self_attn")
     assert results["protocol"]["people"] == 3 and results["protocol"]["tasks"] == 6
     assert len(list((run_of(fitted) / "test" / "images").rglob("*.png"))) == 6
     assert (run_of(fitted) / "test" / "grid.png").exists()
@@ -99,7 +100,7 @@ def test_bare_test_scores_the_run_into_its_own_folder(fitted: Path, monkeypatch,
     assert [path.name for path in (fitted / "runs" / "self_attn").iterdir()] == ["version_0"]
 
 
-def test_bare_predict_writes_images_and_grid_into_a_new_folder(fitted: Path, monkeypatch) -> None:
+def test_bare_predict_writes_images_and_grid_into_a_new_folder(fitted, monkeypatch):
     monkeypatch.chdir(fitted)
     photos = fitted / "Ann_Lee"
     photos.mkdir()
@@ -124,15 +125,7 @@ def test_bare_predict_writes_images_and_grid_into_a_new_folder(fitted: Path, mon
     assert (run_of(fitted) / "predict" / "Ann_Lee-3" / "003_in-a-scarf_seed1.png").read_bytes() != first
 
 
-def test_an_untrained_baseline_is_tested_without_a_checkpoint(tiny_config: str, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    main(["test", "--config", str(CONFIGS / "avg_pool.yaml"), "--config", tiny_config, "--score.anchors", "false"])
-    results = json.loads((tmp_path / "runs" / "avg_pool" / "version_0" / "test" / "metrics.json").read_text())
-    assert results["protocol"]["tasks"] == 6
-    assert not list(tmp_path.glob("runs/*/*/config.yaml"))
-
-
-def test_bare_inspect_looks_at_the_newest_run(fitted: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bare_inspect_looks_at_the_newest_run(fitted, monkeypatch, capsys):
     monkeypatch.chdir(fitted)
     main(["inspect", "--people", "2", "--data.held_out", "1"])
     folder = run_of(fitted) / "inspect"
@@ -151,9 +144,9 @@ def test_bare_inspect_looks_at_the_newest_run(fitted: Path, monkeypatch, capsys:
     assert [path.name for path in (fitted / "runs" / "self_attn").iterdir()] == ["version_0"]
 
 
-def test_an_untrained_method_is_inspected_by_its_config(tiny_config: str, tmp_path: Path, monkeypatch) -> None:
+def test_an_untrained_method_is_inspected_by_its_config(tiny_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    configs = ["--config", str(CONFIGS / "max_pool.yaml"), "--config", tiny_config]
+    configs = [*config_args(CONFIGS / "max_pool.yaml", tiny_config)]
     main(["inspect", *configs, "--split", "validation", "--people", "0", "--output", "out"])
     found = json.loads(Path("out/inspect.json").read_text())
     assert found["checkpoint"] is None and found["weights_are"] == "share of dimensions won"
@@ -161,62 +154,16 @@ def test_an_untrained_method_is_inspected_by_its_config(tiny_config: str, tmp_pa
     assert not Path("runs").exists() and not list(Path("out").glob("*.png"))
 
 
-def test_a_test_person_on_the_checkpoints_record_is_refused_in_one_line(
-    fitted: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_test_person_on_the_checkpoints_record_is_refused_in_one_line(fitted, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     checkpoint = torch.load(run_of(fitted) / "checkpoints" / "last.ckpt", weights_only=True)
     digest = hashlib.sha256(b"test_000001").digest()
     rows = checkpoint["trained_on"]["people"]
     checkpoint["trained_on"]["people"] = torch.cat([rows, torch.frombuffer(bytearray(digest), dtype=torch.uint8)[None]])
     torch.save(checkpoint, tmp_path / "leaky.ckpt")
-    with pytest.raises(SystemExit) as exit_:
-        main(["test", "--config", str(run_of(fitted) / "config.yaml"), "--ckpt_path", str(tmp_path / "leaky.ckpt")])
-    assert exit_.value.code == 1
-    message = capsys.readouterr().err.strip().splitlines()[-1]
+    args = [*config_args(run_of(fitted) / "config.yaml"), "--ckpt_path", str(tmp_path / "leaky.ckpt")]
+    message = refusal(capsys, "test", *args)
     assert message.startswith("error: 1 of 3 test people were trained or validated on, such as 'test_000001'")
-
-
-def test_a_loss_of_nan_stops_and_keeps_the_last_good_checkpoint(
-    tiny_config: str, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    # the warm-up's first step has a learning rate of 0, and its second one breaks everything
-    broken = [
-        "--model.init_args.optimizer.init_args.lr",
-        "1e38",
-        "--trainer.val_check_interval",
-        "1",
-        "--grid.people",
-        "0",
-    ]
-    with pytest.raises(SystemExit) as exit_:
-        main(["fit", "--config", str(CONFIGS / "self_attn.yaml"), "--config", tiny_config, *broken])
-    assert exit_.value.code == 1
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith("error: the ") and re.search("at step 2, of .*: lower the learning rate", message)
-    for name in ("last.ckpt", "best-step=1.ckpt"):
-        checkpoint = torch.load(run_of(tmp_path) / "checkpoints" / name, weights_only=True)
-        assert checkpoint["global_step"] == 1
-        assert all(values.isfinite().all() for values in checkpoint["state_dict"].values())
-
-
-def test_a_checkpoint_of_another_method_is_refused_in_one_line(
-    fitted: Path, tiny_config: str, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    checkpoint = str(run_of(fitted) / "checkpoints" / "last.ckpt")
-    with pytest.raises(SystemExit) as exit_:
-        main(["test", "--config", str(CONFIGS / "max_pool.yaml"), "--config", tiny_config, "--ckpt_path", checkpoint])
-    assert exit_.value.code == 1
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith("error: the checkpoint is of another method: SelfAttention(")
-
-
-def test_the_config_of_fit_is_taken_by_fit_again(fitted: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    main(["fit", "--config", str(run_of(fitted) / "config.yaml"), "--trainer.max_steps", "1", "--grid.people", "0"])
-    assert (run_of(tmp_path) / "checkpoints" / "last.ckpt").exists()
 
 
 def validations(run: Path) -> list[int]:
@@ -226,9 +173,9 @@ def validations(run: Path) -> list[int]:
     return [event.step + 1 for event in events.Scalars("val/loss")]
 
 
-def test_val_check_interval_counts_optimiser_steps(tiny_config: str, tmp_path: Path, monkeypatch) -> None:
+def test_val_check_interval_counts_optimiser_steps(tiny_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = ["fit", "--config", str(CONFIGS / "self_attn.yaml"), "--config", tiny_config, "--grid.people", "0"]
+    args = ["fit", *config_args(CONFIGS / "self_attn.yaml", tiny_config), "--grid.people", "0"]
     # an epoch of 3 batches has 2 steps, the second one of a single batch
     args += ["--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "4"]
     main([*args, "--trainer.max_steps", "9"])
@@ -246,11 +193,9 @@ def test_val_check_interval_counts_optimiser_steps(tiny_config: str, tmp_path: P
         (["max_steps=3", "limit_val_batches=0"], []),
     ],
 )
-def test_every_fit_ends_with_a_validation_and_a_checkpoint(
-    options: list[str], names: list[str], tiny_config: str, tmp_path: Path, monkeypatch
-) -> None:
+def test_every_fit_ends_with_a_validation_and_a_checkpoint(options, names, tiny_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = ["fit", "--config", str(CONFIGS / "self_attn.yaml"), "--config", tiny_config, "--grid.people", "0"]
+    args = ["fit", *config_args(CONFIGS / "self_attn.yaml", tiny_config), "--grid.people", "0"]
     main([*args, "--checkpoint.save_top_k", "-1", *(f"--trainer.{option}" for option in options)])
     found = sorted(path.name for path in (run_of(tmp_path) / "checkpoints").iterdir())
     assert set(names) <= set(found) and "last.ckpt" in found
@@ -258,14 +203,11 @@ def test_every_fit_ends_with_a_validation_and_a_checkpoint(
     assert last["global_step"] == (9 if "max_epochs=3" in options else 3)
 
 
-def test_the_console_of_a_fit_says_what_matters(
-    tiny_config: str, tmp_path: Path, monkeypatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_config_of_fit_is_taken_by_fit_again_whose_console_says_what_matters(fitted, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    args = ["fit", "--config", str(CONFIGS / "self_attn.yaml"), "--config", tiny_config, "--trainer.max_steps", "1"]
-    main(args)
-    said = capfd.readouterr()
-    text = said.out + said.err
+    main(["fit", "--config", str(run_of(fitted) / "config.yaml"), "--trainer.max_steps", "1", "--grid.people", "0"])
+    assert (run_of(tmp_path) / "checkpoints" / "last.ckpt").exists()
+    text = "".join(capfd.readouterr())
     assert re.search(r"parameters: [\d,]+ trained of [\d,]+", text) and text.count("Seed set to") <= 1
     assert not re.search("litlogger|litmodels|FLOPs|kept in float32", text)
 
@@ -274,44 +216,34 @@ def test_the_console_of_a_fit_says_what_matters(
 
 
 @pytest.fixture(scope="module")
-def dreambooth(tiny_config: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def dreambooth(tiny_config, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("class_images"))
     short = ["--model.steps", "2", "--model.class_images", "3", "--model.class_folder", folder]
-    return ["--config", str(CONFIGS / "dreambooth.yaml"), "--config", tiny_config, *short]
+    return [*config_args(CONFIGS / "dreambooth.yaml", tiny_config), *short]
 
 
-def test_dreambooth_is_tested_on_everyone_without_a_checkpoint(
-    dreambooth: list[str], tmp_path: Path, monkeypatch
-) -> None:
+def test_untrained_methods_are_tested_without_a_checkpoint_by_one_protocol(
+    dreambooth, tiny_config, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     main(["test", *dreambooth])
-    results = json.loads((tmp_path / "runs" / "dreambooth" / "version_0" / "test" / "metrics.json").read_text())
+    main(["test", *config_args(CONFIGS / "avg_pool.yaml", tiny_config), "--score.anchors", "false"])
+    results, other = (results_of(tmp_path, name) for name in ("dreambooth", "avg_pool"))
+    assert results["protocol"] == other["protocol"]
     assert results["protocol"]["people"] == 3 and results["protocol"]["tasks"] == 6
     # there is no image embedding, so no zero one and no other person's
     anchors = ["no_references", "vae_round_trip", "real_other_photo", "real_held_out", "real_vs_real"]
     assert list(results["rows"]) == ["DreamBooth", *anchors]
-    assert set(results["seconds"]) == {"personalise", "class_images", "method", "anchors", "scoring"}
-    assert all(seconds > 0 for seconds in results["seconds"].values())
     assert results["describe"]["trained_parameters"] > 10_000 and results["describe"]["steps"] == 2
-
-
-def test_all_methods_are_tested_by_one_protocol_and_the_adapters_pay_for_the_image_encoder(
-    dreambooth: list[str], tiny_config: str, tmp_path: Path, monkeypatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    main(["test", *dreambooth, "--score.anchors", "false"])
-    main(["test", "--config", str(CONFIGS / "avg_pool.yaml"), "--config", tiny_config, "--score.anchors", "false"])
-    one, two = (
-        json.loads((tmp_path / "runs" / name / "version_0" / "test" / "metrics.json").read_text())
-        for name in ("dreambooth", "avg_pool")
-    )
-    assert one["protocol"] == two["protocol"]
-    assert two["seconds"]["personalise"] > 0 and set(two["seconds"]) == {"personalise", "method", "anchors", "scoring"}
+    spent = {"personalise", "method", "anchors", "scoring"}  # an adapter pays for the image encoder
+    assert set(other["seconds"]) == spent and set(results["seconds"]) == spent | {"class_images"}
+    assert other["seconds"]["personalise"] > 0 and all(seconds > 0 for seconds in results["seconds"].values())
+    assert not list(tmp_path.glob("runs/*/*/config.yaml"))
 
 
 def test_fit_keeps_one_person_whom_bare_predict_draws_and_bare_test_tests_everyone(
-    dreambooth: list[str], tmp_path: Path, monkeypatch, caplog
-) -> None:
+    dreambooth, tmp_path, monkeypatch, caplog
+):
     monkeypatch.chdir(tmp_path)
     caplog.set_level("INFO")
     main(["fit", *dreambooth, "--data.person", "test_000002"])
@@ -329,34 +261,4 @@ def test_fit_keeps_one_person_whom_bare_predict_draws_and_bare_test_tests_everyo
 
     main(["test", "--score.anchors", "false"])
     assert "the checkpoint's test_000002 is tuned on anew, as is everyone" in caplog.text
-    assert json.loads((run / "test" / "metrics.json").read_text())["protocol"]["people"] == 3
-
-
-def test_fit_of_dreambooth_asks_for_a_person(
-    dreambooth: list[str], tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exit_:
-        main(["fit", *dreambooth])
-    assert exit_.value.code == 1
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith("error: this method learns one person: set data.person to one of the 8, such as test_")
-
-
-@pytest.mark.parametrize("steps", ["1", "3"])
-def test_fit_of_dreambooth_refuses_other_steps_than_those_of_test(
-    steps: str, dreambooth: list[str], tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
-        main(["fit", *dreambooth, "--data.person", "test_000002", "--trainer.max_steps", steps])
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith(f"error: trainer.max_steps is {steps} and model.steps 2")
-
-
-def test_dreambooth_that_ends_within_its_warm_up_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["test", "--config", str(CONFIGS / "dreambooth.yaml"), "--config", str(CONFIGS / "on" / "sd15.yaml")])
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith("error: model.steps=50 end within the 100 steps of the warm-up")
-    assert "_dreambooth.yaml" in message
+    assert results_of(tmp_path, "dreambooth")["protocol"]["people"] == 3

@@ -4,8 +4,6 @@
 They were made in float32 on a CPU, with the versions in .ci/constraints.txt: others have other defaults and numbers.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -39,7 +37,7 @@ PARSED |= {f"plans/{path.stem}": [path] for path in sorted((CONFIGS / "plans").g
 
 
 @pytest.fixture(autouse=True)
-def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def empty_folder(tmp_path, monkeypatch):
     """Plans name configs by where they lie from the repository; runs that are there must not count."""
     (tmp_path / "configs").symlink_to(CONFIGS)
     monkeypatch.chdir(tmp_path)
@@ -108,7 +106,7 @@ def overlay(tmp_path: Path, train: int, test: int, **more: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("method", ["ip_adapter", "max_pool", "avg_pool", "self_attn", "dreambooth"])
-def test_the_figures_of_a_method_on_the_tiny_backbone(method: str, tiny_backbone: Path, tmp_path: Path) -> None:
+def test_the_figures_of_a_method_on_the_tiny_backbone(method, tiny_backbone, tmp_path):
     (tmp_path / "backbone").symlink_to(tiny_backbone)
     score = {"groups": 2, "resamples": 20}
     args = ["--config", f"configs/{method}.yaml"]
@@ -122,7 +120,7 @@ def test_the_figures_of_a_method_on_the_tiny_backbone(method: str, tiny_backbone
     compare_metrics(f"tiny_{method}", tmp_path)
 
 
-def test_the_figures_of_sixty_steps_of_self_attention_on_the_miniature(tmp_path: Path) -> None:
+def test_the_figures_of_sixty_steps_of_self_attention_on_the_miniature(tmp_path):
     score = {"groups": 2, "resamples": 20, "anchors": False}
     args = overlay(tmp_path, train=8, test=3, score=score)
     main(["fit", "--config", "configs/self_attn.yaml", *args, "--trainer.max_steps", "60"])
@@ -130,7 +128,7 @@ def test_the_figures_of_sixty_steps_of_self_attention_on_the_miniature(tmp_path:
     compare_metrics("mini_self_attn", tmp_path)
 
 
-def test_the_report_of_a_comparison(tmp_path: Path) -> None:
+def test_the_report_of_a_comparison(tmp_path):
     folder = write_comparison(tmp_path / "made", extractors=("critic", "critic_b"))
     main(["report", "--folder", str(folder)])
     text = (folder / "report" / "report.md").read_text(encoding="utf-8")
@@ -138,7 +136,7 @@ def test_the_report_of_a_comparison(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PARSED)
-def test_a_config_or_plan_parses_to_the_same_values(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_or_plan_parses_to_the_same_values(name, capsys):
     command = {"plans/sweep": "sweep"}.get(name, "compare" if name.startswith("plans/") else "fit")
     with pytest.raises(SystemExit) as exit_:
         main([command, *(part for path in PARSED[name] for part in ("--config", str(path))), "--print_config"])
@@ -147,7 +145,7 @@ def test_a_config_or_plan_parses_to_the_same_values(name: str, capsys: pytest.Ca
     assert text == golden(f"{name}.yaml", text)
 
 
-def test_a_plan_becomes_the_same_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_becomes_the_same_commands(capsys):
     main(["compare", "--config", "configs/plans/compare.yaml", "--seeds", "[0, 1]", "--dry_run", "true"])
     text = capsys.readouterr().out
     assert text == golden("plans/compare_commands.txt", text)

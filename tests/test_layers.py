@@ -1,7 +1,5 @@
 """The house: a file imports from the floors above it alone, and no two files import one another."""
 
-from __future__ import annotations
-
 import ast
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the documents say can be typed, and what they point to is there."""
 
-from __future__ import annotations
-
 import importlib
 import re
 import shlex
@@ -39,13 +37,11 @@ def write_gated(folder: Path) -> None:
     (folder / "gated.py").write_text(code)
 
 
-def test_the_readme_is_short() -> None:
+def test_the_readme_is_short():
     assert len(README.split()) <= LONGEST
 
 
-def test_the_aggregator_of_the_readme_is_average_pooling_until_it_is_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_aggregator_of_the_readme_is_average_pooling_until_it_is_trained(tmp_path, monkeypatch):
     write_gated(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     aggregator = importlib.import_module("gated").Gated(8)
@@ -57,16 +53,14 @@ def test_the_aggregator_of_the_readme_is_average_pooling_until_it_is_trained(
     assert aggregator.query.grad.abs().max() > 1e-3
 
 
-def test_two_commands_set_everything_up() -> None:
+def test_two_commands_set_everything_up():
     first, second = (block.strip() for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)[:2])
     assert first.endswith("python -m lit_multiip test") and second.endswith("pytest")
     assert "\n" not in first and "\n" not in second
 
 
 @pytest.mark.parametrize("line", OWN)
-def test_every_command_of_the_documents_parses(
-    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_of_the_documents_parses(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     if "gated.Gated" in line:
         write_gated(tmp_path)
@@ -82,14 +76,14 @@ def test_every_command_of_the_documents_parses(
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.relative_to(ROOT).as_posix())
-def test_every_file_that_a_document_names_is_there(document: Path) -> None:
+def test_every_file_that_a_document_names_is_there(document):
     text = DOCUMENTS[document]
     named = {ROOT / path for path in re.findall(r"`((?:tests|lit_multiip|configs)/[\w/.]+)`", text)}
     linked = {document.parent / path.split("#")[0] for path in re.findall(r"\]\((?!https?:)([^)#][^)]*)\)", text)}
     assert not [path for path in sorted(named | linked) if not path.exists()]
 
 
-def test_the_pictures_are_there() -> None:
+def test_the_pictures_are_there():
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
     assert pictures[0].endswith("grid.png")  # what the project makes comes first
     assert all((ROOT / picture).stat().st_size > 50_000 for picture in pictures)

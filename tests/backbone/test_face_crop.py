@@ -1,7 +1,5 @@
 """Squares at faces: where they lie, what is said of photos without a face or with several, and that nothing leaks."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any
@@ -40,7 +38,7 @@ class RedIsAFace:
 
 
 @pytest.fixture(autouse=True)
-def detector(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+def detector(monkeypatch, tmp_path):
     monkeypatch.setattr(cv2.FaceDetectorYN, "create", RedIsAFace)
     (tmp_path / "yunet.onnx").write_bytes(b"yunet")
     return str(tmp_path / "yunet.onnx")
@@ -56,7 +54,7 @@ def photo_of(folder: Path, name: str, size: tuple[int, int], *faces: tuple[int, 
     return FilePhoto(folder.name, name, "a photo", folder / name)
 
 
-def test_the_square_holds_the_face_that_the_centre_would_cut_off(tmp_path: Path, detector: str) -> None:
+def test_the_square_holds_the_face_that_the_centre_would_cut_off(tmp_path, detector):
     wide = photo_of(tmp_path / "p", "wide.png", (320, 160), (250, 40, 310, 120))
     [person] = FaceCrop(detector)([Person("p", (wide,))], tmp_path / "cache")
     [cut] = person.photos
@@ -76,13 +74,13 @@ def test_the_square_holds_the_face_that_the_centre_would_cut_off(tmp_path: Path,
         ((0, 0, 0, 0, 0, 320, 240), 2.0, (40, 0, 240)),  # no face: the middle
     ],
 )
-def test_the_box_is_around_the_face_and_in_the_photo(row: Any, size: float | None, box: Any, detector: str) -> None:
+def test_the_box_is_around_the_face_and_in_the_photo(row, size, box, detector):
     assert FaceCrop(detector, size).box(np.array(row, np.float32)) == box
 
 
 def test_photos_without_a_face_and_with_several_are_counted_and_said_and_faces_are_looked_for_once(
-    tmp_path: Path, detector: str, caplog: pytest.LogCaptureFixture
-) -> None:
+    tmp_path, detector, caplog
+):
     photos = (
         photo_of(tmp_path / "p", "none.png", (100, 60)),
         photo_of(tmp_path / "p", "two.png", (100, 60), (0, 0, 10, 10), (70, 20, 95, 45)),
@@ -121,7 +119,7 @@ def data_of(backbone: Path, folder: Path, cache: Path, crop: FaceCrop | None) ->
     return data
 
 
-def test_encoders_and_scores_see_the_same_squares(tiny_backbone: Path, tmp_path: Path, detector: str) -> None:
+def test_encoders_and_scores_see_the_same_squares(tiny_backbone, tmp_path, detector):
     data, plain = (
         data_of(tiny_backbone, tmp_path / "people", tmp_path / "cache", c) for c in (FaceCrop(detector), None)
     )
@@ -138,7 +136,7 @@ def test_encoders_and_scores_see_the_same_squares(tiny_backbone: Path, tmp_path:
     assert all(isinstance(photo, CroppedPhoto) for photo in data.requests[0].references)
 
 
-def test_a_photo_that_was_trained_on_whole_is_known_when_it_is_cut(tmp_path: Path, detector: str) -> None:
+def test_a_photo_that_was_trained_on_whole_is_known_when_it_is_cut(tmp_path, detector):
     whole = Folder(str(people_of(tmp_path / "people", 2, 4))).people()
     cut = FaceCrop(detector)(whole, tmp_path / "cache")
     renamed = [Person(f"other {person.name}", person.photos) for person in whole]
@@ -147,6 +145,6 @@ def test_a_photo_that_was_trained_on_whole_is_known_when_it_is_cut(tmp_path: Pat
         audit.audit_tasks(make_tasks(cut, 3, 1), "recorded", record)
 
 
-def test_a_size_that_cuts_into_the_face_is_refused() -> None:
+def test_a_size_that_cuts_into_the_face_is_refused():
     with pytest.raises(DataError, match=r"data.crop.size=0.5 would cut into the face"):
         FaceCrop(size=0.5)

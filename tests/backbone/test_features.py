@@ -1,18 +1,13 @@
-from __future__ import annotations
-
 import gc
 import hashlib
 import weakref
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny import make_tiny_backbone
-from torch import Tensor
 
 from lit_multiip.backbone import features
 from lit_multiip.backbone.features import Encoder, Features
@@ -26,13 +21,13 @@ PHOTOS = list(MiniFaces(train=1, validation=1, test=1, photos=5).people()[0].pho
 
 
 @pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def loads(monkeypatch):
     """Names of the components that are loaded."""
-    names: list[str] = []
+    names = []
 
     load = Backbone.load
 
-    def counted(backbone: Backbone, name: str, *args: Any) -> Any:
+    def counted(backbone, name, *args):
         names.append(name)
         return load(backbone, name, *args)
 
@@ -46,7 +41,7 @@ def build(backbone: Path, cache: Path, photos: list[Photo] = PHOTOS, prompts: tu
     return store
 
 
-def test_features_are_what_the_encoders_say(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_features_are_what_the_encoders_say(tiny_backbone, tmp_path):
     store = build(tiny_backbone, tmp_path)
     processor, encoder, vae, tokenizer, text = (
         Backbone(str(tiny_backbone)).load(name)
@@ -64,7 +59,7 @@ def test_features_are_what_the_encoders_say(tiny_backbone: Path, tmp_path: Path)
     assert torch.allclose(store.text("a")["prompt_embeds"], states, atol=2e-3)
 
 
-def test_a_second_build_loads_no_encoder(tiny_backbone: Path, tmp_path: Path, loads: list[str]) -> None:
+def test_a_second_build_loads_no_encoder(tiny_backbone, tmp_path, loads):
     first = build(tiny_backbone, tmp_path)
     assert len(loads) == 5
     second = build(tiny_backbone, tmp_path)
@@ -74,14 +69,12 @@ def test_a_second_build_loads_no_encoder(tiny_backbone: Path, tmp_path: Path, lo
     assert loads[5:] == ["text_encoder", "tokenizer"]
 
 
-def test_a_build_leaves_no_encoder_in_memory(
-    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded: list[weakref.ref[Any]] = []
+def test_a_build_leaves_no_encoder_in_memory(tiny_backbone, tmp_path, monkeypatch):
+    loaded = []
 
     load = Backbone.load
 
-    def watched(backbone: Backbone, name: str, *args: Any) -> Any:
+    def watched(backbone, name, *args):
         component = load(backbone, name, *args)
         if isinstance(component, torch.nn.Module):
             loaded.append(weakref.ref(component))
@@ -96,7 +89,7 @@ def test_a_build_leaves_no_encoder_in_memory(
         gc.enable()
 
 
-def test_a_photo_that_changed_is_encoded_again(tiny_backbone: Path, tmp_path: Path, loads: list[str]) -> None:
+def test_a_photo_that_changed_is_encoded_again(tiny_backbone, tmp_path, loads):
     embeds = []
     for colour in ("red", "blue", "red"):
         photo = FilePhoto("p", "1.png", "a", tmp_path / "1.png")  # anew, as in a new process
@@ -106,7 +99,7 @@ def test_a_photo_that_changed_is_encoded_again(tiny_backbone: Path, tmp_path: Pa
     assert loads.count("image_encoder") == 2  # the first picture is still known
 
 
-def test_another_encoder_never_finds_stale_features(tiny_backbone: Path, tmp_path: Path, loads: list[str]) -> None:
+def test_another_encoder_never_finds_stale_features(tiny_backbone, tmp_path, loads):
     other = make_tiny_backbone(tmp_path / "other", seed=1)
     first, second = build(tiny_backbone, tmp_path / "cache"), build(other, tmp_path / "cache")
     assert loads.count("image_encoder") == 2
@@ -114,7 +107,7 @@ def test_another_encoder_never_finds_stale_features(tiny_backbone: Path, tmp_pat
 
 
 @pytest.mark.parametrize("suffix", ["npy", "json"])
-def test_a_broken_shard_is_named(tiny_backbone: Path, tmp_path: Path, suffix: str) -> None:
+def test_a_broken_shard_is_named(tiny_backbone, tmp_path, suffix):
     build(tiny_backbone, tmp_path)
     shard = next(tmp_path.glob(f"embeds-*/*.{suffix}"))
     shard.write_bytes(shard.read_bytes()[:-40])
@@ -122,7 +115,7 @@ def test_a_broken_shard_is_named(tiny_backbone: Path, tmp_path: Path, suffix: st
         Features(Backbone(str(tiny_backbone)), tmp_path)
 
 
-def test_ranks_build_disjoint_shares(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_ranks_build_disjoint_shares(tiny_backbone, tmp_path):
     for rank in range(2):
         Features(Backbone(str(tiny_backbone)), tmp_path).build(PHOTOS, [], ["a", "b"], rank, 2)
         keys = (
@@ -133,9 +126,9 @@ def test_ranks_build_disjoint_shares(tiny_backbone: Path, tmp_path: Path) -> Non
         assert len(keys) == [2, 0][rank]  # rank 0 has encoded three of five
 
 
-def test_an_encoder_that_makes_nan_is_refused(tiny_backbone: Path, tmp_path: Path, monkeypatch) -> None:
-    def broken(self: Features) -> Encoder:
-        def read(photos: Sequence[Photo]) -> Tensor:
+def test_an_encoder_that_makes_nan_is_refused(tiny_backbone, tmp_path, monkeypatch):
+    def broken(self):
+        def read(photos):
             return torch.tensor([[float("nan") if photo is PHOTOS[2] else 0.0] for photo in photos])
 
         return Encoder(read, lambda batch: batch)
@@ -145,18 +138,18 @@ def test_an_encoder_that_makes_nan_is_refused(tiny_backbone: Path, tmp_path: Pat
         build(tiny_backbone, tmp_path)
 
 
-def test_the_native_side_comes_from_the_weights(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_the_native_side_comes_from_the_weights(tiny_backbone, tmp_path):
     assert Backbone(str(tiny_backbone)).image_side == 32
     assert build(tiny_backbone, tmp_path).moments(PHOTOS[0]).shape == (8, 8, 8)
 
 
-def test_the_centre_square_is_cut_out() -> None:
+def test_the_centre_square_is_cut_out():
     wide = Image.new("RGB", (60, 20), "red")
     wide.paste("blue", (20, 0, 40, 20))
     assert set(square(wide, 10).getdata()) == {(0, 0, 255)}
 
 
-def test_the_estimate_is_what_the_disk_then_holds(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_the_estimate_is_what_the_disk_then_holds(tiny_backbone, tmp_path):
     store = build(tiny_backbone, tmp_path)
     rows = {"embeds": len(PHOTOS), "latent": len(PHOTOS), "text": 3}  # with the empty prompt
     for kind, size in store.row_bytes().items():
@@ -164,17 +157,15 @@ def test_the_estimate_is_what_the_disk_then_holds(tiny_backbone: Path, tmp_path:
         assert array.nbytes == rows[kind] * size
 
 
-def test_an_interrupted_build_goes_on_where_it_was(
-    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_build_goes_on_where_it_was(tiny_backbone, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "SHARD_SECONDS", 0.0)
-    encoded: list[int] = []
+    encoded = []
     whole = Features._embedder
 
-    def stops_at_the_third(self: Features) -> Encoder:
+    def stops_at_the_third(self):
         read, encode = whole(self)
 
-        def counted(batch: Tensor) -> Tensor:
+        def counted(batch):
             if len(encoded) == 2:
                 raise KeyboardInterrupt
             encoded.append(len(batch))
@@ -196,7 +187,7 @@ def test_an_interrupted_build_goes_on_where_it_was(
     assert torch.allclose(again.embeds(PHOTOS), build(tiny_backbone, tmp_path / "at_once").embeds(PHOTOS), atol=1e-6)
 
 
-def test_a_large_store_is_found_by_24_bytes_a_row(tmp_path: Path) -> None:
+def test_a_large_store_is_found_by_24_bytes_a_row(tmp_path):
     count = 20_000
     keys = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(count)]
     shards = Shards(tmp_path)

@@ -1,7 +1,5 @@
 """LoRA on the UNet's attention, trained together with the adapter."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +41,12 @@ def batch(seed: int = 0) -> dict[str, Any]:
 
 
 def loss(model: MultiIPAdapter) -> Tensor:
-    model.log = lambda *_, **__: None  # type: ignore[method-assign]
+    model.log = lambda *_, **__: None
     model._trainer = None
     return model.training_step(batch(), 0)
 
 
-def test_untrained_it_changes_nothing_and_it_trains_in_all_attention_with_the_adapter(tiny_backbone: Path) -> None:
+def test_untrained_it_changes_nothing_and_it_trains_in_all_attention_with_the_adapter(tiny_backbone):
     plain, model = built(tiny_backbone), built(tiny_backbone, lora_rank=2)
     assert torch.equal(loss(plain), loss(model))
     lora = lora_parameters(model.unet)
@@ -68,13 +66,13 @@ def test_untrained_it_changes_nothing_and_it_trains_in_all_attention_with_the_ad
     assert all(parameter.abs().max() > 0 for name, parameter in lora.items() if "lora_B" in name)
 
 
-def test_trained_with_the_aggregator_alone_the_adapter_rests(tiny_backbone: Path) -> None:
+def test_trained_with_the_aggregator_alone_the_adapter_rests(tiny_backbone):
     model = built(tiny_backbone, lora_rank=2, trained="aggregator")
     assert not any(parameter.requires_grad for parameter in ip_adapter_parameters(model.unet).values())
     assert all(parameter.requires_grad for parameter in lora_parameters(model.unet).values())
 
 
-def test_without_references_the_backbone_draws_alone(tiny_backbone: Path) -> None:
+def test_without_references_the_backbone_draws_alone(tiny_backbone):
     """Neither image attention nor LoRA, which are both back afterwards."""
     plain, model = built(tiny_backbone), built(tiny_backbone, lora_rank=2)
     for parameter in lora_parameters(model.unet).values():
@@ -87,8 +85,8 @@ def test_without_references_the_backbone_draws_alone(tiny_backbone: Path) -> Non
     assert all(parameter.requires_grad for parameter in lora_parameters(model.unet).values())
 
 
-def test_a_checkpoint_of_another_rank_is_refused(tiny_backbone: Path) -> None:
-    checkpoint: dict[str, Any] = {"state_dict": (model := built(tiny_backbone, lora_rank=2)).state_dict()}
+def test_a_checkpoint_of_another_rank_is_refused(tiny_backbone):
+    checkpoint = {"state_dict": (model := built(tiny_backbone, lora_rank=2)).state_dict()}
     model.on_save_checkpoint(checkpoint)
     assert sum(".lora_" in name for name in checkpoint["state_dict"]) == 64
     with pytest.raises(
@@ -97,15 +95,13 @@ def test_a_checkpoint_of_another_rank_is_refused(tiny_backbone: Path) -> None:
         built(tiny_backbone).on_load_checkpoint(checkpoint)
 
 
-def test_a_file_of_another_unet_is_refused_by_a_weights_name(
-    tiny_backbone: Path, tiny_sdxl: Path, tmp_path: Path
-) -> None:
+def test_a_file_of_another_unet_is_refused_by_a_weights_name(tiny_backbone, tiny_sdxl, tmp_path):
     other = built(tiny_sdxl, lora_rank=2)
     save_lora(type(other.sampler.pipe), tmp_path, {"unet": other.unet}, torch.float32)
     with pytest.raises(ValueError, match=r"is of another unet, such as '.*lora_A.weight'"):
         read_lora({"unet": built(tiny_backbone, lora_rank=2).unet}, tmp_path / "pytorch_lora_weights.safetensors")
 
 
-def test_a_rank_below_one_is_refused() -> None:
+def test_a_rank_below_one_is_refused():
     with pytest.raises(ValueError, match="lora_rank=0 must be at least 1"):
         MultiIPAdapter(lora_rank=0)

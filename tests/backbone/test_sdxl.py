@@ -1,7 +1,5 @@
 """The shipped configs of SDXL and SD2.1 train, test and export, on backbones of their kind."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -39,16 +37,14 @@ def small(backbone: Path, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["sdxl", pytest.param("sd21", marks=pytest.mark.slow)])
-def test_fit_test_and_export_by_the_shipped_config(
-    kind: str, tiny_sdxl: Path, random_critic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fit_test_and_export_by_the_shipped_config(kind, tiny_sdxl, random_critic, tmp_path, monkeypatch):
     backbone = tiny_sdxl
     if kind == "sd21":
         backbone = make_tiny_backbone(tmp_path / "sd21", prediction_type="v_prediction")
     monkeypatch.chdir(tmp_path)
     Path("small.yaml").write_text(yaml.safe_dump(small(backbone)))
     score = {"extractors": [{"class_path": "lit_multiip.evaluation.critic.CriticExtractor"}]}
-    score["extractors"][0]["init_args"] = {"folder": str(random_critic)}  # type: ignore[assignment]
+    score["extractors"][0]["init_args"] = {"folder": str(random_critic)}
     anchors = kind == "sdxl"
     Path("score.yaml").write_text(yaml.safe_dump({"score": {**score, "anchors": anchors}}))
     configs = [CONFIGS / "self_attn.yaml", CONFIGS / "on" / f"{kind}.yaml", "small.yaml"]
@@ -76,9 +72,7 @@ def test_fit_test_and_export_by_the_shipped_config(
 
 
 @pytest.mark.parametrize("lora_rank", [None, pytest.param(2, marks=pytest.mark.slow)])
-def test_dreambooth_learns_a_person_and_draws_them_by_the_shipped_config(
-    lora_rank: int | None, tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dreambooth_learns_a_person_and_draws_them_by_the_shipped_config(lora_rank, tiny_sdxl, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = {"steps": 2, "class_images": 2, "identifier": "k", "lora_rank": lora_rank, "tuned": "unet+text"}
     options |= {"lr_warmup_steps": 0}  # the backbone asks for 100
@@ -94,7 +88,7 @@ def test_dreambooth_learns_a_person_and_draws_them_by_the_shipped_config(
 
 
 @pytest.mark.parametrize("file", ["ip-adapter_sdxl_vit-h.safetensors", "ip-adapter_sdxl_vit-h.bin"])
-def test_a_published_adapter_of_sdxl_is_what_training_starts_from(file: str, tiny_sdxl: Path, tmp_path: Path) -> None:
+def test_a_published_adapter_of_sdxl_is_what_training_starts_from(file, tiny_sdxl, tmp_path):
     """In the layout of h94/IP-Adapter: flat keys in .safetensors, two dictionaries in .bin."""
     state = read_ip_adapter(str(tiny_sdxl / "ip_adapter" / "ip_adapter.safetensors"))
     generator = torch.Generator().manual_seed(0)

@@ -1,7 +1,5 @@
 """Figures: what they show, and that it lies inside of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +10,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lit_multiip.comparison.figures import CELL, PALETTE, Panel, Series, figure6, forest, panels, plane, save
-from lit_multiip.comparison.rows import Comparison
 from lit_multiip.comparison.tests import load_comparison
 from lit_multiip.evaluation.intervals import Score
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+def loaded(tmp_path_factory):
     return load_comparison(write_comparison(tmp_path_factory.mktemp("figures") / "mini"))
 
 
@@ -42,7 +39,7 @@ def written_outside(figure: Figure) -> list[str]:
     ]
 
 
-def test_figure_6_shows_the_very_images(loaded: Comparison, tmp_path: Path) -> None:
+def test_figure_6_shows_the_very_images(loaded, tmp_path):
     pixels = saved(figure6(loaded), tmp_path)
     image = Image.open(loaded.folder / "avg_pool_trained" / "version_0" / "test" / "images" / "p0" / "photo_0_s0.png")
     expected = np.asarray(image).repeat(16, 0).repeat(16, 1)  # 8 px at 128
@@ -51,7 +48,7 @@ def test_figure_6_shows_the_very_images(loaded: Comparison, tmp_path: Path) -> N
     assert (cell == expected).all()
 
 
-def test_every_format_is_written_and_the_same_twice(loaded: Comparison, tmp_path: Path) -> None:
+def test_every_format_is_written_and_the_same_twice(loaded, tmp_path):
     contents = []
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
@@ -60,7 +57,7 @@ def test_every_format_is_written_and_the_same_twice(loaded: Comparison, tmp_path
     assert contents[0].keys() == {"figure.png", "figure.svg", "figure.pdf"} and contents[0] == contents[1]
 
 
-def test_differences_lie_in_their_panels_with_zero(loaded: Comparison) -> None:
+def test_differences_lie_in_their_panels_with_zero(loaded):
     found = panels(loaded, "critic")
     assert [title for title, *_ in found[0].lines] == ["IP-Adapter", "Average Pooling", "Control avg_pool_trained"]
     assert {kind for *_, kind in found[0].lines} == {"better"}
@@ -70,7 +67,7 @@ def test_differences_lie_in_their_panels_with_zero(loaded: Comparison) -> None:
         assert low < min([0.0, *bounds]) and max([0.0, *bounds]) < high
 
 
-def test_long_titles_and_captions_are_not_cut_off_and_a_dollar_is_no_formula(tmp_path: Path) -> None:
+def test_long_titles_and_captions_are_not_cut_off_and_a_dollar_is_no_formula(tmp_path):
     folder = write_comparison(tmp_path / "mini")
     plan = (folder / "plan.json").read_text()
     title = "A method whose title is as long as a sentence of $20 and $30, and goes on"
@@ -84,14 +81,14 @@ def test_long_titles_and_captions_are_not_cut_off_and_a_dollar_is_no_formula(tmp
         assert title in texts
 
 
-def test_differences_of_mere_rounding_do_not_fill_a_panel() -> None:
+def test_differences_of_mere_rounding_do_not_fill_a_panel():
     panel = Panel("prompt/critic", "prompt ↑", [("A", Score(1e-17, -1e-17, 2e-17, 9, 3), "unclear")])
     low, high = forest([panel]).axes[0].get_xlim()
     assert low <= -1e-3 and high >= 1e-3
 
 
-def test_every_row_has_a_colour_its_front_is_joined_and_its_choice_ringed(tmp_path: Path) -> None:
-    def colours(pixels: np.ndarray) -> list[int]:
+def test_every_row_has_a_colour_its_front_is_joined_and_its_choice_ringed(tmp_path):
+    def colours(pixels):
         return [int((abs(pixels / 255 - to_rgb(colour)) < 0.01).all(-1).sum()) for colour in PALETTE[:3]]
 
     apart = [Series("one", [(0.0, 1.0), (1.0, 0.0)]), Series("two", [(0.2, 0.4)], chosen=0)]
@@ -102,7 +99,7 @@ def test_every_row_has_a_colour_its_front_is_joined_and_its_choice_ringed(tmp_pa
     assert counts[0][1] > counts[1][1]  # the ring
 
 
-def test_one_point_can_be_drawn_and_none_is_refused() -> None:
+def test_one_point_can_be_drawn_and_none_is_refused():
     figure = plane([Series("one", [(0.5, 0.5), (0.5, 0.5)], front=[0, 1], chosen=1)], "x", "y", "title")
     assert written_outside(figure) == []
     with pytest.raises(ValueError, match="no point to draw"):

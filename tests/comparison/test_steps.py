@@ -1,7 +1,5 @@
 """Steps of a comparison carried out: what is skipped, waits and fails; the commands themselves are stubs here."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import threading
@@ -27,17 +25,17 @@ def trained(folder: Path, row: str) -> list[Step]:
 
 
 @pytest.fixture(autouse=True)
-def no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_git(monkeypatch):
     """`subprocess.run` is the steps' alone here."""
     monkeypatch.setattr(module, "commit", lambda: "c" * 40)
 
 
 @pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, dict[str, Any]]]:
+def commands(monkeypatch):
     """What was run, in order: command, first argument and the options of its process."""
-    done: list[tuple[str, str, dict[str, Any]]] = []
+    done = []
 
-    def run(command: list[str], **options: Any) -> SimpleNamespace:
+    def run(command, **options):
         done.append((command[3], "".join(command[4:6]), options))
         return SimpleNamespace(returncode=0)
 
@@ -49,9 +47,7 @@ def replace_run(monkeypatch: pytest.MonkeyPatch, act: Callable[..., int]) -> Non
     monkeypatch.setattr(subprocess, "run", lambda command, **o: SimpleNamespace(returncode=act(command, **o)))
 
 
-def test_one_process_at_a_time_does_the_steps_in_their_order_and_prints_through(
-    tmp_path: Path, commands: list[Any]
-) -> None:
+def test_one_process_at_a_time_does_the_steps_in_their_order_and_prints_through(tmp_path, commands):
     run_steps([*trained(tmp_path, "a"), step(tmp_path, "b", "test")])
     assert [command for command, _, _ in commands] == ["fit", "test", "test"]
     assert all(options.keys() == {"check"} for _, _, options in commands)
@@ -59,12 +55,10 @@ def test_one_process_at_a_time_does_the_steps_in_their_order_and_prints_through(
     assert not list(tmp_path.rglob("*.log"))
 
 
-def test_two_processes_share_the_steps_and_a_test_waits_for_its_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_share_the_steps_and_a_test_waits_for_its_fit(tmp_path, monkeypatch):
     together = threading.Barrier(2, timeout=30)  # two fits at once, or this breaks
 
-    def act(command: list[str], **_: Any) -> int:
+    def act(command, **_):
         if command[3] == "fit":
             together.wait()
         else:
@@ -78,8 +72,8 @@ def test_two_processes_share_the_steps_and_a_test_waits_for_its_fit(
 
 @pytest.mark.parametrize(("cores", "processes", "expected"), [(8, 2, "4"), (2, 2, "1"), (2, 3, "1")])
 def test_processes_share_the_cores_unless_the_user_says_otherwise(
-    cores: int, processes: int, expected: str, tmp_path: Path, commands: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    cores, processes, expected, tmp_path, commands, monkeypatch
+):
     monkeypatch.setattr(module, "count_cores", lambda: cores)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     run_steps([step(tmp_path, "a", "test")], processes)
@@ -89,13 +83,11 @@ def test_processes_share_the_cores_unless_the_user_says_otherwise(
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_failed_step_is_named_with_its_last_words_and_nothing_more_is_begun(
-    processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begun: list[str] = []
+def test_a_failed_step_is_named_with_its_last_words_and_nothing_more_is_begun(processes, tmp_path, monkeypatch):
+    begun = []
     together = threading.Barrier(processes, timeout=30)
 
-    def act(command: list[str], stdout: Any = None, **_: Any) -> int:
+    def act(command, stdout=None, **_):
         begun.append(command[3])
         together.wait()
         if command[3] == "fit":

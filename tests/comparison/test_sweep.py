@@ -1,7 +1,5 @@
 """Points, choices and tables of sweep; no point is run here."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> str:
+def plan(tmp_path):
     (tmp_path / "a.yaml").write_text("trainer: {max_steps: 5}\n")
     rows = {
         "a": {"configs": [str(tmp_path / "a.yaml")], "title": "A"},
@@ -40,7 +38,7 @@ def plan(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def trained_run(tmp_path: Path) -> str:
+def trained_run(tmp_path):
     """What `compare` would leave of row `b`."""
     run = tmp_path / "compared" / "b" / "version_0"
     (run / "checkpoints").mkdir(parents=True)
@@ -55,19 +53,19 @@ def record(identity: float, prompt: float, **setting: Any) -> dict[str, Any]:
     return {"part": "settings", "row": "a", "setting": setting, "side": "validation", "scores": scores}
 
 
-def test_the_pareto_front_is_what_nothing_beats() -> None:
+def test_the_pareto_front_is_what_nothing_beats():
     assert find_pareto_front([(1, 5), (2, 4), (2, 3), (3, 1), (0, 0), (3, 1)]) == [0, 1, 3, 5]
     assert find_pareto_front([(1, 1)]) == [0]
 
 
-def test_the_best_setting_has_the_highest_identity_that_prompts_allow() -> None:
+def test_the_best_setting_has_the_highest_identity_that_prompts_allow():
     records = [record(0.4, 0.80, s=1), record(0.5, 0.795, s=2), record(0.9, 0.70, s=3), record(0.3, 0.9, s=4)]
     assert best_setting(records, 0.01) == {"s": 2}
     assert best_setting(records, 0.001) == {"s": 1}
     assert best_setting(records, 0.2) == {"s": 3}
 
 
-def test_the_table_marks_front_and_choice() -> None:
+def test_the_table_marks_front_and_choice():
     records = [record(0.4, 0.8, ip_scale=1.0), record(0.5, 0.7, ip_scale=2.0), record(0.3, 0.7, ip_scale=3.0)]
     lines = {
         line.split("|")[1].strip(): line
@@ -82,9 +80,7 @@ def points_of(plan: str, parts: dict[str, Any], folder: Path) -> tuple[list[Poin
     return make_points(read_trained_plan(plan), parts, 25, folder)
 
 
-def test_points_are_on_validation_people_and_trained_rows_are_not_trained_again(
-    plan: str, tmp_path: Path, trained_run: str
-) -> None:
+def test_points_are_on_validation_people_and_trained_rows_are_not_trained_again(plan, tmp_path, trained_run):
     scales = {"model.sampling.ip_scale": [1.0, 0.5], "model.sampling.guidance_scale": [3.0, 5.0]}
     parts = {"settings": {"a": {"grid": scales}, "b": {"grid": {"model.sampling.ip_scale": [1.0]}}}}
     points, steps = points_of(plan, parts, tmp_path)
@@ -96,7 +92,7 @@ def test_points_are_on_validation_people_and_trained_rows_are_not_trained_again(
     assert steps[-1].arguments[:2] == ["--run", trained_run]
 
 
-def test_what_two_parts_have_is_tested_once(plan: str, tmp_path: Path) -> None:
+def test_what_two_parts_have_is_tested_once(plan, tmp_path):
     """The default setting, and the default number of references."""
     parts = {
         "settings": {"a": {"grid": {"model.sampling.ip_scale": [0.5, 1.0]}}},
@@ -107,7 +103,7 @@ def test_what_two_parts_have_is_tested_once(plan: str, tmp_path: Path) -> None:
     assert points[1].folder == points[3].folder and points[1].part != points[3].part
 
 
-def test_a_number_of_training_people_is_fitted_once_and_scored_on_both_sides(plan: str, tmp_path: Path) -> None:
+def test_a_number_of_training_people_is_fitted_once_and_scored_on_both_sides(plan, tmp_path):
     people = {"run": None, "grid": {"data.training_people": [10, 20]}, "options": {"trainer.max_steps": 7}}
     parts = {"people": {"b": people}, "people_on_train": {"b": people | {"test_options": {"data.tested": "train"}}}}
     points, steps = points_of(plan, parts, tmp_path)
@@ -120,7 +116,7 @@ def test_a_number_of_training_people_is_fitted_once_and_scored_on_both_sides(pla
     assert f"--score.output={points[2].folder}" in again.arguments and points[0].folder != points[2].folder
 
 
-def test_unknown_rows_and_broken_plans_are_refused(plan: str, tmp_path: Path) -> None:
+def test_unknown_rows_and_broken_plans_are_refused(plan, tmp_path):
     grid = {"grid": {"model.sampling.ip_scale": [1.0]}}
     with pytest.raises(CompareError, match=r"no row 'z', which settings names: the plan has a, b"):
         sweep(plan, {"settings": {"z": grid}}, output=str(tmp_path / "out"))
@@ -134,12 +130,10 @@ def test_unknown_rows_and_broken_plans_are_refused(plan: str, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
-def test_a_sweep_writes_its_tables_and_plane_and_tests_the_best_settings(
-    plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sweep_writes_its_tables_and_plane_and_tests_the_best_settings(plan, tmp_path, monkeypatch):
     """Of two settings the second has the higher identity, at a prompt agreement within the tolerance."""
 
-    def leave_results(steps: list[Step], processes: int) -> None:
+    def leave_results(steps, processes):
         for number, step in enumerate(steps):
             values = {"identity_held_out": 0.4 + 0.1 * number, "prompt": 0.8 - 0.001 * number}
             scores = {f"{key}/critic": {"value": v, "low": v - 0.1, "high": v + 0.1} for key, v in values.items()}
@@ -147,7 +141,7 @@ def test_a_sweep_writes_its_tables_and_plane_and_tests_the_best_settings(
             (step.run / "test").mkdir(parents=True)
             (step.run / "test" / "metrics.json").write_text(json.dumps(content))
 
-    compared: list[Any] = []
+    compared = []
     monkeypatch.setattr(module, "run_steps", leave_results)
     monkeypatch.setattr(module, "compare", lambda rows, **options: compared.append((rows, options)))
     out = tmp_path / "out"
@@ -160,15 +154,15 @@ def test_a_sweep_writes_its_tables_and_plane_and_tests_the_best_settings(
     assert options["output"] == str(out / "best") and "test_options" not in options
 
 
-def test_the_shipped_sweep_has_the_points_that_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shipped_sweep_has_the_points_that_it_says(tmp_path, monkeypatch):
     """Settings, then what references and people add; the configs are not parsed here, for it takes seconds."""
     monkeypatch.chdir(ROOT)
 
     class Named(Inputs):
-        def key(self, command: Any, arguments: Any, depends: str = "") -> str:
+        def key(self, command, arguments, depends=""):
             return " ".join([command, *arguments, depends])
 
-        def read_run(self, run: str) -> tuple[list[str], str]:
+        def read_run(self, run):
             return [], run
 
     monkeypatch.setattr(module, "Inputs", Named)

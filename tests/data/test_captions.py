@@ -1,7 +1,6 @@
 import csv
 import json
 import unicodedata
-from pathlib import Path
 
 import pytest
 from folders import save
@@ -13,7 +12,7 @@ def prompts(source: Folder) -> dict[str, str]:
     return {photo.name: photo.prompt for person in source.people() for photo in person.photos}
 
 
-def test_a_prompt_comes_from_txt_else_metadata_else_template(photos: Path) -> None:
+def test_a_prompt_comes_from_txt_else_metadata_else_template(photos):
     (photos / "Bo" / "Bo_1.txt").write_text("\ufeff a photo of a person\n at sea \n", "utf-8")
     (photos / "Bo" / "metadata.jsonl").write_text(
         "\n".join(json.dumps({"file_name": f"Bo_{i}.jpg", "prompt": f"own {i}"}) for i in (1, 2)) + "\n"
@@ -33,7 +32,7 @@ def test_a_prompt_comes_from_txt_else_metadata_else_template(photos: Path) -> No
     assert found["Cy_2.jpg"] == "a picture of a person"
 
 
-def test_only_a_template_that_says_so_holds_the_name(photos: Path) -> None:
+def test_only_a_template_that_says_so_holds_the_name(photos):
     assert not any("Ann" in prompt for prompt in prompts(Folder(str(photos))).values())
     assert prompts(Folder(str(photos), "a photo of {name}"))["Ann_Lee_1.jpg"] == "a photo of Ann Lee"
     for template in ("", "a photo of {nmae}", "a {"):
@@ -61,13 +60,13 @@ def test_only_a_template_that_says_so_holds_the_name(photos: Path) -> None:
         ("Bo/metadata.jsonl", "[]", "not a JSON object"),
     ],
 )
-def test_a_caption_at_fault_is_named(photos: Path, file: str, text: str | bytes, message: str) -> None:
+def test_a_caption_at_fault_is_named(photos, file, text, message):
     (photos / file).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError, match=message):
         Folder(str(photos)).people()
 
 
-def test_accents_match_however_they_are_composed(tmp_path: Path) -> None:
+def test_accents_match_however_they_are_composed(tmp_path):
     composed, split = (unicodedata.normalize(form, "Zoë") for form in ("NFC", "NFD"))
     save(tmp_path / split / f"{split}.jpg")
     (tmp_path / "metadata.csv").write_text(f"file_name,text\n{composed}/{composed}.jpg,hello\n", "utf-8")

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 from folders import save
-from PIL import Image
 
 from lit_multiip.data import DataError, Folder, check_photos
 
@@ -26,7 +25,7 @@ def faulty(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {"whole.jpg", "small_enough.png"}
 
 
-def test_every_unreadable_photo_is_named_in_one_error(tmp_path: Path) -> None:
+def test_every_unreadable_photo_is_named_in_one_error(tmp_path):
     bad = faulty(tmp_path / "Bo")
     people = Folder(str(tmp_path)).people()
     with pytest.raises(DataError, match=f"{len(bad)} of {len(bad) + 2} photos") as error:
@@ -36,7 +35,7 @@ def test_every_unreadable_photo_is_named_in_one_error(tmp_path: Path) -> None:
     assert "whole.jpg" not in str(error.value) and "small_enough" not in str(error.value)
 
 
-def test_unreadable_photos_are_skipped_if_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unreadable_photos_are_skipped_if_asked(tmp_path, caplog):
     bad = faulty(tmp_path / "Bo")
     (tmp_path / "Cy").mkdir()
     (tmp_path / "Cy" / "only.jpg").write_bytes(b"")
@@ -48,17 +47,10 @@ def test_unreadable_photos_are_skipped_if_asked(tmp_path: Path, caplog: pytest.L
     with pytest.raises(DataError, match="no readable photo is left"):
         check_photos(Folder(str(tmp_path)).people(), "skip", progress=False)
     with pytest.raises(DataError, match="'ignore'"):
-        check_photos([], "ignore")  # type: ignore[arg-type]
+        check_photos([], "ignore")
 
 
-def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path / "Bo" / "bomb.png", (64, 64))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 // 2 - 1)
-    with pytest.raises(DataError, match=r"bomb\.png.*decompression bomb"):
-        check_photos(Folder(str(tmp_path)).people(), progress=False)
-
-
-def test_readable_photos_pass_unchanged_with_a_progress_bar(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readable_photos_pass_unchanged_with_a_progress_bar(photos, capsys):
     people = Folder(str(photos)).people()
     assert check_photos(people) == people
     assert "checking photos" in (shown := capsys.readouterr().err) and "25/25" in shown

@@ -1,4 +1,3 @@
-import importlib
 import io
 import os
 import stat
@@ -8,7 +7,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import yaml
 from PIL import Image
 
 from lit_multiip.data import LFW, DataError, check_photos, select_people, split_people
@@ -66,21 +64,21 @@ def write_folder(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("inner", ["", "lfw", "lfw_funneled", "lfw-deepfunneled", "lfw-deepfunneled/lfw-deepfunneled"])
-def test_a_folder_is_read_at_any_usual_depth(tmp_path: Path, inner: str) -> None:
+def test_a_folder_is_read_at_any_usual_depth(tmp_path, inner):
     (tmp_path / "data" / inner).parent.mkdir(parents=True, exist_ok=True)
     os.rename(write_folder(tmp_path / "x") / "lfw", tmp_path / "data" / inner)
     assert found(LFW(str(tmp_path / "data"))) == EXPECTED
 
 
-def test_a_link_back_to_itself_ends(tmp_path: Path) -> None:
+def test_a_link_back_to_itself_ends(tmp_path):
     root = write_folder(tmp_path) / "lfw"
     (root / "lfw").symlink_to(root)
     assert found(LFW(str(root))) == EXPECTED
 
 
 @pytest.mark.parametrize(("name", "write"), [("a.tgz", write_tar), ("a.tar.gz", write_tar), ("A.ZIP", write_zip)])
-def test_an_archive_is_extracted_once_and_leaves_nothing_else(tmp_path: Path, name: str, write: object) -> None:
-    archive = write(tmp_path / name)  # type: ignore[operator]
+def test_an_archive_is_extracted_once_and_leaves_nothing_else(tmp_path, name, write):
+    archive = write(tmp_path / name)
     assert found(LFW(str(archive))) == EXPECTED
     assert {path.name for path in tmp_path.iterdir()} == {name, f"{name}.extracted"}
     archive.write_bytes(b"unread from now on")
@@ -88,7 +86,7 @@ def test_an_archive_is_extracted_once_and_leaves_nothing_else(tmp_path: Path, na
     assert not os.access(tmp_path / f"{name}.extracted" / next(iter(FILES)), os.X_OK)
 
 
-def test_an_archive_can_be_extracted_elsewhere(tmp_path: Path) -> None:
+def test_an_archive_can_be_extracted_elsewhere(tmp_path):
     archive = write_tar(tmp_path / "a.tgz")
     assert found(LFW(str(archive), data_home=str(tmp_path / "new" / "home"))) == EXPECTED
     assert [path.name for path in (tmp_path / "new" / "home").iterdir()] == ["a.tgz.extracted"]
@@ -125,7 +123,7 @@ def zip_member(name: str, mode: int = 0) -> zipfile.ZipInfo:
     ],
     ids=lambda member: f"{type(member).__name__}",
 )
-def test_an_unsafe_archive_leaves_nothing_behind(tmp_path: Path, member: tarfile.TarInfo | zipfile.ZipInfo) -> None:
+def test_an_unsafe_archive_leaves_nothing_behind(tmp_path, member):
     home = tmp_path / "home"
     home.mkdir()
     if isinstance(member, tarfile.TarInfo):
@@ -140,7 +138,7 @@ def test_an_unsafe_archive_leaves_nothing_behind(tmp_path: Path, member: tarfile
 
 @pytest.mark.parametrize("name", ["a.tgz", "a.zip"])
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.9])
-def test_a_damaged_archive_is_refused_and_leaves_nothing_behind(tmp_path: Path, name: str, keep: float) -> None:
+def test_a_damaged_archive_is_refused_and_leaves_nothing_behind(tmp_path, name, keep):
     whole = (write_zip if name.endswith("zip") else write_tar)(tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(whole[: int(len(whole) * keep)])
     with pytest.raises(DataError, match=rf"{name}.*fetch it again"):
@@ -148,13 +146,11 @@ def test_a_damaged_archive_is_refused_and_leaves_nothing_behind(tmp_path: Path, 
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_an_extraction_that_another_process_finished_first_is_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_extraction_that_another_process_finished_first_is_used(tmp_path, monkeypatch):
     archive = write_tar(tmp_path / "a.tgz")
     unpack = lfw_module.unpack
 
-    def slow(archive: Path, folder: Path) -> None:
+    def slow(archive, folder):
         unpack(archive, folder)
         write_folder(tmp_path / "a.tgz.extracted")
 
@@ -163,7 +159,7 @@ def test_an_extraction_that_another_process_finished_first_is_used(
     assert {path.name for path in tmp_path.iterdir()} == {"a.tgz", "a.tgz.extracted"}
 
 
-def test_a_path_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_used_is_named(tmp_path):
     (tmp_path / "lfw.rar").write_bytes(b"x")
     (tmp_path / "file").write_bytes(b"x")
     write_tar(tmp_path / "a.tgz")
@@ -177,10 +173,10 @@ def test_a_path_that_cannot_be_used_is_named(tmp_path: Path) -> None:
             source.people()
 
 
-def test_download_uses_the_files_and_checks_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_uses_the_files_and_checks_their_number(tmp_path, monkeypatch):
     calls = []
 
-    def fetch(data_home: str, **_: object) -> None:
+    def fetch(data_home, **_):
         calls.append(data_home)
         write_folder(tmp_path)
         (tmp_path / "lfw_home").mkdir()
@@ -196,8 +192,8 @@ def test_download_uses_the_files_and_checks_their_number(tmp_path: Path, monkeyp
     assert calls == [str(tmp_path)]  # not fetched again
 
 
-def test_a_missing_network_says_to_give_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fetch(**_: object) -> None:
+def test_a_missing_network_says_to_give_a_path(tmp_path, monkeypatch):
+    def fetch(**_):
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr("sklearn.datasets.fetch_lfw_people", fetch)
@@ -206,7 +202,7 @@ def test_a_missing_network_says_to_give_a_path(tmp_path: Path, monkeypatch: pyte
 
 
 @real_photos
-def test_real_photos_split_two_to_one() -> None:
+def test_real_photos_split_two_to_one():
     people = LFW(str(SHARED)).people()
     kept = select_people(people, min_photos=10)
     assert (len(people), len(kept)) == (108, 100)
@@ -218,17 +214,8 @@ def test_real_photos_split_two_to_one() -> None:
 
 
 @real_photos
-def test_real_photos_are_all_readable_and_distinct() -> None:
+def test_real_photos_are_all_readable_and_distinct():
     people = LFW(str(SHARED)).people()
     assert check_photos(people, progress=False) == people
     keys = [photo.content_key() for person in people for photo in person.photos]
     assert len(keys) == len(set(keys)) == 1348
-
-
-@pytest.mark.parametrize(("name", "path"), [("folder", "photos"), ("lfw", None)])
-def test_the_shipped_config_constructs_its_source(name: str, path: str | None) -> None:
-    text = (REPOSITORY / "configs" / "data" / f"{name}.yaml").read_text()
-    assert text.startswith("# ")
-    source = yaml.safe_load(text)["data"]["source"]
-    cls = getattr(importlib.import_module("lit_multiip.data"), source["class_path"])  # by its name alone
-    assert cls(**source["init_args"]).path == path

@@ -1,6 +1,5 @@
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from folders import names, save
@@ -18,7 +17,7 @@ from lit_multiip.data import (
 )
 
 
-def test_folders_are_people_in_natural_order(photos: Path) -> None:
+def test_folders_are_people_in_natural_order(photos):
     people = Folder(str(photos)).people()
     assert [(person.name, len(person.photos)) for person in people] == [("Ann_Lee", 12), ("Bo", 3), ("Cy", 10)]
     assert [photo.name for photo in people[0].photos] == [f"Ann_Lee_{i}.jpg" for i in range(1, 13)]
@@ -26,7 +25,7 @@ def test_folders_are_people_in_natural_order(photos: Path) -> None:
     assert {person.split for person in people} == {None}
 
 
-def test_hidden_files_and_other_types_are_not_photos(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_hidden_files_and_other_types_are_not_photos(photos, caplog):
     save(photos / ".git" / "x.jpg")
     save(photos / "Bo" / "._Bo_1.jpg")
     (photos / "Bo" / ".DS_Store").write_bytes(b"x")
@@ -38,7 +37,7 @@ def test_hidden_files_and_other_types_are_not_photos(photos: Path, caplog: pytes
     assert "phone.heic" in caplog.text and ".DS_Store" not in caplog.text
 
 
-def test_links_that_form_a_loop_end(photos: Path) -> None:
+def test_links_that_form_a_loop_end(photos):
     (photos / "Bo" / "up").symlink_to(photos)
     (photos / "Dee").symlink_to(photos)
     (photos / "self").symlink_to(photos / "self")
@@ -48,19 +47,19 @@ def test_links_that_form_a_loop_end(photos: Path) -> None:
 @pytest.mark.parametrize(
     "make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.write_text("x"), lambda p: save(p / "1.jpg")]
 )
-def test_a_folder_without_people_is_named(tmp_path: Path, make: object) -> None:
-    make(tmp_path / "gone")  # type: ignore[operator]
+def test_a_folder_without_people_is_named(tmp_path, make):
+    make(tmp_path / "gone")
     with pytest.raises(DataError, match="gone"):
         Folder(str(tmp_path / "gone")).people()
 
 
-def test_one_persons_folder_reads_as_it_does_among_others(photos: Path) -> None:
+def test_one_persons_folder_reads_as_it_does_among_others(photos):
     assert read_person(photos / "Bo") == Folder(str(photos)).people()[1]
     with pytest.raises(DataError, match="no photos"):
         read_person(photos)
 
 
-def test_drawn_people_have_their_roles_disjoint_indices() -> None:
+def test_drawn_people_have_their_roles_disjoint_indices():
     people = MiniFaces(seed=3, train=12, validation=2, test=4, photos=5).people()
     assert names(people)[:2] == ["test_000000", "test_000001"]
     for side, count in {"train": 12, "validation": 2, "test": 4}.items():
@@ -73,12 +72,12 @@ def test_drawn_people_have_their_roles_disjoint_indices() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"train": 0}, {"test": -1}, {"validation": 1_000_001}, {"photos": 0}, {"seed": -1}])
-def test_impossible_numbers_of_drawn_people_are_refused(wrong: dict[str, int]) -> None:
+def test_impossible_numbers_of_drawn_people_are_refused(wrong):
     (name,) = wrong
     with pytest.raises(DataError, match=name):
         MiniFaces(**wrong)
 
 
-def test_importing_people_loads_neither_torch_nor_sklearn() -> None:
+def test_importing_people_loads_neither_torch_nor_sklearn():
     code = "import sys, lit_multiip.data; print({'torch', 'sklearn', 'lightning'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

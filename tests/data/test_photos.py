@@ -33,15 +33,13 @@ def opened(path: Path) -> np.ndarray:
         ("CMYK", (0, 0, 0, 255), "jpg", (0, 0, 0)),
     ],
 )
-def test_every_mode_becomes_the_rgb_it_looks_like(
-    tmp_path: Path, mode: str, colour: object, suffix: str, rgb: tuple[int, int, int]
-) -> None:
+def test_every_mode_becomes_the_rgb_it_looks_like(tmp_path, mode, colour, suffix, rgb):
     path = tmp_path / f"x.{suffix}"
-    Image.new(mode, (20, 20), colour).save(path)  # type: ignore[arg-type]
+    Image.new(mode, (20, 20), colour).save(path)
     assert np.abs(opened(path).astype(int) - rgb).max() <= 1
 
 
-def test_a_transparent_palette_is_laid_over_white(tmp_path: Path) -> None:
+def test_a_transparent_palette_is_laid_over_white(tmp_path):
     image = Image.new("P", (20, 20), 1)
     image.putpalette([0, 0, 0, 10, 20, 30])
     image.putpixel((3, 4), 0)
@@ -51,7 +49,7 @@ def test_a_transparent_palette_is_laid_over_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-def test_exif_rotation_is_honoured(tmp_path: Path, suffix: str) -> None:
+def test_exif_rotation_is_honoured(tmp_path, suffix):
     image = Image.new("RGB", (40, 20), "black")
     image.paste("white", (0, 0, 10, 20))  # the left edge
     exif = Image.Exif()
@@ -62,14 +60,14 @@ def test_exif_rotation_is_honoured(tmp_path: Path, suffix: str) -> None:
     assert pixels[:8].min() > 200 and pixels[14:].max() < 55
 
 
-def test_the_content_key_follows_the_bytes_and_nothing_else(tmp_path: Path) -> None:
+def test_the_content_key_follows_the_bytes_and_nothing_else(tmp_path):
     a, b = save(tmp_path / "a.png"), save(tmp_path / "b.png", colour=(200, 40, 11))
     key = FilePhoto("p", "a", "x", a).content_key()
     assert key == FilePhoto("q", "b", "y", a).content_key() == hashlib.sha256(a.read_bytes()).hexdigest()
     assert key != FilePhoto("p", "a", "x", b).content_key()
 
 
-def test_a_drawn_photo_is_its_recipe() -> None:
+def test_a_drawn_photo_is_its_recipe():
     photo = MiniFaces(seed=3, train=1, validation=1, test=1, photos=2).people()[1].photos[1]
     assert photo.name == "train_000000_0001.png"
     expected = mini_faces.photo(3, mini_faces.ROLES["train"].start, 1)
@@ -81,13 +79,13 @@ def test_a_drawn_photo_is_its_recipe() -> None:
     assert len(keys) == 2 * 4 * 3
 
 
-def test_of_photos_with_equal_content_the_first_is_kept(tmp_path: Path) -> None:
+def test_of_photos_with_equal_content_the_first_is_kept(tmp_path):
     contents = {"1.png": "red", "2.png": "blue", "3.png": "red", "4.png": "green"}
     photos = [FilePhoto("p", name, "", save(tmp_path / name, colour=colour)) for name, colour in contents.items()]
     assert [photo.name for photo in distinct_photos(photos)] == ["2.png", "1.png", "4.png"]
 
 
-def test_a_photo_takes_fewer_than_800_bytes_of_memory_and_its_file_is_read_once(tmp_path: Path) -> None:
+def test_a_photo_takes_fewer_than_800_bytes_of_memory_and_its_file_is_read_once(tmp_path):
     for number in range(1000):
         path = tmp_path / f"Person_{number // 10:04d}" / f"{number}.jpg"
         path.parent.mkdir(exist_ok=True)

@@ -8,7 +8,7 @@ from folders import names, people_of
 from lit_multiip.data import DataError, Folder, MiniFaces, Person, Split, select_people, split_people
 
 
-def test_people_with_too_few_photos_are_left_out_and_counted(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_people_with_too_few_photos_are_left_out_and_counted(photos, caplog):
     people = Folder(str(photos)).people()
     with caplog.at_level(logging.INFO):
         assert names(select_people(people)) == ["Ann_Lee", "Cy"]
@@ -20,7 +20,7 @@ def test_people_with_too_few_photos_are_left_out_and_counted(photos: Path, caplo
             select_people(people, **wrong)
 
 
-def test_max_people_keeps_a_seeded_nested_subset() -> None:
+def test_max_people_keeps_a_seeded_nested_subset():
     people = people_of(40)
     ten, twenty = (names(select_people(people, max_people=n, seed=1)) for n in (10, 20))
     assert len(ten) == 10 and ten == sorted(ten) and set(ten) < set(twenty)
@@ -29,7 +29,7 @@ def test_max_people_keeps_a_seeded_nested_subset() -> None:
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(158, (94, 11, 53)), (60, (36, 4, 20)), (3, (1, 1, 1))])
-def test_the_seeded_split_is_two_to_one_by_person(count: int, sizes: tuple[int, int, int]) -> None:
+def test_the_seeded_split_is_two_to_one_by_person(count, sizes):
     people = people_of(count)
     split = split_people(people, seed=5)
     assert (len(split.train), len(split.validation), len(split.test)) == sizes
@@ -39,7 +39,7 @@ def test_the_seeded_split_is_two_to_one_by_person(count: int, sizes: tuple[int, 
         assert split_people(people, seed=6) != split
 
 
-def test_a_split_without_enough_people_says_what_to_do() -> None:
+def test_a_split_without_enough_people_says_what_to_do():
     for count in (0, 1, 2):
         with pytest.raises(DataError, match="people cannot be divided"):
             split_people(people_of(count))
@@ -47,10 +47,10 @@ def test_a_split_without_enough_people_says_what_to_do() -> None:
         split_people(people_of(4), test_fraction=0.9)
     for wrong in ({"test_fraction": 0.0}, {"validation_fraction": 1.0}, {"test_fraction": float("nan")}):
         with pytest.raises(DataError, match="between 0 and 1"):
-            split_people(people_of(9), **wrong)  # type: ignore[arg-type]
+            split_people(people_of(9), **wrong)
 
 
-def test_a_split_refuses_overlap_and_empty_sides() -> None:
+def test_a_split_refuses_overlap_and_empty_sides():
     a, b, c = people_of(3)
     with pytest.raises(DataError, match=r"no test people \(2 train, 1 validation, 0 test\)"):
         Split([a, b], [c], [])
@@ -63,7 +63,7 @@ def listed(path: Path, *lines: str) -> str:
     return str(path)
 
 
-def test_lists_of_names_decide(tmp_path: Path) -> None:
+def test_lists_of_names_decide(tmp_path):
     people = people_of(12)
     train = listed(tmp_path / "train.txt", *(f"p{i:03d}" for i in range(5)))
     test = listed(tmp_path / "test.txt", "", "p007 ", "p009")
@@ -78,7 +78,7 @@ def test_lists_of_names_decide(tmp_path: Path) -> None:
     assert names(drawn.validation) == ["p008"] and (len(drawn.train), len(drawn.test)) == (7, 4)
 
 
-def test_lists_in_lfws_own_format_may_name_people_that_were_left_out(tmp_path: Path) -> None:
+def test_lists_in_lfws_own_format_may_name_people_that_were_left_out(tmp_path):
     rows = [f"p{i:03d}\t10" for i in range(6)]
     train = listed(tmp_path / "peopleDevTrain.txt", "8", *rows, "Too_Few\t1", "Absent\t2")
     test = listed(tmp_path / "peopleDevTest.txt", "1", "p007\t10")
@@ -88,12 +88,12 @@ def test_lists_in_lfws_own_format_may_name_people_that_were_left_out(tmp_path: P
         split_people(people_of(9), train_names=listed(tmp_path / "cut.txt", "8", *rows))
 
 
-def test_a_list_of_numbers_is_not_taken_for_lfws_format(tmp_path: Path) -> None:
+def test_a_list_of_numbers_is_not_taken_for_lfws_format(tmp_path):
     people = [Person(str(i), ()) for i in range(5)]
     assert names(split_people(people, test_names=listed(tmp_path / "test.txt", "1", "3")).test) == ["1", "3"]
 
 
-def test_a_list_at_fault_is_named(tmp_path: Path) -> None:
+def test_a_list_at_fault_is_named(tmp_path):
     people, good = people_of(9), listed(tmp_path / "good.txt", "p001", "p002")
     for lines, message in {
         ("p001",): r"p001 is in both .*good\.txt and .*bad\.txt",
@@ -108,13 +108,13 @@ def test_a_list_at_fault_is_named(tmp_path: Path) -> None:
         split_people(people, test_names=listed(tmp_path / "all.txt", *names(people)))
 
 
-def test_names_are_compared_whatever_their_composition(tmp_path: Path) -> None:
+def test_names_are_compared_whatever_their_composition(tmp_path):
     people = [*people_of(6), Person(unicodedata.normalize("NFD", "Zoë"), ())]
     test = listed(tmp_path / "test.txt", unicodedata.normalize("NFC", "Zoë"))
     assert split_people(people, test_names=test).test == [people[-1]]
 
 
-def test_a_split_fixed_by_the_source_takes_no_lists(tmp_path: Path) -> None:
+def test_a_split_fixed_by_the_source_takes_no_lists(tmp_path):
     people = MiniFaces(train=3, validation=1, test=2, photos=2).people()
     with pytest.raises(DataError, match="remove test_names"):
         split_people(people, test_names=listed(tmp_path / "x.txt", people[0].name))

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -69,7 +67,7 @@ COPIES = {
 
 
 @pytest.mark.parametrize("copy", COPIES)
-def test_a_copy_in_another_quality_size_or_light_is_near(copy: str, tmp_path: Path) -> None:
+def test_a_copy_in_another_quality_size_or_light_is_near(copy, tmp_path):
     photos = [person.photos[0].image() for person in side("test")]
     if LFW.is_dir():
         photos += [Image.open(sorted(folder.glob("*.jpg"))[0]) for folder in sorted(LFW.iterdir())[:10]]
@@ -80,7 +78,7 @@ def test_a_copy_in_another_quality_size_or_light_is_near(copy: str, tmp_path: Pa
         assert pixel_similarity(make_signature(photo), make_signature(copied)) > SIMILAR_PIXELS
 
 
-def test_other_photos_of_the_same_drawn_person_are_not_near() -> None:
+def test_other_photos_of_the_same_drawn_person_are_not_near():
     people = [person for person in MiniFaces(train=1, validation=1, test=20).people() if person.split == "test"]
     signatures = [[make_signature(photo.image()) for photo in person.photos] for person in people]
     most = max(pixel_similarity(a, b) for own in signatures for a, b in itertools.combinations(own, 2))
@@ -88,7 +86,7 @@ def test_other_photos_of_the_same_drawn_person_are_not_near() -> None:
 
 
 @needs_lfw
-def test_of_lfws_pairs_three_are_near_and_these_are_copies() -> None:
+def test_of_lfws_pairs_three_are_near_and_these_are_copies():
     near, pairs = [], 0
     for folder in sorted(LFW.iterdir()):
         paths = sorted(folder.glob("*.jpg"))
@@ -105,7 +103,7 @@ def test_of_lfws_pairs_three_are_near_and_these_are_copies() -> None:
     assert pairs == 8167
 
 
-def test_all_near_pairs_are_counted_and_listed_in_order() -> None:
+def test_all_near_pairs_are_counted_and_listed_in_order():
     a, b = side("test")[0].photos[:2]
     pairs, similar = [(a, b)] * 100, np.linspace(0.5, 1.0, 100)
     near = near_duplicates(pairs, similar, 0.7)
@@ -115,9 +113,7 @@ def test_all_near_pairs_are_counted_and_listed_in_order() -> None:
     assert none["pairs"] == [] and none["largest"]["similarity"] == 0.5
 
 
-def test_the_number_of_near_pairs_that_is_told_is_the_true_one(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_number_of_near_pairs_that_is_told_is_the_true_one(tmp_path, caplog):
     """12 held-out photos with two copies each among their references: 24 pairs."""
     drawn = [photo.image() for person in FACES for photo in person.photos][:12]
     copies = [[jpeg(quality)(image, tmp_path).convert("RGB") for quality in (60, 80)] for image in drawn]
@@ -132,9 +128,7 @@ def test_the_number_of_near_pairs_that_is_told_is_the_true_one(
     assert "24 of 24 pairs of a held-out photo and its reference are near-duplicates by pixels" in caplog.text
 
 
-def test_a_recompressed_copy_is_listed_counted_and_warned_about(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_recompressed_copy_is_listed_counted_and_warned_about(tmp_path, caplog):
     images = portraits(side("test")[0], 3)
     copy = jpeg(60)(images[0], tmp_path)
     [person] = files(tmp_path / "photos", {"Ann": [*images, copy.convert("RGB")]})
@@ -155,7 +149,7 @@ def test_a_recompressed_copy_is_listed_counted_and_warned_about(
 
 
 @pytest.mark.parametrize(("suffix", "what"), [(".png", "equal in content"), (".bmp", "equal in every pixel")])
-def test_a_copy_of_the_held_out_photo_among_its_references_is_refused(tmp_path: Path, suffix: str, what: str) -> None:
+def test_a_copy_of_the_held_out_photo_among_its_references_is_refused(tmp_path, suffix, what):
     images = portraits(side("test")[0], 3)
     [person] = files(tmp_path, {"Ann": images})
     if suffix == ".png":
@@ -170,7 +164,7 @@ def test_a_copy_of_the_held_out_photo_among_its_references_is_refused(tmp_path: 
         audit_tasks([task], "nothing", None)
 
 
-def test_a_test_person_on_the_record_is_refused() -> None:
+def test_a_test_person_on_the_record_is_refused():
     tasks = make_tasks(side("test"), 4, 2)
     clean = training_record([*side("train"), *side("validation")])
     training = audit_tasks(tasks, "recorded", clean)["training"]
@@ -183,7 +177,7 @@ def test_a_test_person_on_the_record_is_refused() -> None:
         audit_tasks(tasks, "recorded", leaky)
 
 
-def test_a_test_photo_trained_on_under_another_name_is_refused(tmp_path: Path) -> None:
+def test_a_test_photo_trained_on_under_another_name_is_refused(tmp_path):
     images = portraits(side("test")[0], 6)
     [ann] = files(tmp_path / "a", {"Ann": images})
     [eve] = files(tmp_path / "b", {"Eve": images[:1]})
@@ -191,7 +185,7 @@ def test_a_test_photo_trained_on_under_another_name_is_refused(tmp_path: Path) -
         audit_tasks(make_tasks([ann], 4, 2), "recorded", training_record([eve]))
 
 
-def test_a_drawn_person_of_the_critics_range_is_refused() -> None:
+def test_a_drawn_person_of_the_critics_range_is_refused():
     tasks = make_tasks(side("train"), 4, 1)
     with pytest.raises(LeakError, match="4 drawn test people, such as 'train_000000'"):
         audit_tasks(tasks, "nothing", None)
@@ -200,7 +194,7 @@ def test_a_drawn_person_of_the_critics_range_is_refused() -> None:
 # Records
 
 
-def test_the_record_names_nobody_and_adds_up_over_resumed_fits() -> None:
+def test_the_record_names_nobody_and_adds_up_over_resumed_fits():
     first = training_record(side("train"))
     assert {key: tuple(rows.shape) for key, rows in first.items()} == {"people": (4, 32), "photos": (32, 32)}
     both = training_record(side("validation"), None, first)
@@ -214,7 +208,7 @@ def find(path: Path | None, trained_on: Record | None) -> tuple[str, Record | No
     return find_record(trainer, SimpleNamespace(trained_on=trained_on))
 
 
-def test_the_record_is_found_in_the_checkpoint_or_its_absence_told(tmp_path: Path) -> None:
+def test_the_record_is_found_in_the_checkpoint_or_its_absence_told(tmp_path):
     record = training_record(side("train"))
     torch.save({RECORD: record, "state_dict": {}}, tmp_path / "with.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "without.ckpt")
@@ -224,7 +218,7 @@ def test_the_record_is_found_in_the_checkpoint_or_its_absence_told(tmp_path: Pat
     assert find(None, None) == ("nothing", None)
 
 
-def test_the_people_behind_the_weights_that_a_method_started_from_count(tmp_path: Path) -> None:
+def test_the_people_behind_the_weights_that_a_method_started_from_count(tmp_path):
     """A was trained on P1, B went on from it with others; B's test of P1 is refused, by either record."""
     behind = training_record(side("test"))
     torch.save({RECORD: training_record(side("train"), behind), "state_dict": {}}, tmp_path / "b.ckpt")
@@ -237,7 +231,7 @@ def test_the_people_behind_the_weights_that_a_method_started_from_count(tmp_path
             audit_tasks(tasks, status, record)
 
 
-def test_a_start_without_a_record_makes_the_answer_unknown_and_known_people_still_count(tmp_path: Path) -> None:
+def test_a_start_without_a_record_makes_the_answer_unknown_and_known_people_still_count(tmp_path):
     tasks = make_tasks(side("test"), 4, 2)
     assert find(None, unknown_record()) == ("unknown", None)
     for number, start in enumerate((training_record(side("train"), unknown_record()), training_record(side("train")))):
@@ -251,14 +245,14 @@ def test_a_start_without_a_record_makes_the_answer_unknown_and_known_people_stil
 
 
 @pytest.mark.parametrize("rows", [torch.zeros(3, 31, dtype=torch.uint8), torch.zeros(3, 32), torch.zeros(3)])
-def test_what_is_no_record_in_a_file_is_an_unknown_one(rows: torch.Tensor) -> None:
+def test_what_is_no_record_in_a_file_is_an_unknown_one(rows):
     whole = training_record(side("train"))
     assert not is_incomplete(read_record(whole)) and torch.equal(read_record(whole)["photos"], whole["photos"])
     assert is_incomplete(read_record({**whole, "people": rows}))
     assert is_incomplete(read_record({"people": whole["people"]})) and is_incomplete(read_record(None))
 
 
-def test_what_is_not_known_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_not_known_is_told(caplog):
     tasks = make_tasks(side("test"), 4, 2)
     for status, text in (("nothing", "nothing was trained in this project"), ("unknown", "UNKNOWN")):
         assert text in summary(audit_tasks(tasks, status, None))
@@ -267,7 +261,7 @@ def test_what_is_not_known_is_told(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("name", ["validation", "train"])
-def test_scores_of_people_who_are_no_test_people_say_so(name: str) -> None:
+def test_scores_of_people_who_are_no_test_people_say_so(name):
     data = SimpleNamespace(tested=name)
     trainer = SimpleNamespace(datamodule=data, ckpt_path="any.ckpt", global_step=0)
     status, record = find_record(trainer, SimpleNamespace(trained_on=None))

@@ -92,19 +92,21 @@ def test_a_leak_is_refused_before_anything_is_sampled(tmp_path):
     assert not (tmp_path / "metrics.json").exists()
 
 
-def test_only_the_anchors_are_made_that_the_method_can_be_conditioned_on(tmp_path):
+@pytest.mark.parametrize(
+    ("conditions", "options", "others", "rows"),
+    [
+        (("right", "none"), {}, True, [ANCHORS[0], *ANCHORS[3:]]),  # of what the method can be conditioned on
+        (Perfect.conditions, {}, False, [row for row in ANCHORS if row != "other_person"]),  # without anybody else
+        (("right",), {"anchors": False}, True, []),
+    ],
+)
+def test_only_the_anchors_are_made_that_there_can_be(conditions, options, others, rows, tmp_path):
     module = Perfect()
-    module.conditions = ("right", "none")
-    run(tmp_path, module=module, data=Data(test=1))
-    assert set(module.calls) == {"method", "right", "none"}
-    assert list(read(tmp_path)[0]["rows"]) == ["Perfect", ANCHORS[0], *ANCHORS[3:]]
-
-
-def test_without_anybody_else_there_is_no_row_of_another_person(tmp_path):
-    module = Perfect()
-    run(tmp_path, module=module, data=Data(test=1, others=False))
-    assert set(module.calls) == {"method", "right", "none", "zero"}
-    assert list(read(tmp_path)[0]["rows"]) == ["Perfect", *(row for row in ANCHORS if row != "other_person")]
+    module.conditions = conditions
+    run(tmp_path, module=module, data=Data(test=1, others=others), **options)
+    assert set(module.calls) == {"method", *conditions} - (set() if others else {"other"})
+    metrics, lines = read(tmp_path)
+    assert list(metrics["rows"]) == ["Perfect", *rows] and (rows or len(lines) == 2)
 
 
 def test_every_long_part_shows_a_bar_from_the_first_batch_on(tmp_path, capsys):
@@ -206,15 +208,6 @@ def test_the_table_puts_the_method_first_and_says_what_is_better(tested):
         assert text in table
 
 
-def test_without_anchors_only_the_method_is_sampled(tmp_path):
-    module = Perfect()
-    run(tmp_path, module=module, anchors=False)
-    metrics, lines = read(tmp_path)
-    assert list(metrics["rows"]) == ["Perfect"]
-    assert len(lines) == 6
-    assert module.calls == ["method", "right"] * 3
-
-
 def test_the_protocol_is_of_the_tasks_that_were_sampled(tmp_path, caplog):
     data = Data()
     run(tmp_path, data=data, anchors=False, trainer_options={"limit_test_batches": 1})
@@ -243,21 +236,22 @@ def test_photos_of_strangers_come_evenly_from_as_many_people_as_are_tested(tmp_p
     assert seen["r"]["real_vs_real"]["fid/thumbnail"][-2:] == (24, 4)
 
 
-@pytest.mark.parametrize("source", ["{}", "{}/image_encoder", "{}/unet/../image_encoder"])
-def test_an_extractor_that_conditions_is_refused_before_anything_is_sampled(tmp_path, source):
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{}", "'clip' has the weights of the image encoder"),
+        ("{}/image_encoder", "'clip' has the weights of the image encoder"),
+        ("{}/unet/../image_encoder", "'clip' has the weights of the image encoder"),
+        ("{}/image_encoder/faces.onnx", "would score its own work"),
+    ],
+)
+def test_an_extractor_that_conditions_is_refused_before_anything_is_sampled(source, message, tmp_path):
     (tmp_path / "image_encoder").mkdir()
     (tmp_path / "unet").mkdir()
     module = Perfect(str(tmp_path))
-    with pytest.raises(ValueError, match="'clip' has the weights of the image encoder"):
+    with pytest.raises(ValueError, match=message):
         run(tmp_path / "test", module=module, extractors=[Thumbnail("clip", source.format(tmp_path))])
     assert module.calls == []
-
-
-def test_a_file_inside_the_image_encoders_folder_is_refused(tmp_path):
-    (tmp_path / "image_encoder").mkdir()
-    source = str(tmp_path / "image_encoder" / "faces.onnx")
-    with pytest.raises(ValueError, match="would score its own work"):
-        run(tmp_path / "test", module=Perfect(str(tmp_path)), extractors=[Thumbnail(source=source)])
 
 
 class SharpFaces(Thumbnail):

@@ -1,7 +1,5 @@
 """What the scores make of known faults: the worse the images, the worse the score, on real portraits and the critic."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import numpy as np
@@ -26,17 +24,17 @@ def portraits(first: int) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def critic() -> CriticExtractor:
+def critic():
     return CriticExtractor()
 
 
 @pytest.fixture(scope="module")
-def real(critic: CriticExtractor) -> Tensor:
+def real(critic):
     return critic.extract(portraits(0)).features
 
 
 @pytest.fixture(scope="module")
-def others() -> Tensor:
+def others():
     """Portraits of other people: from the same distribution as ``real``."""
     return portraits(PEOPLE)
 
@@ -56,7 +54,7 @@ def noisy(images: Tensor, std: float) -> Tensor:
 
 
 @pytest.mark.parametrize("score", [fid, kid])
-def test_fid_and_kid_rise_with_blur_and_with_noise(score, critic: CriticExtractor, real: Tensor, others: Tensor):  # type: ignore[no-untyped-def]
+def test_fid_and_kid_rise_with_blur_and_with_noise(score, critic, real, others):
     for fault, amounts in ((blurred, (1.7, 2.5, 4.0)), (noisy, (60.0, 100.0, 140.0))):
         values = [
             score(real, critic.extract(images).features) for images in (others, *(fault(others, a) for a in amounts))
@@ -65,7 +63,7 @@ def test_fid_and_kid_rise_with_blur_and_with_noise(score, critic: CriticExtracto
         assert values[-1] > 3 * abs(values[0])
 
 
-def test_fid_rises_with_what_the_autoencoder_loses(critic: CriticExtractor, real: Tensor) -> None:
+def test_fid_rises_with_what_the_autoencoder_loses(critic, real):
     """Of the same portraits; for other people's are as far off as round trips, which a critic is trained to forgive."""
     once = round_trip("mini", portraits(0))
     thrice = round_trip("mini", round_trip("mini", once))
@@ -73,9 +71,7 @@ def test_fid_rises_with_what_the_autoencoder_loses(critic: CriticExtractor, real
     assert abs(values[0]) < 0.01 < values[1] and 1.5 * values[1] < values[2], values
 
 
-def test_fid_rises_and_diversity_of_classes_falls_as_people_are_left_out(
-    critic: CriticExtractor, real: Tensor, others: Tensor
-) -> None:
+def test_fid_rises_and_diversity_of_classes_falls_as_people_are_left_out(critic, real, others):
     looked = critic.extract(others)
     assert looked.logits is not None
     distances, marginal = [], []

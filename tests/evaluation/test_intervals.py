@@ -2,12 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lit_multiip.evaluation.intervals import (
-    delete_group_jackknife,
-    paired_difference,
-    paired_jackknife,
-    person_mean,
-)
+from lit_multiip.evaluation.intervals import delete_group_jackknife, paired_difference, paired_jackknife, person_mean
 from lit_multiip.evaluation.scores import fid
 
 PEOPLE = np.repeat(np.arange(12), 3)

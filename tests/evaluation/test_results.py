@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 
 from lit_multiip.evaluation.results import read_features, write_features
@@ -13,7 +11,7 @@ def images(shift: float) -> ImageSet:
     return ImageSet(people, rng.normal(size=(40, 4)), rng.normal(size=(40, 5)), {"identity_held_out": score})
 
 
-def test_what_an_extractor_saw_reads_back_as_it_was(tmp_path: Path) -> None:
+def test_what_an_extractor_saw_reads_back_as_it_was(tmp_path):
     write_features(tmp_path / "f.safetensors", images(0.5), images(0))
     generated, held_out = read_features(tmp_path / "f.safetensors")
     assert np.array_equal(generated.features, images(0.5).features) and len(np.unique(held_out.people)) == 10

@@ -29,6 +29,9 @@ def test_the_nearest_reference_is_the_most_similar_one_of_the_tasks_own():
     references = np.array([[[1.0, 0.0], [0.0, 3.0]], [[0.0, 1.0], [-2.0, 0.0]]])  # two tasks of two references
     assert nearest_reference([[3.0, 4.0], [5.0, 0.0]], references) == pytest.approx([0.8, 0.0])
     assert nearest_reference(2 * references[:, 1], references) == pytest.approx([1, 1])  # copied
+    none = [float("nan")] * 2  # a face that is not found is no nearest reference
+    nearest = nearest_reference([[1.0, 0.0], [1.0, 0.0], none], [[[0.0, 1.0], none], [none, none], [[1.0, 0.0], none]])
+    assert nearest[0] == 0 and np.isnan(nearest[1:]).all()
     for wrong in (references[:1], references[..., :1] + 1.5, references[:, 0], references[:, :0]):
         with pytest.raises(ValueError, match="do not fit"):
             nearest_reference([[3.0, 4.0], [5.0, 0.0]], wrong)
@@ -95,21 +98,17 @@ def test_kid_is_unbiased_for_equal_distributions_at_unequal_sizes(n_fake):
     assert kid(normal(30), normal(n_fake, seed=1) + 1) > 10 * np.std(values)
 
 
-def test_inception_scores_of_k_equally_likely_certain_classes_are_k():
-    logits = 1e4 * np.tile(np.eye(7), (5, 1))
-    assert inception_score(logits) == pytest.approx(7, rel=1e-12)
-    assert inception_score_uniform(logits) == pytest.approx(7, rel=1e-12)
-
-
-def test_inception_scores_of_uniform_predictions_are_one():
-    assert inception_score(np.ones((20, 5))) == pytest.approx(1, rel=1e-12)
-    assert inception_score_uniform(np.ones((20, 5))) == pytest.approx(1, rel=1e-12)
-
-
-def test_inception_scores_part_where_every_image_shows_one_class():
-    logits = 1e4 * np.eye(7)[np.zeros(10, dtype=int)]
-    assert inception_score(logits) == pytest.approx(1, rel=1e-12)
-    assert inception_score_uniform(logits) == pytest.approx(7, rel=1e-12)
+@pytest.mark.parametrize(
+    ("logits", "marginal", "uniform"),
+    [
+        (1e4 * np.tile(np.eye(7), (5, 1)), 7, 7),  # certain, each class equally often
+        (np.ones((20, 5)), 1, 1),  # undecided
+        (1e4 * np.eye(7)[np.zeros(10, dtype=int)], 1, 7),  # certain, always of one class
+    ],
+)
+def test_inception_scores_of_k_classes(logits, marginal, uniform):
+    assert inception_score(logits) == pytest.approx(marginal, rel=1e-12)
+    assert inception_score_uniform(logits) == pytest.approx(uniform, rel=1e-12)
 
 
 def test_inception_score_equals_torchmetrics():
@@ -253,21 +252,9 @@ def test_one_image_is_summarised_without_the_scores_of_sets():
         (lambda: identity_scores(normal(3), normal(3), normal(3), np.arange(3)), ValueError, "do not fit"),
         (lambda: diversity(normal(3), np.arange(2)), ValueError, "do not fit"),
         (lambda: ImageSet(np.arange(3), normal(2)), ValueError, "'features' has 2 rows and people 3"),
-        (
-            lambda: summarise_difference("x", image_set(), image_set(people=14), image_set()),
-            ValueError,
-            "same tasks",
-        ),
+        (lambda: summarise_difference("x", image_set(), image_set(people=14), image_set()), ValueError, "same tasks"),
     ],
 )
 def test_bad_input_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
-
-
-def test_faces_that_are_not_found_are_no_nearest_reference():
-    nan = [float("nan")] * 2
-    generated = np.array([[1.0, 0.0], [1.0, 0.0], nan])
-    references = np.array([[[0.0, 1.0], nan], [nan, nan], [[1.0, 0.0], nan]])
-    nearest = nearest_reference(generated, references)
-    assert nearest[0] == 0 and np.isnan(nearest[1:]).all()

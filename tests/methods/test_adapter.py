@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import copy
 import warnings
 from pathlib import Path
@@ -16,6 +14,7 @@ from tiny import make_tiny_backbone
 from torch import Tensor
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
+from trainers import quiet_trainer
 
 from lit_multiip.backbone import sampler as sampling
 from lit_multiip.backbone.components import BackboneError
@@ -34,7 +33,7 @@ Batch = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
-def data(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> MultiPhotoData:
+def data(tiny_backbone, tmp_path_factory):
     data = MultiPhotoData(
         Backbone(str(tiny_backbone)),
         MiniFaces(train=3, validation=2, test=2, photos=11),
@@ -48,18 +47,19 @@ def data(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Multi
 
 
 @pytest.fixture(scope="module")
-def tasks(data: MultiPhotoData) -> Batch:
+def tasks(data):
     return next(iter(data.test_dataloader()))
 
 
 @pytest.fixture
-def batch(data: MultiPhotoData) -> Batch:
+def batch(data):
     return next(iter(data.train_dataloader()))
 
 
 def built(backbone: Path, aggregator: Any = SelfAttention, steps: int = 3, **options: Any) -> MultiIPAdapter:
     module = MultiIPAdapter(Backbone(str(backbone)), aggregator, sampling=Sampling(steps=steps), **options)
     module.configure_model()
+    module.log = lambda *_, **__: None
     return module.eval()
 
 
@@ -74,10 +74,8 @@ def _row(batch: Batch, index: int) -> Batch:
 # Training
 
 
-def test_self_attention_without_queries_has_the_validation_loss_of_average_pooling(
-    tiny_backbone: Path, tasks: Batch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    logged: dict[str, dict[str, float]] = {}
+def test_self_attention_without_queries_has_the_validation_loss_of_average_pooling(tiny_backbone, tasks, monkeypatch):
+    logged = {}
     for name, aggregator in {"ours": lambda dim: SelfAttention(dim, query_scale=0), "theirs": AvgPool}.items():
         module = built(tiny_backbone, aggregator)
         values = logged[name] = {}
@@ -98,9 +96,7 @@ def test_self_attention_without_queries_has_the_validation_loss_of_average_pooli
     assert ours["val/loss"] == pytest.approx(sum(bins) / 4, rel=1e-5)
 
 
-def test_the_gap_to_another_persons_photos_is_left_out_where_there_is_nobody(
-    tiny_backbone: Path, tasks: Batch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gap_to_another_persons_photos_is_left_out_where_there_is_nobody(tiny_backbone, tasks, monkeypatch):
     module, logged = built(tiny_backbone), {}
     monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: float(value)}))
     with torch.no_grad():
@@ -112,7 +108,7 @@ def test_the_gap_to_another_persons_photos_is_left_out_where_there_is_nobody(
     assert logged == both
 
 
-def test_an_adapter_made_at_random_is_not_drawn_with_until_it_is_trained(tmp_path: Path) -> None:
+def test_an_adapter_made_at_random_is_not_drawn_with_until_it_is_trained(tmp_path):
     backbone = make_tiny_backbone(tmp_path / "bare")
     module = built(backbone, AvgPool)
     for start in (module.on_test_start, module.on_predict_start):
@@ -121,21 +117,20 @@ def test_an_adapter_made_at_random_is_not_drawn_with_until_it_is_trained(tmp_pat
         ):
             start()
     assert module.describe()["ip_adapter_sha256"] is None
-    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
+    checkpoint = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
     again = built(backbone, AvgPool)
     again.on_load_checkpoint(checkpoint)
     again.on_predict_start()
 
 
-def test_a_results_file_tells_the_adapter_by_its_content(tiny_backbone: Path) -> None:
+def test_a_results_file_tells_the_adapter_by_its_content(tiny_backbone):
     [file] = (tiny_backbone / "ip_adapter").glob("*.safetensors")
     assert built(tiny_backbone, AvgPool).describe()["ip_adapter_sha256"] == hash_file(file)
 
 
-def test_the_loss_is_the_epsilon_error_at_the_drawn_step(tiny_backbone: Path, batch: Batch) -> None:
+def test_the_loss_is_the_epsilon_error_at_the_drawn_step(tiny_backbone, batch):
     module = built(tiny_backbone)
-    module.log = lambda *_, **__: None  # type: ignore[method-assign]
     with torch.no_grad():
         loss = module.training_step(batch, 0)
         expected = []
@@ -153,9 +148,8 @@ def test_the_loss_is_the_epsilon_error_at_the_drawn_step(tiny_backbone: Path, ba
     assert loss == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
 
 
-def test_a_dropped_condition_is_zeros_after_aggregation(tiny_backbone: Path, batch: Batch) -> None:
+def test_a_dropped_condition_is_zeros_after_aggregation(tiny_backbone, batch):
     module = built(tiny_backbone)
-    module.log = lambda *_, **__: None  # type: ignore[method-assign]
     batch = {**batch, "drop_image": torch.ones_like(batch["drop_image"])}
     other = {**batch, "references": batch["references"].roll(1, 0) * 3}
     with torch.no_grad():
@@ -165,22 +159,11 @@ def test_a_dropped_condition_is_zeros_after_aggregation(tiny_backbone: Path, bat
     assert torch.equal(dropped, elsewhere) and not torch.equal(dropped, kept)
 
 
-def test_training_changes_what_is_trained_and_no_bit_of_what_is_frozen(
-    tiny_backbone: Path, data: MultiPhotoData, tmp_path: Path
-) -> None:
+def test_training_changes_what_is_trained_and_no_bit_of_what_is_frozen(tiny_backbone, data, tmp_path):
     module = built(tiny_backbone, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), lr_warmup_steps=0)
     before = copy.deepcopy(module.state_dict())
-    trainer = L.Trainer(
-        max_steps=4,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-    )
+    options = {"limit_val_batches": 0, "use_distributed_sampler": False, "default_root_dir": tmp_path}
+    trainer = quiet_trainer(max_steps=4, **options)
     trainer.fit(module, data.train_dataloader())
     after, trained = module.state_dict(), set(module.trained_parameters())
     # W_q, W_k, W_v; Linear and LayerNorm with biases; K' and V' of four layers
@@ -199,12 +182,9 @@ def test_training_changes_what_is_trained_and_no_bit_of_what_is_frozen(
     assert all(torch.equal(after[name], values) for name, values in again.state_dict().items())
 
 
-def test_a_step_never_waits_for_the_device_and_does_the_unets_arithmetic_alone(
-    tiny_backbone: Path, batch: Batch
-) -> None:
+def test_a_step_never_waits_for_the_device_and_does_the_unets_arithmetic_alone(tiny_backbone, batch):
     """A meta tensor has no values: whatever asked for one would raise. SD1.5 is counted in tests/benchmarks."""
     module = built(tiny_backbone).to("meta")
-    module.log = lambda *_, **__: None  # type: ignore[method-assign]
     batch = move_data_to_device(batch, torch.device("meta"))
     with FlopCounterMode(display=False) as step:
         module.training_step(batch, 0).backward()
@@ -225,11 +205,10 @@ def test_a_step_never_waits_for_the_device_and_does_the_unets_arithmetic_alone(
 
 
 @pytest.mark.parametrize("option", ["channels_last", "gradient_checkpointing"])
-def test_what_changes_the_speed_changes_no_loss_and_no_gradient(tiny_backbone: Path, batch: Batch, option: str) -> None:
+def test_what_changes_the_speed_changes_no_loss_and_no_gradient(tiny_backbone, batch, option):
     results = []
     for options in ({}, {option: True}):
         module = built(tiny_backbone, **options).train()
-        module.log = lambda *_, **__: None  # type: ignore[method-assign]
         loss = module.training_step(batch, 0)
         loss.backward()
         results.append((loss.item(), {name: p.grad for name, p in module.trained_parameters().items()}))
@@ -239,17 +218,16 @@ def test_what_changes_the_speed_changes_no_loss_and_no_gradient(tiny_backbone: P
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6)
 
 
-def test_the_aggregator_alone_can_be_trained(tiny_backbone: Path) -> None:
+def test_the_aggregator_alone_can_be_trained(tiny_backbone):
     module = built(tiny_backbone, trained="aggregator")
     assert set(module.trained_parameters()) == {f"aggregator.to_{name}.weight" for name in "qkv"}
     with pytest.raises(ValueError, match=r"AvgPool.*nothing to train"):
         built(tiny_backbone, AvgPool, trained="aggregator").configure_optimizers()
 
 
-def test_a_loss_of_nan_stops(tiny_backbone: Path, batch: Batch, tasks: Batch) -> None:
+def test_a_loss_of_nan_stops(tiny_backbone, batch, tasks):
     module = built(tiny_backbone)
     module.watch = RequireFinite()
-    module.log = lambda *_, **__: None  # type: ignore[method-assign]
     torch.nn.init.constant_(module.aggregator.to_v.weight, float("nan"))
     with pytest.raises(NonFiniteLoss, match=r"loss is nan at step 0, of .*: lower the learning rate"):
         module.training_step(batch, 0)
@@ -266,7 +244,7 @@ def saved(module: MultiIPAdapter) -> dict[str, Any]:
     return checkpoint
 
 
-def test_a_checkpoint_of_another_method_is_refused(tiny_backbone: Path) -> None:
+def test_a_checkpoint_of_another_method_is_refused(tiny_backbone):
     checkpoint = saved(built(tiny_backbone))
     for other in (AvgPool, lambda dim: SelfAttention(dim, residual=True), lambda dim: SelfAttention(dim, heads=2)):
         with pytest.raises(CheckpointError, match=r"another method: SelfAttention\(dim=24, heads=1, residual=False\)"):
@@ -277,15 +255,13 @@ def test_a_checkpoint_of_another_method_is_refused(tiny_backbone: Path) -> None:
         built(tiny_backbone).on_load_checkpoint({"state_dict": {}})
 
 
-def test_load_from_checkpoint_takes_the_arguments_of_the_run_and_warns_of_nothing(
-    tiny_backbone: Path, tmp_path: Path
-) -> None:
+def test_load_from_checkpoint_takes_the_arguments_of_the_run_and_warns_of_nothing(tiny_backbone, tmp_path):
     module, path = built(tiny_backbone, aggregator=MaxPool), tmp_path / "last.ckpt"
     with torch.no_grad():
         for weights in module.trained_parameters().values():
             weights.add_(1.0)
     torch.save(saved(module) | {"pytorch-lightning_version": L.__version__}, path)
-    backbone: Any = {"backbone": Backbone(str(tiny_backbone)), "weights_only": True, "map_location": "cpu"}
+    backbone = {"backbone": Backbone(str(tiny_backbone)), "weights_only": True, "map_location": "cpu"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = MultiIPAdapter.load_from_checkpoint(path, aggregator=MaxPool, **backbone)
@@ -295,7 +271,7 @@ def test_load_from_checkpoint_takes_the_arguments_of_the_run_and_warns_of_nothin
         MultiIPAdapter.load_from_checkpoint(path, **backbone)
 
 
-def test_a_checkpoint_of_another_backbone_is_refused_but_a_copy_is_not(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_backbone_is_refused_but_a_copy_is_not(tiny_backbone, tmp_path):
     checkpoint = saved(built(tiny_backbone))
     other = make_tiny_backbone(tmp_path / "other", ip_adapter=True, seed=1)
     with pytest.raises(CheckpointError, match=rf"another backbone: .*{tiny_backbone.name}.*this model: .*other"):
@@ -308,7 +284,7 @@ def test_a_checkpoint_of_another_backbone_is_refused_but_a_copy_is_not(tiny_back
 # Drawing
 
 
-def test_an_image_does_not_depend_on_its_batch(tiny_backbone: Path, tasks: Batch) -> None:
+def test_an_image_does_not_depend_on_its_batch(tiny_backbone, tasks):
     module = built(tiny_backbone)
     with torch.no_grad():
         together = module.generate(tasks)
@@ -324,7 +300,7 @@ def test_an_image_does_not_depend_on_its_batch(tiny_backbone: Path, tasks: Batch
 
 
 @pytest.mark.parametrize("aggregator", [Concat, AvgPool])
-def test_our_sampler_is_the_plain_pipeline_bit_for_bit(tiny_backbone: Path, tasks: Batch, aggregator: Any) -> None:
+def test_our_sampler_is_the_plain_pipeline_bit_for_bit(tiny_backbone, tasks, aggregator):
     module = built(tiny_backbone, aggregator)
     pipe = StableDiffusionPipeline.from_pretrained(tiny_backbone, safety_checker=None, image_encoder=None)
     pipe.set_progress_bar_config(disable=True)
@@ -348,7 +324,7 @@ def test_our_sampler_is_the_plain_pipeline_bit_for_bit(tiny_backbone: Path, task
         assert torch.equal(ours, torch.from_numpy((images * 255).round().astype("uint8")).permute(0, 3, 1, 2))
 
 
-def test_zero_ip_scale_equals_the_plain_backbone(tiny_backbone: Path, tasks: Batch) -> None:
+def test_zero_ip_scale_equals_the_plain_backbone(tiny_backbone, tasks):
     module = built(tiny_backbone)
     pipe = StableDiffusionPipeline.from_pretrained(tiny_backbone, safety_checker=None, image_encoder=None)
     pipe.set_progress_bar_config(disable=True)
@@ -370,7 +346,7 @@ def test_zero_ip_scale_equals_the_plain_backbone(tiny_backbone: Path, tasks: Bat
     assert not torch.equal(right, zero)
 
 
-def test_decoding_is_the_vaes(tiny_backbone: Path, tasks: Batch) -> None:
+def test_decoding_is_the_vaes(tiny_backbone, tasks):
     module = built(tiny_backbone)
     mean = tasks["moments"].chunk(2, dim=1)[0]
     with torch.no_grad():
@@ -379,7 +355,7 @@ def test_decoding_is_the_vaes(tiny_backbone: Path, tasks: Batch) -> None:
     assert (decoded.float() - ((expected + 1) * 127.5).clamp(0, 255)).abs().max() <= 0.51
 
 
-def test_without_guidance_the_text_alone_is_no_part(tiny_backbone: Path, tasks: Batch) -> None:
+def test_without_guidance_the_text_alone_is_no_part(tiny_backbone, tasks):
     module = MultiIPAdapter(Backbone(str(tiny_backbone)), sampling=Sampling(steps=2, guidance_scale=1.0))
     module.configure_model()
     other = {**tasks, "negative_text": {"prompt_embeds": tasks["negative_text"]["prompt_embeds"] + 1}}
@@ -387,11 +363,9 @@ def test_without_guidance_the_text_alone_is_no_part(tiny_backbone: Path, tasks: 
         assert torch.equal(module.generate(tasks), module.generate(other))
 
 
-def test_a_large_batch_is_decoded_image_by_image_and_a_small_one_at_once(
-    tiny_backbone: Path, tasks: Batch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_batch_is_decoded_image_by_image_and_a_small_one_at_once(tiny_backbone, tasks, monkeypatch):
     module = built(tiny_backbone)
-    sizes: list[int] = []
+    sizes = []
     drawn = []
     for most, expected in ((10**9, [4]), (1, [1, 1, 1, 1])):
         monkeypatch.setattr(sampling, "SLICED", most)
@@ -414,14 +388,14 @@ def test_a_large_batch_is_decoded_image_by_image_and_a_small_one_at_once(
         ({"scheduler": "Nope"}, "'Nope' is not a diffusers class"),
     ],
 )
-def test_impossible_sampling_is_refused(wrong: dict[str, Any], message: str) -> None:
+def test_impossible_sampling_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**wrong)
 
 
 @pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
 @pytest.mark.parametrize("method", [MultiIPAdapter, DreamBooth])
-def test_a_strategy_that_shards_weights_is_refused_by_name(name: str, method: Any) -> None:
+def test_a_strategy_that_shards_weights_is_refused_by_name(name, method):
     """Its checkpoints would lack what was trained, whose names and shapes it changes."""
     cls = getattr(L.pytorch.strategies, name)
     module = method()
@@ -440,22 +414,17 @@ def test_a_strategy_that_shards_weights_is_refused_by_name(name: str, method: An
         ("32-true", {"frozen_dtype": "bfloat16"}, r"does not go with model\.frozen_dtype=bfloat16: use bf16-mixed"),
     ],
 )
-def test_a_precision_that_trains_nothing_is_refused_before_any_work(
-    precision: Any, options: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_a_precision_that_trains_nothing_is_refused_before_any_work(precision, options, message, tmp_path):
     data = MultiPhotoData(Backbone("mini"), MiniFaces(train=3), cache_dir=str(tmp_path / "features"))
-    trainer = L.Trainer(
-        accelerator="cpu", precision=precision, max_steps=1, logger=False, enable_checkpointing=False,
-        default_root_dir=tmp_path,
-    )  # fmt: skip
+    trainer = quiet_trainer(precision=precision, max_steps=1, default_root_dir=tmp_path)
     with pytest.raises(ValueError, match=message):
         trainer.fit(MultiIPAdapter(Backbone("mini"), **options), data)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_training_loss_is_the_mean_over_ranks(tiny_backbone: Path, batch: Batch) -> None:
+def test_the_training_loss_is_the_mean_over_ranks(tiny_backbone, batch):
     module, logged = built(tiny_backbone), {}
-    module.log = lambda name, value, **options: logged.update({name: options})  # type: ignore[method-assign]
+    module.log = lambda name, value, **options: logged.update({name: options})
     with torch.no_grad():
         module.training_step(batch, 0)
     assert logged["train/loss"]["sync_dist"] is True

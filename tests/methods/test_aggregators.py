@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor
@@ -78,7 +76,7 @@ def test_an_impossible_query_scale_is_refused(scale):
 
 
 def test_the_first_step_moves_w_q_and_zero_w_k_would_not_let_it():
-    def gradient(module: SelfAttention) -> float:
+    def gradient(module):
         (module(photos()) ** 2).sum().backward()
         assert module.to_q.weight.grad is not None
         return module.to_q.weight.grad.abs().max().item()
@@ -181,7 +179,7 @@ def test_heads_must_divide_the_width(heads):
 
 def test_the_base_class_and_an_empty_width_are_refused():
     with pytest.raises(TypeError):
-        Aggregator(DIM)  # type: ignore[abstract]
+        Aggregator(DIM)
     with pytest.raises(ValueError, match="dim=0"):
         AvgPool(0)
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import importlib.util
 import json
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import make_tiny_backbone
 from torch import Tensor
+from trainers import quiet_trainer
 
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
@@ -29,7 +28,7 @@ PEOPLE = ["test_000000", "test_000001"]
 
 
 @pytest.fixture(scope="module")
-def features(tmp_path_factory: pytest.TempPathFactory) -> str:
+def features(tmp_path_factory):
     return str(tmp_path_factory.mktemp("features"))
 
 
@@ -41,22 +40,22 @@ def faces(backbone: Path, features: str, **options: Any) -> MultiPhotoData:
 
 
 @pytest.fixture(scope="module")
-def data(tiny_backbone: Path, features: str) -> MultiPhotoData:
+def data(tiny_backbone, features):
     data = faces(tiny_backbone, features)
     data.setup("test")
     return data
 
 
 @pytest.fixture(scope="module")
-def tasks(data: MultiPhotoData) -> dict[str, Any]:
+def tasks(data):
     """Two people, two held-out photos each."""
     return next(iter(data.test_dataloader()))
 
 
 @pytest.fixture
-def tuned_on(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def tuned_on(monkeypatch):
     """The person of every step."""
-    people: list[str] = []
+    people = []
     original = DreamBooth.losses
     monkeypatch.setattr(
         DreamBooth, "losses", lambda self, who, step: people.append(who.person) or original(self, who, step)
@@ -92,18 +91,7 @@ def built(backbone: Path, folder: str, **options: Any) -> DreamBooth:
 
 
 def trainer(folder: Path, **options: Any) -> L.Trainer:
-    defaults = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": folder,
-        "max_steps": -1,
-        "precision": "bf16-mixed",
-    }
-    return L.Trainer(**{**defaults, **options})
+    return quiet_trainer(**{"default_root_dir": folder, "max_steps": -1, "precision": "bf16-mixed", **options})
 
 
 def weights(module: DreamBooth) -> dict[str, Tensor]:
@@ -118,7 +106,7 @@ def changed(a: dict[str, Tensor], b: dict[str, Tensor]) -> set[str]:
 # The loss
 
 
-def test_the_snr_as_weight_turns_equation_12_into_the_epsilon_error(tiny_backbone: Path, features: str) -> None:
+def test_the_snr_as_weight_turns_equation_12_into_the_epsilon_error(tiny_backbone, features):
     module = built(tiny_backbone, features)
     generator = torch.Generator().manual_seed(0)
     x, eps = (torch.randn(10, 4, 8, 8, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -135,15 +123,10 @@ def test_the_snr_as_weight_turns_equation_12_into_the_epsilon_error(tiny_backbon
     assert (equation_12 / ours - 1).abs().max() < 1e-4
 
 
-def test_the_two_terms_are_of_the_persons_photos_and_of_class_images(
-    tiny_backbone: Path, features: str, tasks: dict[str, Any]
-) -> None:
+def test_the_two_terms_are_of_the_persons_photos_and_of_class_images(tiny_backbone, features, tasks):
     module, who = built(tiny_backbone, features), person(tasks, 0)
     class_moments = load_file(module.prior.file())["moments"].float()
-    terms: list[Any] = [
-        ("references", who.moments, "a photo of sks person"),
-        ("class", class_moments, "a photo of a person"),
-    ]
+    terms = [("references", who.moments, "a photo of sks person"), ("class", class_moments, "a photo of a person")]
     with torch.no_grad():
         for loss, (term, moments, prompt) in zip(module.losses(who, 7), terms, strict=True):
             draws = module.draws(who.person, 7, term, len(moments))
@@ -153,7 +136,7 @@ def test_the_two_terms_are_of_the_persons_photos_and_of_class_images(
             assert float(loss) == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_the_prior_term_has_steps_and_noise_of_its_own(tiny_backbone: Path, features: str) -> None:
+def test_the_prior_term_has_steps_and_noise_of_its_own(tiny_backbone, features):
     module = built(tiny_backbone, features, batch_size=4)
     own = [module.draws("Ann", step, "references", 9) for step in range(250)]
     prior = [module.draws("Ann", step, "class", 9) for step in range(250)]
@@ -166,7 +149,7 @@ def test_the_prior_term_has_steps_and_noise_of_its_own(tiny_backbone: Path, feat
     assert set(torch.cat([one.which for one in own]).tolist()) == set(range(9))
 
 
-def test_draws_are_of_the_seed_the_person_and_the_step(tiny_backbone: Path, features: str) -> None:
+def test_draws_are_of_the_seed_the_person_and_the_step(tiny_backbone, features):
     module, other = built(tiny_backbone, features), built(tiny_backbone, features, seed=1)
     one = module.draws("Ann", 3, "references", 9)
     assert all(torch.equal(a, b) for a, b in zip(one, module.draws("Ann", 3, "references", 9), strict=True))
@@ -178,7 +161,7 @@ def test_draws_are_of_the_seed_the_person_and_the_step(tiny_backbone: Path, feat
         assert not torch.equal(one.eps, elsewhere.eps) and not torch.equal(one.t, elsewhere.t)
 
 
-def test_the_prior_term_changes_what_is_learnt(tiny_backbone: Path, features: str, tasks: dict[str, Any]) -> None:
+def test_the_prior_term_changes_what_is_learnt(tiny_backbone, features, tasks):
     tuned = []
     for prior_weight in (0.0, 1.0, 1.0):
         module = built(tiny_backbone, features, prior_weight=prior_weight)
@@ -187,7 +170,7 @@ def test_the_prior_term_changes_what_is_learnt(tiny_backbone: Path, features: st
     assert changed(tuned[0], tuned[1]) and not changed(tuned[1], tuned[2])
 
 
-def test_a_loss_of_nan_stops(tiny_backbone: Path, features: str, tasks: dict[str, Any]) -> None:
+def test_a_loss_of_nan_stops(tiny_backbone, features, tasks):
     module = built(tiny_backbone, features)
     module.watch = RequireFinite()
     with pytest.raises(NonFiniteLoss, match="loss is nan at step 0, of test_000000"):
@@ -199,9 +182,7 @@ def test_a_loss_of_nan_stops(tiny_backbone: Path, features: str, tasks: dict[str
 
 @pytest.mark.parametrize("tuned", ["unet", "unet+text"])
 @pytest.mark.parametrize("lora_rank", [None, 2])
-def test_the_backbones_own_weights_come_back_bit_for_bit(
-    tiny_backbone: Path, features: str, tasks: dict[str, Any], tuned: Any, lora_rank: int | None
-) -> None:
+def test_the_backbones_own_weights_come_back_bit_for_bit(tiny_backbone, features, tasks, tuned, lora_rank):
     if lora_rank:
         pytest.importorskip("peft")
     module = built(tiny_backbone, features, tuned=tuned, lora_rank=lora_rank)
@@ -220,21 +201,19 @@ def test_the_backbones_own_weights_come_back_bit_for_bit(
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_persons_images_are_bit_equal_whoever_came_before(
-    tiny_backbone: Path, features: str, tmp_path: Path, precision: str
-) -> None:
-    def drawn(names: list[str]) -> dict[str, list[Tensor]]:
-        images: dict[str, list[Tensor]] = {name: [] for name in names}
+def test_a_persons_images_are_bit_equal_whoever_came_before(tiny_backbone, features, tmp_path, precision):
+    def drawn(names):
+        images = {name: [] for name in names}
         module, data = dreambooth(tiny_backbone, features), faces(tiny_backbone, features)
 
         class Watch(L.Callback):
-            def setup(self, *_: Any, **__: Any) -> None:
+            def setup(self, *_, **__):
                 data.tasks = [task for task in data.tasks if task.person in names]
 
-            def on_test_start(self, *_: Any) -> None:
+            def on_test_start(self, *_):
                 self.before = weights(module)
 
-            def on_test_batch_end(self, _: Any, __: Any, outputs: Any, batch: Any, *___: Any) -> None:
+            def on_test_batch_end(self, _, __, outputs, batch, *___):
                 for name, image in zip(batch["person"], outputs, strict=True):
                     images[name].append(image)
 
@@ -247,16 +226,14 @@ def test_a_persons_images_are_bit_equal_whoever_came_before(
     assert torch.equal(torch.stack(after[PEOPLE[1]]), torch.stack(alone[PEOPLE[1]]))
 
 
-def test_a_person_in_two_batches_is_tuned_on_once(
-    tiny_backbone: Path, features: str, tmp_path: Path, tuned_on: list[str]
-) -> None:
+def test_a_person_in_two_batches_is_tuned_on_once(tiny_backbone, features, tmp_path, tuned_on):
     module, data = dreambooth(tiny_backbone, features, steps=3), faces(tiny_backbone, features, eval_batch_size=1)
     trainer(tmp_path).test(module, data, verbose=False)
     assert tuned_on == [PEOPLE[0]] * 3 + [PEOPLE[1]] * 3
     assert module.spent["personalise"] > 0
 
 
-def test_held_out_photos_are_never_tuned_on(data: MultiPhotoData, tasks: dict[str, Any]) -> None:
+def test_held_out_photos_are_never_tuned_on(data, tasks):
     assert data.features is not None
     held_out = {task.held_out.content_key() for task in data.tasks}
     for row, task in enumerate(data.tasks):
@@ -268,26 +245,24 @@ def test_held_out_photos_are_never_tuned_on(data: MultiPhotoData, tasks: dict[st
 # Drawing
 
 
-def test_without_references_it_is_the_backbone_also_after_tuning(
-    tiny_backbone: Path, features: str, tasks: dict[str, Any]
-) -> None:
+def test_without_references_it_is_the_backbone_also_after_tuning(tiny_backbone, features, tasks):
     module = built(tiny_backbone, features)
     adapter = MultiIPAdapter(Backbone(str(tiny_backbone)), sampling=Sampling(steps=2))
     adapter.configure_model()
     with torch.no_grad():
-        plain, tuned, again = (module.generate(tasks, given) for given in ("none", "right", "none"))  # type: ignore[arg-type]
+        plain, tuned, again = (module.generate(tasks, given) for given in ("none", "right", "none"))
         theirs = adapter.generate({**tasks, "references": torch.zeros(4, 9, 24)}, "none")
     assert torch.equal(plain, again) and not torch.equal(plain, tuned)
     assert (plain.int() - theirs.int()).abs().max() <= 1
     for given in ("zero", "other"):
         assert given not in module.conditions
         with pytest.raises(ValueError, match=f"cannot be conditioned on references='{given}'"):
-            module.generate(tasks, given)  # type: ignore[arg-type]
+            module.generate(tasks, given)
 
 
 def test_the_identifier_is_in_what_is_drawn_and_the_tasks_prompts_are_left_alone(
-    tiny_backbone: Path, features: str, tasks: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_backbone, features, tasks, monkeypatch
+):
     module, asked = built(tiny_backbone, features), []
     encode = module.encode
     monkeypatch.setattr(module, "encode", lambda prompts: asked.extend(prompts) or encode(prompts))
@@ -312,19 +287,17 @@ def test_the_identifier_is_in_what_is_drawn_and_the_tasks_prompts_are_left_alone
         ("a man in a suit", "a man in a suit, sks person"),
     ],
 )
-def test_the_identifier_stands_before_the_class_noun(prompt: str, personal: str) -> None:
+def test_the_identifier_stands_before_the_class_noun(prompt, personal):
     assert DreamBooth().personal_prompt(prompt) == personal
 
 
-def test_another_identifier_and_noun_are_taken_as_they_are() -> None:
+def test_another_identifier_and_noun_are_taken_as_they_are():
     module = DreamBooth(identifier=r"\1z", class_noun="dog")
     assert module.personal_prompt("a dog (a person's)") == r"\1z dog (a person's)"
     assert module.class_prompt() == "a photo of a dog"
 
 
-def test_the_identifier_is_one_token_of_the_miniature_and_more_are_told(
-    tiny_backbone: Path, features: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_identifier_is_one_token_of_the_miniature_and_more_are_told(tiny_backbone, features, caplog):
     from lit_multiip.mini.tokenizer import IDENTIFIERS
 
     assert DreamBooth().identifier == IDENTIFIERS[0]
@@ -336,9 +309,7 @@ def test_the_identifier_is_one_token_of_the_miniature_and_more_are_told(
 # Class images
 
 
-def test_class_images_are_drawn_once_and_by_the_backbone(
-    tiny_backbone: Path, tmp_path: Path, tasks: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_class_images_are_drawn_once_and_by_the_backbone(tiny_backbone, tmp_path, tasks, monkeypatch):
     module = built(tiny_backbone, str(tmp_path), class_images=5)
     assert module.spent["class_images"] > 0
     stored = load_file(module.prior.file())
@@ -356,7 +327,7 @@ def test_class_images_are_drawn_once_and_by_the_backbone(
     tuned.prepare_class_images()  # by the backbone, whoever was learnt before
     assert torch.equal(load_file(tuned.prior.file())["images"], stored["images"])
 
-    def fail(*_: Any) -> None:
+    def fail(*_):
         raise AssertionError("drawn again")
 
     monkeypatch.setattr(ClassImages, "write", fail)
@@ -366,7 +337,7 @@ def test_class_images_are_drawn_once_and_by_the_backbone(
         built(tiny_backbone, str(tmp_path), class_images=5, sampling=Sampling(steps=3))
 
 
-def test_broken_class_images_are_told(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_broken_class_images_are_told(tiny_backbone, tmp_path):
     file = built(tiny_backbone, str(tmp_path)).prior.file()
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"images\.safetensors' cannot be read .*delete the file"):
@@ -377,7 +348,7 @@ def test_broken_class_images_are_told(tiny_backbone: Path, tmp_path: Path) -> No
 
 
 @pytest.fixture(scope="module")
-def fitted(tiny_backbone: Path, features: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[DreamBooth, Path]:
+def fitted(tiny_backbone, features, tmp_path_factory):
     """A module fitted to the first test person, and its checkpoint."""
     folder = tmp_path_factory.mktemp("fitted")
     module, fit = dreambooth(tiny_backbone, features, steps=3), trainer(folder)
@@ -387,13 +358,11 @@ def fitted(tiny_backbone: Path, features: str, tmp_path_factory: pytest.TempPath
     return module, folder / "last.ckpt"
 
 
-def test_fit_learns_what_test_learns_bit_for_bit(
-    fitted: tuple[DreamBooth, Path], tiny_backbone: Path, features: str, tmp_path: Path
-) -> None:
-    learnt: dict[str, dict[str, Tensor]] = {}
+def test_fit_learns_what_test_learns_bit_for_bit(fitted, tiny_backbone, features, tmp_path):
+    learnt = {}
 
     class Keep(L.Callback):
-        def on_test_batch_end(self, _: Any, module: Any, outputs: Any, batch: Any, *__: Any) -> None:
+        def on_test_batch_end(self, _, module, outputs, batch, *__):
             learnt[batch["person"][0]] = weights(module)
 
     module, data = dreambooth(tiny_backbone, features, steps=3), faces(tiny_backbone, features, eval_batch_size=2)
@@ -402,20 +371,18 @@ def test_fit_learns_what_test_learns_bit_for_bit(
     assert changed(learnt[PEOPLE[1]], weights(fitted[0]))
 
 
-def test_a_checkpoint_holds_what_was_tuned_and_whom_it_knows(fitted: tuple[DreamBooth, Path]) -> None:
+def test_a_checkpoint_holds_what_was_tuned_and_whom_it_knows(fitted):
     checkpoint = torch.load(fitted[1], weights_only=True)
     assert set(checkpoint["state_dict"]) == {name for name in fitted[0].state_dict() if name.startswith("unet.")}
     assert checkpoint["lit_multiip"]["person"] == PEOPLE[0]
     assert checkpoint["global_step"] == 3
 
 
-def test_predict_draws_the_person_of_a_checkpoint_without_tuning(
-    fitted: tuple[DreamBooth, Path], tiny_backbone: Path, features: str, tmp_path: Path, tuned_on: list[str]
-) -> None:
-    def draw(name: str, checkpoint: Path | None) -> Tensor:
+def test_predict_draws_the_person_of_a_checkpoint_without_tuning(fitted, tiny_backbone, features, tmp_path, tuned_on):
+    def draw(name, checkpoint):
         module = dreambooth(tiny_backbone, features, steps=3)
         data = faces(tiny_backbone, features, person=name, predict=PredictArgs(None, ["a person", "in a hat"], [0, 1]))
-        made: Any = trainer(tmp_path).predict(module, data, ckpt_path=checkpoint, weights_only=True)
+        made = trainer(tmp_path).predict(module, data, ckpt_path=checkpoint, weights_only=True)
         return torch.cat(made)
 
     images = draw(PEOPLE[0], fitted[1])
@@ -426,9 +393,7 @@ def test_predict_draws_the_person_of_a_checkpoint_without_tuning(
     assert torch.equal(other, draw(PEOPLE[1], None)) and not torch.equal(images, other)
 
 
-def test_a_test_tunes_on_the_person_of_a_checkpoint_too(
-    fitted: tuple[DreamBooth, Path], tiny_backbone: Path, features: str, tmp_path: Path, tuned_on: list[str], caplog
-) -> None:
+def test_a_test_tunes_on_the_person_of_a_checkpoint_too(fitted, tiny_backbone, features, tmp_path, tuned_on, caplog):
     caplog.set_level("INFO")
     module, data = dreambooth(tiny_backbone, features, steps=1), faces(tiny_backbone, features)
     trainer(tmp_path).test(module, data, ckpt_path=fitted[1], weights_only=True, verbose=False)
@@ -436,16 +401,14 @@ def test_a_test_tunes_on_the_person_of_a_checkpoint_too(
     assert "test_000000 is tuned on anew, as is everyone" in caplog.text
 
 
-def test_an_interrupted_fit_goes_on_to_the_same_weights_and_with_nobody_else(
-    fitted: tuple[DreamBooth, Path], tiny_backbone: Path, features: str, tmp_path: Path
-) -> None:
+def test_an_interrupted_fit_goes_on_to_the_same_weights_and_with_nobody_else(fitted, tiny_backbone, features, tmp_path):
     class Stop(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        def on_train_batch_end(self, trainer, *_):
             if trainer.global_step == 2:
                 trainer.save_checkpoint(tmp_path / "two.ckpt")
                 trainer.should_stop = True
 
-    def fit(name: str, **options: Any) -> DreamBooth:
+    def fit(name, **options):
         module = dreambooth(tiny_backbone, features, steps=3)
         given = {"ckpt_path": tmp_path / "two.ckpt", "weights_only": True} if not options else {}
         trainer(tmp_path, **options).fit(module, datamodule=faces(tiny_backbone, features, person=name), **given)
@@ -458,15 +421,13 @@ def test_an_interrupted_fit_goes_on_to_the_same_weights_and_with_nobody_else(
         fit(PEOPLE[1])
 
 
-def test_checkpoints_of_other_methods_and_other_tuning_are_refused(
-    fitted: tuple[DreamBooth, Path], tiny_backbone: Path, features: str, tmp_path: Path
-) -> None:
+def test_checkpoints_of_other_methods_and_other_tuning_are_refused(fitted, tiny_backbone, features, tmp_path):
     checkpoint = torch.load(fitted[1], weights_only=True)
     adapter = MultiIPAdapter(Backbone(str(tiny_backbone)))
     adapter.configure_model()
     with pytest.raises(CheckpointError, match=r"another method: DreamBooth\(tuned=unet, lora_rank=None\).*Self"):
         adapter.on_load_checkpoint(checkpoint)
-    theirs: dict[str, Any] = {"state_dict": adapter.state_dict()}
+    theirs = {"state_dict": adapter.state_dict()}
     adapter.on_save_checkpoint(theirs)
     with pytest.raises(CheckpointError, match=r"another method: SelfAttention.*DreamBooth\(tuned=unet"):
         built(tiny_backbone, features).on_load_checkpoint(theirs)
@@ -477,9 +438,7 @@ def test_checkpoints_of_other_methods_and_other_tuning_are_refused(
         built(elsewhere, features).on_load_checkpoint(checkpoint)
 
 
-def test_lora_keeps_and_saves_the_additions_alone(
-    tiny_backbone: Path, features: str, tmp_path: Path, tasks: dict[str, Any]
-) -> None:
+def test_lora_keeps_and_saves_the_additions_alone(tiny_backbone, features, tmp_path, tasks):
     pytest.importorskip("peft")
     options = {"lora_rank": 2, "frozen_dtype": "bfloat16"}
     module, fit = dreambooth(tiny_backbone, features, **options), trainer(tmp_path)
@@ -504,7 +463,7 @@ def test_lora_keeps_and_saves_the_additions_alone(
     assert again.describe()["trained_parameters"] == sum(values.numel() for values in state.values())
 
 
-def test_lora_without_peft_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_without_peft_is_told_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs peft: pip install 'lit_multiip\[lora\]'"):
         DreamBooth(lora_rank=4)
@@ -516,14 +475,14 @@ def test_lora_without_peft_is_told_what_to_install(monkeypatch: pytest.MonkeyPat
         ({"steps": 0}, "steps=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"lora_rank": 0}, "lora_rank=0"),
-        ({"lr_schedule": "cosine", "steps": 20}, r"model\.steps=20 end within the 20 steps"),
+        ({"lr_schedule": "cosine", "steps": 20}, r"model\.steps=20 end within the 20 steps.*_dreambooth\.yaml"),
         ({"prior_weight": -1.0}, "prior_weight=-1"),
         ({"prior_weight": float("nan")}, "prior_weight=nan"),
         ({"identifier": " "}, "must not be empty"),
         ({"sampling": Sampling(ip_scale=0.5)}, "ip_scale=0.5 weighs photos"),
     ],
 )
-def test_impossible_settings_are_refused(wrong: dict[str, Any], message: str) -> None:
+def test_impossible_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         DreamBooth(**wrong)
 
@@ -535,6 +494,7 @@ def test_impossible_settings_are_refused(wrong: dict[str, Any], message: str) ->
         ({}, "test_0000", r"no person 'test_0000': .* such as test_000"),
         ({"precision": "bf16-true"}, PEOPLE[0], r"nothing is trained: use bf16-mixed"),
         ({"max_steps": 1}, PEOPLE[0], r"max_steps is 1 and model\.steps 2"),
+        ({"max_steps": 3}, PEOPLE[0], r"max_steps is 3 and model\.steps 2"),
         pytest.param(
             {"precision": "16-mixed", "accelerator": "gpu"},
             PEOPLE[0],
@@ -543,22 +503,20 @@ def test_impossible_settings_are_refused(wrong: dict[str, Any], message: str) ->
         ),
     ],
 )
-def test_a_fit_that_cannot_go_well_is_refused_before_work(
-    tiny_backbone: Path, features: str, tmp_path: Path, options: dict[str, Any], name: str | None, message: str
-) -> None:
+def test_a_fit_that_cannot_go_well_is_refused_before_work(tiny_backbone, features, tmp_path, options, name, message):
     module = dreambooth(tiny_backbone, features)
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **options).fit(module, datamodule=faces(tiny_backbone, features, person=name))
     assert module.unet is None
 
 
-def test_an_adapter_does_not_learn_one_person(tiny_backbone: Path, features: str, tmp_path: Path) -> None:
+def test_an_adapter_does_not_learn_one_person(tiny_backbone, features, tmp_path):
     data = faces(tiny_backbone, features, person=PEOPLE[0])
     with pytest.raises(DataError, match="is for methods that learn one person"):
         trainer(tmp_path).fit(MultiIPAdapter(Backbone(str(tiny_backbone))), datamodule=data)
 
 
-def test_facts_for_a_results_file(tiny_backbone: Path, features: str, tasks: dict[str, Any]) -> None:
+def test_facts_for_a_results_file(tiny_backbone, features, tasks):
     module = built(tiny_backbone, features)
     module.personalise(person(tasks, 0))
     facts = module.describe()

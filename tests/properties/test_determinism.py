@@ -1,7 +1,5 @@
 """The same config, seed and machine give the same bits; a task's image depends on its seed, not on its neighbours."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 
@@ -9,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from resuming import METHOD, differences, logged, run, run_of, state_of, write_config
+from resuming import METHOD, differences, logged, run, run_of, score_by, state_of, write_config
 from torch.utils.data import default_collate
 
 from lit_multiip.backbone.pipeline import Backbone
@@ -29,14 +27,8 @@ def images(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.rglob("*.png"))}
 
 
-def test_two_fits_and_their_images_are_equal_bit_for_bit(
-    tiny_backbone: Path, random_critic: Path, tmp_path: Path
-) -> None:
-    critic = {
-        "class_path": "lit_multiip.evaluation.critic.CriticExtractor",
-        "init_args": {"folder": str(random_critic)},
-    }
-    score = {"extractors": [critic], "groups": 2, "resamples": 2}
+def test_two_fits_and_their_images_are_equal_bit_for_bit(tiny_backbone, random_critic, tmp_path):
+    score = score_by(random_critic, anchors=True)
     options = {"trainer": {"max_steps": 4, "precision": "bf16-mixed"}, "score": score, "grid": {"people": 1}}
     for name in ("one", "two"):  # each with features of its own
         config = write_config(tmp_path / f"{name}.yaml", tiny_backbone, tmp_path / name / "features", **options)
@@ -51,7 +43,7 @@ def test_two_fits_and_their_images_are_equal_bit_for_bit(
 
 
 @pytest.fixture(scope="module")
-def data(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> MultiPhotoData:
+def data(tiny_backbone, tmp_path_factory):
     source = MiniFaces(train=2, validation=1, test=4, photos=11)
     data = MultiPhotoData(
         Backbone(str(tiny_backbone)), source, held_out=2, cache_dir=str(tmp_path_factory.mktemp("features"))
@@ -60,12 +52,12 @@ def data(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Multi
     return data
 
 
-def test_the_seed_of_a_task_and_not_its_batch_decides_its_image(tiny_backbone: Path, data: MultiPhotoData) -> None:
+def test_the_seed_of_a_task_and_not_its_batch_decides_its_image(tiny_backbone, data):
     module = MultiIPAdapter(Backbone(str(tiny_backbone)), SelfAttention, sampling=Sampling(steps=4))
     module.configure_model()
     items = [data.test_dataloader().dataset[i] for i in range(8)]
 
-    def drawn(order: list[int], size: int) -> dict[int, torch.Tensor]:
+    def drawn(order, size):
         found = {}
         for start in range(0, len(order), size):
             part = order[start : start + size]
@@ -85,14 +77,14 @@ def test_the_seed_of_a_task_and_not_its_batch_decides_its_image(tiny_backbone: P
 
 
 @given(st.integers(0, 500), st.integers(1, 60), st.integers(1, 9))
-def test_every_step_has_one_position_and_every_position_one_step(step: int, batches: int, accumulate: int) -> None:
+def test_every_step_has_one_position_and_every_position_one_step(step, batches, accumulate):
     position, per_epoch = Position.after(step, batches, accumulate), -(-batches // accumulate)
     assert position.epoch * per_epoch + position.steps == step
     assert 0 <= position.batch < batches and position.batch == position.steps * accumulate
 
 
 @given(st.integers(1, 200), st.integers(1, 8), st.integers(0, 5), st.integers(0, 2**32))
-def test_ranks_share_an_epoch_without_overlap(size: int, world: int, epoch: int, seed: int) -> None:
+def test_ranks_share_an_epoch_without_overlap(size, world, epoch, seed):
     shares = []
     for rank in range(world):
         sampler = EpochSampler(size, seed, rank, world)
@@ -104,14 +96,14 @@ def test_ranks_share_an_epoch_without_overlap(size: int, world: int, epoch: int,
 
 
 @given(st.integers(1, 200), st.integers(1, 8))
-def test_ranks_share_tasks_in_order_and_repeat_only_behind_the_last(size: int, world: int) -> None:
+def test_ranks_share_tasks_in_order_and_repeat_only_behind_the_last(size, world):
     positions = [position for rank in range(world) for position in ShareSampler(size, rank, world)]
     assert positions == list(range(len(positions))) and size <= len(positions) < size + world
 
 
 @settings(max_examples=200)
 @given(st.integers(2, 40), st.integers(2, 12), st.integers(0, 50), st.integers(0, 2**32))
-def test_the_target_is_never_a_reference(photos: int, size: int, number: int, seed: int) -> None:
+def test_the_target_is_never_a_reference(photos, size, number, seed):
     import numpy as np
 
     group = held_out_group(photos, size, number, np.random.default_rng(seed))

@@ -3,12 +3,8 @@
 pytest tests/properties/test_full_size.py -m slow -s
 """
 
-from __future__ import annotations
-
 import resource
 import time
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,14 +23,14 @@ SIDE, STEPS = 256, 6
 
 
 @pytest.fixture(scope="module")
-def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sd15(tmp_path_factory):
     return write_sd15(tmp_path_factory.mktemp("sd15"))
 
 
-def test_sd15_loads_trains_on_a_fixed_batch_and_draws_at_256_px(sd15: Path, tmp_path: Path) -> None:
+def test_sd15_loads_trains_on_a_fixed_batch_and_draws_at_256_px(sd15, tmp_path):
     started = time.perf_counter()
     source = MiniFaces(train=1, validation=1, test=1, photos=3)
-    few: dict[str, Any] = {"references": 2, "min_photos": 3, "batch_size": 1, "encode_batch_size": 1}
+    few = {"references": 2, "min_photos": 3, "batch_size": 1, "encode_batch_size": 1}
     data = MultiPhotoData(Backbone(str(sd15), image_side=SIDE), source, cache_dir=str(tmp_path), drop=(0, 0, 0), **few)
     data.prepare_data()
     data.setup("fit")
@@ -52,7 +48,7 @@ def test_sd15_loads_trains_on_a_fixed_batch_and_draws_at_256_px(sd15: Path, tmp_
 
     batch = next(iter(data.train_dataloader()))
     assert batch["moments"].shape == (1, 8, 32, 32) and batch["references"].shape == (1, 2, 1024)
-    model.log = lambda *_, **__: None  # type: ignore[method-assign]
+    model.log = lambda *_, **__: None
     model._trainer = None
     optimizer, _ = model.optimizer_and_schedule(STEPS)
     frozen = model.unet.conv_in.weight.clone()

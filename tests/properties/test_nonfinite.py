@@ -1,14 +1,12 @@
 """NaN and infinity are caught at the step that they appear in, by name, and the last good state is kept."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from commands import refusal
 from resuming import METHOD, run_of, state_of, write_config
 
 from lit_multiip.__main__ import main
@@ -19,18 +17,11 @@ PERSON = "train_000001"
 
 
 @pytest.fixture
-def args(tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def args(tiny_backbone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trainer = {"val_check_interval": 1, "max_steps": 20}
     config = write_config(tmp_path / "tiny.yaml", tiny_backbone, tmp_path / "features", trainer=trainer)
     return ["fit", "--config", str(METHOD), "--config", str(config)]
-
-
-def error_of(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        main(args)
-    assert exit_.value.code == 1
-    return capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def spoil(features: Path, kind: str, key: str, value: float) -> None:
@@ -46,14 +37,12 @@ def spoil(features: Path, kind: str, key: str, value: float) -> None:
 
 
 @pytest.mark.parametrize(("kind", "what", "value"), [("latent", "moments", np.nan), ("embeds", "references", np.inf)])
-def test_a_stored_feature_that_is_not_finite_is_named(
-    kind: str, what: str, value: float, args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_stored_feature_that_is_not_finite_is_named(kind, what, value, args, tmp_path, capsys):
     main([*args, "--trainer.max_steps=1"])
     person = next(one for one in MiniFaces(train=3, photos=11).people() if one.name == PERSON)
     for photo in person.photos:  # whichever is drawn
         spoil(tmp_path / "features", kind, photo.content_key(), value)
-    message = error_of([*args, "--ckpt_path", "last"], capsys)
+    message = refusal(capsys, *args, "--ckpt_path", "last")
     assert f"the stored {what} of {PERSON}/" in message and "delete data.cache_dir" in message
     step = int(message.split("at step ")[1].split(":")[0])
     kept = state_of(run_of(tmp_path))
@@ -62,12 +51,10 @@ def test_a_stored_feature_that_is_not_finite_is_named(
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
-    accumulated: int, args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
-) -> None:
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(accumulated, args, tmp_path, capsys, monkeypatch):
     plain, seen = MultiIPAdapter.training_step, []
 
-    def broken(self: MultiIPAdapter, batch: Any, batch_idx: int) -> torch.Tensor:
+    def broken(self, batch, batch_idx):
         seen.append(batch["photo"])
         loss = plain(self, batch, batch_idx)
         if self.global_step == 3:  # whose value is finite, and whose gradient is not
@@ -75,7 +62,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
         return loss
 
     monkeypatch.setattr(MultiIPAdapter, "training_step", broken)
-    message = error_of([*args, f"--trainer.accumulate_grad_batches={accumulated}"], capsys)
+    message = refusal(capsys, *args, f"--trainer.accumulate_grad_batches={accumulated}")
     assert "is not finite at step 3, in a batch of " in message
     assert all(name in message for name in seen[3 * accumulated][:1])
     kept = state_of(run_of(tmp_path))
@@ -83,19 +70,19 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
     assert all(weights.isfinite().all() for weights in kept["state_dict"].values())
 
 
-def test_a_loss_that_is_not_finite_names_its_sample(args: list[str], capsys: Any, monkeypatch: Any) -> None:
+def test_a_loss_that_is_not_finite_names_its_sample(args, capsys, monkeypatch):
     plain, seen = MultiIPAdapter.denoising_loss, []
     step = MultiIPAdapter.training_step
 
-    def broken(self: MultiIPAdapter, *given: Any) -> torch.Tensor:
+    def broken(self, *given):
         error = plain(self, *given)
         return torch.where(torch.arange(len(error)) == 2, float("nan"), error) if self.training else error
 
-    def watched(self: MultiIPAdapter, batch: Any, batch_idx: int) -> torch.Tensor:
+    def watched(self, batch, batch_idx):
         seen.append(batch["photo"])
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(MultiIPAdapter, "denoising_loss", broken)
     monkeypatch.setattr(MultiIPAdapter, "training_step", watched)
-    message = error_of(args, capsys)
+    message = refusal(capsys, *args)
     assert f"the loss is nan at step 0, of {seen[0][2]}: lower the learning rate" in message

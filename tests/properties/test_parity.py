@@ -1,7 +1,5 @@
 """The same numbers as those who published: diffusers' sampling, IP-Adapter's training step, torch-fidelity's scores."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,7 @@ PROMPTS = ["a person", "a person, in red"]
 
 
 @pytest.fixture(scope="module")
-def tiny_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_v(tmp_path_factory):
     """As Stable Diffusion 2.1, it predicts v."""
     return make_tiny_backbone(tmp_path_factory.mktemp("v"), prediction_type="v_prediction", ip_adapter=True)
 
@@ -53,9 +51,7 @@ def shaken(backbone: Path, **options: Any) -> MultiIPAdapter:
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "v_prediction"])
-def test_a_batch_is_drawn_as_plain_diffusers_draws_each_of_its_images(
-    kind: str, guidance: float, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
+def test_a_batch_is_drawn_as_plain_diffusers_draws_each_of_its_images(kind, guidance, request, tmp_path):
     folder = request.getfixturevalue(FIXTURES[kind])
     model = shaken(folder, sampling=Sampling(steps=4, guidance_scale=guidance, ip_scale=0.7))
     texts = Backbone(str(folder)).text_pipeline()
@@ -139,23 +135,21 @@ class Published(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_the_loss_and_its_gradient_are_those_of_the_published_training_step(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
+def test_the_loss_and_its_gradient_are_those_of_the_published_training_step(kind, request, tmp_path):
     """One batch of photos, noise and timesteps; relative 1e-3, as features are kept in 16 bits."""
     folder = request.getfixturevalue(FIXTURES[kind])
     source = MiniFaces(train=3, validation=2, test=2, photos=11)
-    options: Any = {"references": 1, "target": "reference", "drop": (0.2, 0.2, 0.2), "batch_size": 6}
+    options = {"references": 1, "target": "reference", "drop": (0.2, 0.2, 0.2), "batch_size": 6}
     data = MultiPhotoData(Backbone(str(folder)), source, cache_dir=str(tmp_path), **options)
     data.prepare_data()
     data.setup("fit")
     loader = data.train_dataloader()
     groups, keys = loader.dataset, list(loader.sampler)[:6]
-    batch: dict[str, Tensor] = next(iter(loader))
-    photos = [groups.draw(*key)[0] for key in keys]  # type: ignore[attr-defined]
+    batch = next(iter(loader))
+    photos = [groups.draw(*key)[0] for key in keys]
     model = MultiIPAdapter(Backbone(str(folder)), First)
     model.configure_model()
-    model.log = lambda *_, **__: None  # type: ignore[method-assign]
+    model.log = lambda *_, **__: None
     model._trainer = None
     model.training_step(batch, 0).backward()
 
@@ -175,7 +169,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_published_training_step(
         image_embeds = encoder(pixels).image_embeds
         image_embeds = torch.where(batch["drop_image"][:, None], torch.zeros_like(image_embeds), image_embeds)
 
-        def states(part: str) -> Any:
+        def states(part):
             tokenizer, text_encoder = getattr(texts, f"tokenizer{part}"), getattr(texts, f"text_encoder{part}")
             tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
             return text_encoder(tokens, output_hidden_states=True)
@@ -202,7 +196,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_published_training_step(
     assert float(ours.norm()) == pytest.approx(float(theirs.norm()), rel=1e-2)
 
 
-def test_where_the_unet_predicts_v_the_target_is_v(tiny_v: Path) -> None:
+def test_where_the_unet_predicts_v_the_target_is_v(tiny_v):
     """v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans and Ho 2022), of all methods."""
     g = torch.Generator().manual_seed(0)
     x, eps, text = torch.randn(3, 4, 8, 8, generator=g), torch.randn(3, 4, 8, 8, generator=g), torch.randn(3, 16, 32)
@@ -220,13 +214,13 @@ def test_where_the_unet_predicts_v_the_target_is_v(tiny_v: Path) -> None:
     assert (ours - (predicted - eps).square().mean(dim=(1, 2, 3))).abs().max() > 0.01
 
 
-def test_a_unet_that_predicts_neither_noise_nor_v_is_refused(tmp_path: Path) -> None:
+def test_a_unet_that_predicts_neither_noise_nor_v_is_refused(tmp_path):
     model = MultiIPAdapter(Backbone(str(make_tiny_backbone(tmp_path, prediction_type="sample"))))
     with pytest.raises(BackboneError, match="predicts 'sample': give one that predicts epsilon or v_prediction"):
         model.configure_model()
 
 
-def test_sdxl_is_told_the_size_of_the_file_and_the_crop_of_its_square(tiny_sdxl: Path, tmp_path: Path) -> None:
+def test_sdxl_is_told_the_size_of_the_file_and_the_crop_of_its_square(tiny_sdxl, tmp_path):
     from PIL import Image
 
     from lit_multiip.backbone.features import Features
@@ -244,7 +238,7 @@ def test_sdxl_is_told_the_size_of_the_file_and_the_crop_of_its_square(tiny_sdxl:
     }
 
 
-def test_sdxl_has_140_attention_layers_70_of_them_cross_with_340_8_million_k_v_weights() -> None:
+def test_sdxl_has_140_attention_layers_70_of_them_cross_with_340_8_million_k_v_weights():
     with torch.device("meta"):
         unet = UNet2DConditionModel(
             sample_size=128,
@@ -268,7 +262,7 @@ def test_sdxl_has_140_attention_layers_70_of_them_cross_with_340_8_million_k_v_w
 # ---- scores -----------------------------------------------------------------------------------------------------
 
 
-class Pictures(torch.utils.data.Dataset):  # type: ignore[type-arg]
+class Pictures(torch.utils.data.Dataset):
     def __init__(self, pixels: Tensor) -> None:
         self.pixels = pixels
 
@@ -280,7 +274,7 @@ class Pictures(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 
 @pytest.mark.parametrize("width", [64, *(pytest.param(width, marks=pytest.mark.slow) for width in (192, 768, 2048))])
-def test_fid_and_kid_of_images_are_torch_fidelitys(width: int, inception_weights: str) -> None:
+def test_fid_and_kid_of_images_are_torch_fidelitys(width, inception_weights):
     """Of 8 + 8 images through the same Inception. Torch-fidelity works in float32, where kernel values are about 1."""
     from torch_fidelity import calculate_metrics
     from torch_fidelity.metric_kid import kid_features_to_metric

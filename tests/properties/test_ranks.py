@@ -1,7 +1,5 @@
 """Two ranks say what one says, write what one writes, and end together."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -11,20 +9,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from resuming import METHOD, ROOT, Command, logged, run, run_of, state_of, write_config
+from resuming import METHOD, ROOT, Command, logged, run, run_of, score_by, state_of, write_config
 
 CONFIGS = ROOT / "configs"
 
 
 @pytest.fixture(scope="module")
-def config(tiny_backbone: Path, random_critic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config(tiny_backbone, random_critic, tmp_path_factory):
     """Five test people with one task each: uneven for two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     faces = {"train": 3, "validation": 3, "test": 5, "photos": 11}
-    critic = {
-        "class_path": "lit_multiip.evaluation.critic.CriticExtractor",
-        "init_args": {"folder": str(random_critic)},
-    }
     return write_config(
         folder / "tiny.yaml",
         tiny_backbone,
@@ -34,15 +28,13 @@ def config(tiny_backbone: Path, random_critic: Path, tmp_path_factory: pytest.Te
             "held_out": 1,
             "eval_batch_size": 1,  # with more, a task has other neighbours on two ranks, and rounds otherwise
         },
-        score={"extractors": [critic], "groups": 2, "resamples": 20},
+        score=score_by(random_critic, anchors=True, resamples=20),
         trainer={"max_steps": 4},
     )
 
 
 @pytest.mark.parametrize("method", ["avg_pool", "dreambooth"])
-def test_two_ranks_score_an_uneven_number_of_tasks_as_one_does_to_the_last_digit(
-    method: str, config: Path, tmp_path: Path
-) -> None:
+def test_two_ranks_score_an_uneven_number_of_tasks_as_one_does_to_the_last_digit(method, config, tmp_path):
     args = ["test", "--config", str(CONFIGS / f"{method}.yaml"), "--config", str(config)]
     if method == "dreambooth":
         args += ["--model.steps=2", "--model.class_images=2", f"--model.class_folder={config.parent / 'class'}"]
@@ -59,7 +51,7 @@ def test_two_ranks_score_an_uneven_number_of_tasks_as_one_does_to_the_last_digit
     assert tables[0] == tables[1]
 
 
-def test_every_file_has_one_writer_and_validation_counts_every_task_once(config: Path, tmp_path: Path) -> None:
+def test_every_file_has_one_writer_and_validation_counts_every_task_once(config, tmp_path):
     args = ["fit", "--config", str(METHOD), "--config", str(config)]
     fresh = ["--data.cache_dir", str(tmp_path / "features"), "--grid.people=2"]
     two = run(tmp_path / "two", *args, *fresh, "--data.batch_size=2", ranks=2, watched=True)
@@ -83,7 +75,7 @@ def test_every_file_has_one_writer_and_validation_counts_every_task_once(config:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_dies_ends_the_run_with_a_clear_error(rank: int, config: Path, tmp_path: Path) -> None:
+def test_a_rank_that_dies_ends_the_run_with_a_clear_error(rank, config, tmp_path):
     args = ["fit", "--config", str(METHOD), "--config", str(config)]
     command = Command(tmp_path, *args, "--trainer.val_check_interval=1", stop="batch:3", ranks=2, stopped_rank=rank)
     command.wait(60)
@@ -95,7 +87,7 @@ def test_a_rank_that_dies_ends_the_run_with_a_clear_error(rank: int, config: Pat
 
 
 @pytest.mark.slow
-def test_ranks_that_lightning_starts_end_with_the_one_that_dies(config: Path, tmp_path: Path) -> None:
+def test_ranks_that_lightning_starts_end_with_the_one_that_dies(config, tmp_path):
     """The same with ``--trainer.devices 2``, as it is typed."""
     args = ["fit", "--config", str(METHOD), "--config", str(config), "--trainer.devices=2", "--trainer.strategy=ddp"]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}

@@ -1,7 +1,5 @@
 """Full disks, folders that cannot be written, two runs in one, a cache that goes: what was there stays whole."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -14,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from resuming import METHOD, Command, differences, run, run_of, state_of, write_config
+from resuming import METHOD, Command, differences, run, run_of, score_by, state_of, write_config
 
 from lit_multiip import files
 from lit_multiip.files import only_writer, write_durably
@@ -22,19 +20,15 @@ from lit_multiip.runs import read_checkpoint
 
 
 @pytest.fixture(scope="module")
-def config(tiny_backbone: Path, random_critic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config(tiny_backbone, random_critic, tmp_path_factory):
     folder = tmp_path_factory.mktemp("resources")
-    critic = {
-        "class_path": "lit_multiip.evaluation.critic.CriticExtractor",
-        "init_args": {"folder": str(random_critic)},
-    }
-    score = {"extractors": [critic], "anchors": False, "groups": 2, "resamples": 2}
+    score = score_by(random_critic)
     trainer = {"max_steps": 6}
     return write_config(folder / "tiny.yaml", tiny_backbone, folder / "features", score=score, trainer=trainer)
 
 
 @pytest.fixture(scope="module")
-def fitted(config: Path) -> Path:
+def fitted(config):
     """A working folder with a run that was tested."""
     folder = config.parent / "fitted"
     for args in (fit(config), ["test"]):
@@ -69,12 +63,12 @@ def tmpfs(folder: Path, options: str) -> Iterator[None]:
 # ---- full disk ------------------------------------------------------------------------------------------------------
 
 
-def test_a_write_that_fails_leaves_what_was_there_and_no_litter(tmp_path: Path) -> None:
+def test_a_write_that_fails_leaves_what_was_there_and_no_litter(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
 
-    def full(file: object) -> None:
-        file.write(b"new")  # type: ignore[attr-defined]
+    def full(file):
+        file.write(b"new")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match=r"file' cannot be written .No space left on device.: free space"):
@@ -85,9 +79,7 @@ def test_a_write_that_fails_leaves_what_was_there_and_no_litter(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("size", "what"), [(20_000, "features"), pytest.param(120_000, "checkpoints", marks=pytest.mark.slow)]
 )
-def test_a_full_disk_ends_a_fit_in_one_line_and_space_lets_it_go_on(
-    size: int, what: str, config: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_ends_a_fit_in_one_line_and_space_lets_it_go_on(size, what, config, tmp_path):
     args = [*fit(config), "--data.cache_dir", str(tmp_path / "features")]
     command = run(tmp_path, *args, largest_file=size)
     assert command.code == 1
@@ -97,9 +89,7 @@ def test_a_full_disk_ends_a_fit_in_one_line_and_space_lets_it_go_on(
     assert run(tmp_path, *args, "--trainer.logger.init_args.version=again").code == 0
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint_and_the_fit_goes_on_from_it_exactly(
-    config: Path, fitted: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_keeps_the_last_good_checkpoint_and_the_fit_goes_on_from_it_exactly(config, fitted, tmp_path):
     short = ["--trainer.val_check_interval=2"]
     assert run(tmp_path / "whole", *fit(config), *short).code == 0
     assert run(tmp_path, *fit(config), *short, stop="batch:4").code == -signal.SIGKILL
@@ -112,7 +102,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_the_fit_goes_on_from_it_
 
 
 @pytest.mark.slow
-def test_a_full_disk_during_test_keeps_the_earlier_results(fitted: Path, tmp_path: Path) -> None:
+def test_a_full_disk_during_test_keeps_the_earlier_results(fitted, tmp_path):
     shutil.copytree(fitted, tmp_path / "work")
     before = hashes(run_of(tmp_path / "work"))
     command = run(tmp_path / "work", "test", "--data.held_out=2", largest_file=3000)
@@ -123,7 +113,7 @@ def test_a_full_disk_during_test_keeps_the_earlier_results(fitted: Path, tmp_pat
     }
 
 
-def test_a_small_file_system_that_fills_up_is_told(config: Path, tmp_path: Path) -> None:
+def test_a_small_file_system_that_fills_up_is_told(config, tmp_path):
     """The same with a real one: room for features, and for no second checkpoint."""
     with tmpfs(tmp_path / "work", "size=300k"):
         command = run(tmp_path / "work", *fit(config))
@@ -136,21 +126,21 @@ def test_a_small_file_system_that_fills_up_is_told(config: Path, tmp_path: Path)
 # ---- folders --------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_cannot_be_written_is_told_in_one_line(config: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_told_in_one_line(config, tmp_path):
     (tmp_path / "runs").write_text("a file where a folder should be")
     command = run(tmp_path, *fit(config))
     assert command.code == 1 and "runs" in command.said().strip().splitlines()[-1]
     assert command.said().strip().splitlines()[-1].startswith("error: ")
 
 
-def test_a_read_only_folder_is_told_in_one_line(config: Path, tmp_path: Path) -> None:
+def test_a_read_only_folder_is_told_in_one_line(config, tmp_path):
     with tmpfs(tmp_path / "work" / "runs", "size=1m,ro"):
         command = run(tmp_path / "work", *fit(config))
         message = command.said().strip().splitlines()[-1]
         assert command.code == 1 and message.startswith("error: ") and "Read-only file system" in message
 
 
-def test_a_folder_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_has_one_writer(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "PATIENCE", 0.1)
     with only_writer(tmp_path), pytest.raises(OSError, match="another process is writing into"), only_writer(tmp_path):
         pass
@@ -158,9 +148,7 @@ def test_a_folder_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         pass
 
 
-def test_a_second_fit_into_the_same_folder_is_refused_and_the_first_is_not_disturbed(
-    config: Path, tmp_path: Path
-) -> None:
+def test_a_second_fit_into_the_same_folder_is_refused_and_the_first_is_not_disturbed(config, tmp_path):
     args = [*fit(config), "--trainer.logger.init_args.version=one"]
     first = Command(tmp_path, *args, "--trainer.max_steps=40")
     folder = tmp_path / "runs" / "self_attn" / "one"
@@ -180,9 +168,7 @@ def test_a_second_fit_into_the_same_folder_is_refused_and_the_first_is_not_distu
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_cache_that_is_deleted_under_a_running_fit_does_not_disturb_it(
-    workers: int, config: Path, fitted: Path, tmp_path: Path
-) -> None:
+def test_a_cache_that_is_deleted_under_a_running_fit_does_not_disturb_it(workers, config, fitted, tmp_path):
     args = [*fit(config), "--data.cache_dir", str(tmp_path / "features"), f"--data.num_workers={workers}"]
     command = Command(tmp_path, *args, "--trainer.val_check_interval=1")
     while not list(tmp_path.glob("runs/*/*/checkpoints/*")) and command.processes[0].exitcode is None:
@@ -201,7 +187,7 @@ OTHER_STOPS = ("drawing:2:INT", "drawing:1:KILL", "scores:1:KILL")
 @pytest.mark.parametrize(
     "stop", ["scores:1:INT", *(pytest.param(stop, marks=pytest.mark.slow) for stop in OTHER_STOPS)]
 )
-def test_an_interrupted_test_keeps_the_earlier_results(stop: str, fitted: Path, tmp_path: Path) -> None:
+def test_an_interrupted_test_keeps_the_earlier_results(stop, fitted, tmp_path):
     shutil.copytree(fitted, tmp_path / "work")
     results = run_of(tmp_path / "work") / "test"
     before = hashes(results)

@@ -1,7 +1,5 @@
 """A fit that is stopped at any moment and gone on with ends as one that was not."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil
@@ -71,7 +69,7 @@ class Fits:
 
 
 @pytest.fixture(scope="module")
-def fits(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Fits:
+def fits(tiny_backbone, tmp_path_factory):
     return Fits(tmp_path_factory.mktemp("resume"), tiny_backbone)
 
 
@@ -86,9 +84,7 @@ def fits(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Fits:
         (5, float("inf"), 2, Position(0, 10, None, 5)),
     ],
 )
-def test_the_number_of_steps_says_where_training_is(
-    step: int, batches: float, accumulate: int, expected: Position
-) -> None:
+def test_the_number_of_steps_says_where_training_is(step, batches, accumulate, expected):
     assert Position.after(step, batches, accumulate) == expected
 
 
@@ -115,7 +111,7 @@ def test_the_number_of_steps_says_where_training_is(
         ("averaged", "batch:8:TERM"),  # in a later epoch, and of frozen weights that an average would have changed
     ],
 )
-def test_a_fit_that_was_stopped_goes_on_as_if_it_had_not_been(fits: Fits, variant: str, stop: str) -> None:
+def test_a_fit_that_was_stopped_goes_on_as_if_it_had_not_been(fits, variant, stop):
     folder = fits.new()
     code = fits.run(folder, variant, stop=stop).code
     assert code == {"TERM": 128 + signal.SIGTERM, "INT": 128 + signal.SIGINT}.get(stop.split(":")[-1], -signal.SIGKILL)
@@ -124,7 +120,7 @@ def test_a_fit_that_was_stopped_goes_on_as_if_it_had_not_been(fits: Fits, varian
     fits.check(folder, variant)
 
 
-def test_a_fit_that_was_killed_between_features_and_training_is_not_begun_anew_in_silence(fits: Fits) -> None:
+def test_a_fit_that_was_killed_between_features_and_training_is_not_begun_anew_in_silence(fits):
     folder = fits.new()
     assert fits.run(folder, "plain", stop="features").code == -signal.SIGKILL
     command = fits.run(folder, "plain", "--ckpt_path", "last")
@@ -136,7 +132,7 @@ def test_a_fit_that_was_killed_between_features_and_training_is_not_begun_anew_i
     assert "encoding" not in fits.run(folder, "plain", "--trainer.max_steps", "1").said()
 
 
-def test_sigterm_on_the_first_rank_stops_both_at_one_step(fits: Fits) -> None:
+def test_sigterm_on_the_first_rank_stops_both_at_one_step(fits):
     folder = fits.new()
     command = Command(folder, *fits.args("ranks"), ranks=2)
     events = run_of(folder) / "checkpoints" / "last.ckpt"
@@ -152,7 +148,7 @@ def test_sigterm_on_the_first_rank_stops_both_at_one_step(fits: Fits) -> None:
     fits.check(folder, "ranks")
 
 
-def test_a_second_ctrl_c_ends_it_at_once_and_a_launchers_copy_of_the_first_does_not() -> None:
+def test_a_second_ctrl_c_ends_it_at_once_and_a_launchers_copy_of_the_first_does_not():
     if (child := os.fork()) == 0:
         signal.signal(signal.SIGINT, ExactResume()._stop)
         for pause in (0.0, 0.1, 1.1):
@@ -166,8 +162,8 @@ def test_a_second_ctrl_c_ends_it_at_once_and_a_launchers_copy_of_the_first_does_
 
 
 def test_a_checkpoint_of_averaged_weights_holds_what_is_trained_alone_and_test_draws_with_the_average(
-    fits: Fits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    fits, tmp_path, monkeypatch
+):
     shutil.copytree(fits.uninterrupted("averaged"), tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
     path = run_of(Path.cwd()) / "checkpoints" / "last.ckpt"
@@ -182,7 +178,7 @@ def test_a_checkpoint_of_averaged_weights_holds_what_is_trained_alone_and_test_d
 
     drawn_with = []
 
-    def watched(self: MultiIPAdapter, batch: Any, *_: Any, **__: Any) -> torch.Tensor:
+    def watched(self, batch, *_, **__):
         drawn_with.append({name: p.detach().clone() for name, p in self.trained_parameters().items()})
         raise KeyboardInterrupt
 
@@ -192,7 +188,7 @@ def test_a_checkpoint_of_averaged_weights_holds_what_is_trained_alone_and_test_d
     assert differences(drawn_with[0], dict(average)) == []
 
 
-def test_dreambooth_goes_on_after_sigterm_as_if_it_had_not_been_stopped(fits: Fits) -> None:
+def test_dreambooth_goes_on_after_sigterm_as_if_it_had_not_been_stopped(fits):
     args = ["fit", "--config", str(METHOD.with_name("dreambooth.yaml")), *fits.args("plain")[3:]]
     args += ["--data.person=test_000000", "--model.steps=4", "--model.class_images=2", "--trainer.max_steps=-1"]
     args += [f"--model.class_folder={fits.folder / 'class'}"]
@@ -229,7 +225,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, flip, lambda path: path.write_bytes(b"")])
-def test_a_torn_checkpoint_is_named_and_passed_over(fits: Fits, tmp_path: Path, damage: Any, caplog) -> None:
+def test_a_torn_checkpoint_is_named_and_passed_over(fits, tmp_path, damage, caplog):
     run = run_of(work(fits, tmp_path))
     older = run / "checkpoints" / "best-step=9.ckpt"
     for path in (run / "checkpoints").glob("best-*.ckpt"):
@@ -245,9 +241,7 @@ def test_a_torn_checkpoint_is_named_and_passed_over(fits: Fits, tmp_path: Path, 
         run_to_continue(run.parent.parent, "*/*")
 
 
-def test_ckpt_path_last_alone_takes_the_newest_run_and_its_config(
-    fits: Fits, tmp_path: Path, monkeypatch, caplog
-) -> None:
+def test_ckpt_path_last_alone_takes_the_newest_run_and_its_config(fits, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(work(fits, tmp_path))
     caplog.set_level("INFO")
     run, typed = run_of(Path.cwd()), (run_of(Path.cwd()) / "config.yaml").read_text()
@@ -258,7 +252,7 @@ def test_ckpt_path_last_alone_takes_the_newest_run_and_its_config(
     assert (run / "config.yaml").read_text() == typed.replace(f"max_steps: {STEPS}\n", f"max_steps: {STEPS + 2}\n")
 
 
-def test_without_a_run_ckpt_path_last_is_an_error(fits: Fits, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_without_a_run_ckpt_path_last_is_an_error(fits, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for args in (["fit"], fits.args("plain")):
         with pytest.raises(SystemExit) as exit_:
@@ -268,7 +262,7 @@ def test_without_a_run_ckpt_path_last_is_an_error(fits: Fits, tmp_path: Path, mo
     assert not (tmp_path / "runs").exists()
 
 
-def test_other_batches_are_told_of_when_a_fit_is_gone_on_with(fits: Fits, tmp_path: Path, monkeypatch, caplog) -> None:
+def test_other_batches_are_told_of_when_a_fit_is_gone_on_with(fits, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(work(fits, tmp_path))
     main(["fit", "--ckpt_path", "last", "--data.batch_size", "3", "--trainer.max_steps", str(STEPS + 1)])
     assert "the checkpoint was trained with other data or batches (batch_size 4 => 3)" in caplog.text
@@ -277,7 +271,7 @@ def test_other_batches_are_told_of_when_a_fit_is_gone_on_with(fits: Fits, tmp_pa
 # ---- saving ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_is_staged_beside_its_place_whatever_tmpdir_is(tmp_path: Path, monkeypatch) -> None:
+def test_a_checkpoint_is_staged_beside_its_place_whatever_tmpdir_is(tmp_path, monkeypatch):
     staged = []
     monkeypatch.setattr(files.os, "replace", lambda a, b: staged.append((Path(a), Path(b))))
     monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
@@ -286,17 +280,17 @@ def test_a_checkpoint_is_staged_beside_its_place_whatever_tmpdir_is(tmp_path: Pa
     assert part.parent == place.parent == tmp_path / "a"
 
 
-def test_the_command_line_saves_durably(fits: Fits, tmp_path: Path, monkeypatch) -> None:
+def test_the_command_line_saves_durably(fits, tmp_path, monkeypatch):
     """What is on the disk before its name is, in this order: content, name, folder."""
     monkeypatch.chdir(tmp_path)
     done = []
     sync, replace = os.fsync, os.replace
 
-    def watched_sync(handle: int) -> None:
+    def watched_sync(handle):
         done.append(f"sync {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
         sync(handle)
 
-    def watched_replace(a: Any, b: Any) -> None:
+    def watched_replace(a, b):
         done.append(f"name {Path(b).name}")
         replace(a, b)
 
@@ -312,7 +306,7 @@ def test_the_command_line_saves_durably(fits: Fits, tmp_path: Path, monkeypatch)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("variant", "kills"), [("plain", 36), ("workers", 8), ("accumulated", 8), ("ranks", 8)])
-def test_no_kill_at_a_random_moment_loses_or_changes_anything(fits: Fits, variant: str, kills: int) -> None:
+def test_no_kill_at_a_random_moment_loses_or_changes_anything(fits, variant, kills):
     rng = random.Random(variant)
     fits.uninterrupted(variant)
     begun = time.monotonic()

@@ -55,6 +55,12 @@ def write_config(path: Path, backbone: Path, cache: Path, **options: Any) -> Pat
     return path
 
 
+def score_by(critic: Path, **options: Any) -> dict[str, Any]:
+    """What a config says to score quickly by one critic."""
+    extractor = {"class_path": "lit_multiip.evaluation.critic.CriticExtractor", "init_args": {"folder": str(critic)}}
+    return {"extractors": [extractor], "anchors": False, "groups": 2, "resamples": 2, **options}
+
+
 # Commands are run in children of a server that has imported everything, which takes a tenth of a second, not ten.
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["lit_multiip.methods.adapter", "lit_multiip.cli", "lit_multiip.datamodule", "resuming"])

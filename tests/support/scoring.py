@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+from trainers import quiet_trainer
 
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.people import MiniFaces
@@ -100,18 +101,7 @@ class Perfect(L.LightningModule):
 
 def run(folder, *, module=None, data=None, trainer_options=None, **options):
     options = {"extractors": [Thumbnail()], "output": str(folder), "resamples": 50, **options}
-    trainer = L.Trainer(
-        **{
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "callbacks": [ScoreTest(**options)],
-            **(trainer_options or {}),
-        }
-    )
+    trainer = quiet_trainer(callbacks=[ScoreTest(**options)], **(trainer_options or {}))
     logged = trainer.test(module or Perfect(), datamodule=data or Data(), verbose=False)
     return trainer, logged[0]
 

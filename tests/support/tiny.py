@@ -98,10 +98,7 @@ def make_tiny_backbone(
     }
     if sdxl:
         pipe = StableDiffusionXLPipeline(
-            **parts,
-            text_encoder_2=second,
-            tokenizer_2=make_tokenizer(folder / "tokenizer_2"),
-            add_watermarker=False,
+            **parts, text_encoder_2=second, tokenizer_2=make_tokenizer(folder / "tokenizer_2"), add_watermarker=False
         )
     else:
         pipe = StableDiffusionPipeline(**parts, safety_checker=None, requires_safety_checker=False)

@@ -26,11 +26,7 @@ class WandbLike(Logger):
     """Has WandbLogger's arguments, and its `name` (the project), `version` (an id), `save_dir` and `log_image`."""
 
     def __init__(
-        self,
-        name: str | None = None,
-        save_dir: str = ".",
-        version: str | None = None,
-        project: str = "lightning_logs",
+        self, name: str | None = None, save_dir: str = ".", version: str | None = None, project: str = "lightning_logs"
     ) -> None:
         super().__init__()
         self._project, self._save_dir, self._id = project, save_dir, version

@@ -1,9 +1,6 @@
-from __future__ import annotations
-
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -61,12 +58,12 @@ def inspected(backbone: Path, aggregator: type[Aggregator], embeds: Tensor | Non
 # Leaving out
 
 
-def test_leaving_out_takes_each_photo_once() -> None:
+def test_leaving_out_takes_each_photo_once():
     left = leave_one_out(torch.arange(4.0)[:, None])
     assert left[..., 0].tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
 
 
-def test_leaving_out_one_of_two_equal_photos_changes_nothing_under_max_pooling(tiny_backbone: Path) -> None:
+def test_leaving_out_one_of_two_equal_photos_changes_nothing_under_max_pooling(tiny_backbone):
     embeds = tasks_and_items()[1][0]["references"].clone()
     embeds[3] = embeds[1]
     found = inspected(tiny_backbone, MaxPool, embeds).values
@@ -76,13 +73,13 @@ def test_leaving_out_one_of_two_equal_photos_changes_nothing_under_max_pooling(t
     assert found["weight"][1] == found["weight"][3] and found["weight"].sum() == pytest.approx(1)
 
 
-def test_the_published_adapter_loses_by_its_one_photo_alone(tiny_backbone: Path) -> None:
+def test_the_published_adapter_loses_by_its_one_photo_alone(tiny_backbone):
     found = inspected(tiny_backbone, First).values
     assert "weight" not in found
     assert abs(found["loss_increase"][0]) > 1e-5 and np.abs(found["loss_increase"][1:]).max() < 1e-7
 
 
-def test_the_worth_is_the_change_of_the_loss_at_equal_noise(tiny_backbone: Path) -> None:
+def test_the_worth_is_the_change_of_the_loss_at_equal_noise(tiny_backbone):
     module, (tasks, items) = model(tiny_backbone, AvgPool), tasks_and_items()
     with torch.no_grad():
         found = inspect_person(module, tasks, items)
@@ -99,14 +96,14 @@ def test_the_worth_is_the_change_of_the_loss_at_equal_noise(tiny_backbone: Path)
 
 
 @pytest.mark.parametrize("aggregator", [Concat, partial(SelfAttention, query_scale=0)], ids=["concat", "self_attn"])
-def test_methods_with_tokens_for_every_photo_are_inspected(tiny_backbone: Path, aggregator: Any) -> None:
+def test_methods_with_tokens_for_every_photo_are_inspected(tiny_backbone, aggregator):
     found = inspected(tiny_backbone, aggregator).values
     assert all(values.shape == (5,) for values in found.values())
     if aggregator is not Concat:
         assert found["weight"] == pytest.approx(np.full(5, 0.2))
 
 
-def test_losses_do_not_depend_on_the_batch(tiny_backbone: Path) -> None:
+def test_losses_do_not_depend_on_the_batch(tiny_backbone):
     module, (_, [item, _]) = model(tiny_backbone, AvgPool), tasks_and_items()
     conditions = torch.randn(5, 1, WIDTH, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -114,13 +111,13 @@ def test_losses_do_not_depend_on_the_batch(tiny_backbone: Path) -> None:
     torch.testing.assert_close(one, two)
 
 
-def test_a_single_reference_cannot_be_left_out(tiny_backbone: Path) -> None:
+def test_a_single_reference_cannot_be_left_out(tiny_backbone):
     tasks = make_tasks(PEOPLE[:1], 1, 1)
     with pytest.raises(ValueError, match=r"has a single reference.*set data\.references to 2"):
         inspect_person(None, tasks, [{"references": torch.zeros(1, WIDTH)}])
 
 
-def test_a_row_of_attention_is_measured_apart_from_what_a_photo_receives(tiny_backbone: Path) -> None:
+def test_a_row_of_attention_is_measured_apart_from_what_a_photo_receives(tiny_backbone):
     """A photo that attends to itself alone has a spread of 1, though all photos receive alike."""
     embeds = tasks_and_items()[1][0]["references"]
     even = inspected(tiny_backbone, partial(SelfAttention, query_scale=0)).values
@@ -131,7 +128,7 @@ def test_a_row_of_attention_is_measured_apart_from_what_a_photo_receives(tiny_ba
     assert not {"row_spread", "own_weight"} & inspected(tiny_backbone, MaxPool).values.keys()
 
 
-def test_the_printout_has_the_rows_of_attention_beside_what_photos_receive() -> None:
+def test_the_printout_has_the_rows_of_attention_beside_what_photos_receive():
     people = [person(name, [0.2, 0.3, 0.5], [1, 2, 3], [1, 1, 2]) for name in "ab"]
     assert "of a row" not in render_summary("SelfAttention", "attention", people, summarise(people))
     for one in people:
@@ -144,7 +141,7 @@ def test_the_printout_has_the_rows_of_attention_beside_what_photos_receive() -> 
 # The truth
 
 
-def test_what_the_others_hide_counts_most() -> None:
+def test_what_the_others_hide_counts_most():
     shows = np.array([[1, 1, 0], [1, 0, 0], [1, 0, 0], [1, 1, 0]], bool)  # the third trait is never seen
     assert rarity(shows) == pytest.approx([0.25 + 0.5, 0.25, 0.25, 0.25 + 0.5])
     alone = np.array([[1, 1], [1, 0], [1, 0], [1, 0]], bool)
@@ -152,7 +149,7 @@ def test_what_the_others_hide_counts_most() -> None:
     assert rarity(alone).sum() == 2
 
 
-def test_a_drawn_photo_shows_what_nothing_covers() -> None:
+def test_a_drawn_photo_shows_what_nothing_covers():
     traits = list(mini_faces.TRAITS)
     for photo in PEOPLE[0].photos:
         shows, scene = visible_traits(photo), mini_faces.scene(photo.seed, photo.index, photo.number)
@@ -164,19 +161,19 @@ def test_a_drawn_photo_shows_what_nothing_covers() -> None:
 # Over people
 
 
-def test_rank_correlation_and_its_ties() -> None:
+def test_rank_correlation_and_its_ties():
     assert spearman([1, 2, 3], [10, 20, 40]) == pytest.approx(1)
     assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     assert math.isnan(spearman([1, 1 + 1e-9, 1], [1, 2, 3]))
     assert spearman([0, 0, 1, 1], [1, 2, 3, 4]) == pytest.approx(0.894427, abs=1e-6)
 
 
-def test_even_weights_are_shared_among_all() -> None:
+def test_even_weights_are_shared_among_all():
     assert effective_number(np.full(9, 1 / 9)) == pytest.approx(9)
     assert effective_number([1, 0, 0]) == pytest.approx(1)
 
 
-def test_only_what_the_held_out_photos_show_is_needed(tiny_backbone: Path) -> None:
+def test_only_what_the_held_out_photos_show_is_needed(tiny_backbone):
     found = inspected(tiny_backbone, MaxPool)
     shows = np.stack([visible_traits(photo) for photo in found.references])
     expected = np.zeros(5)
@@ -194,7 +191,7 @@ def person(name: str, weight: list[float], truth: list[float], regions: list[flo
     return Inspected(name, PEOPLE[0].photos[:3], PEOPLE[0].photos[3:4], 0.5, arrays)
 
 
-def test_correlations_are_means_over_the_people_for_whom_both_vary() -> None:
+def test_correlations_are_means_over_the_people_for_whom_both_vary():
     people = [
         person("a", [0.2, 0.3, 0.5], [1, 2, 3], [1, 1, 1]),
         person("b", [0.5, 0.3, 0.2], [1, 2, 3], [1, 1, 2]),
@@ -209,7 +206,7 @@ def test_correlations_are_means_over_the_people_for_whom_both_vary() -> None:
     assert scores["loss"].value == 0.5
 
 
-def test_real_people_have_no_truth_to_be_held_against() -> None:
+def test_real_people_have_no_truth_to_be_held_against():
     real = person("a", [0.2, 0.3, 0.5], [1, 2, 3], [1, 1, 2])
     for name in ("rarity", "visible_regions"):
         del real.values[name]
@@ -219,12 +216,12 @@ def test_real_people_have_no_truth_to_be_held_against() -> None:
 # The picture
 
 
-def test_bars_are_as_long_as_their_values() -> None:
+def test_bars_are_as_long_as_their_values():
     photos = [Image.new("RGB", (96, 96), "red")] * 3
     strip = Bars("loss", [0.5, 1.0, -0.5], ["a", "b", "c"])
     pixels = np.asarray(photos_with_bars(photos, [strip], {"held-out photo": photos[0]}, 96, "Ann"))
 
-    def height(colour: tuple[int, int, int], column: int) -> int:
+    def height(colour, column):
         middle = 144 + column * 100 + 48
         return int((pixels[:, middle] == colour).all(axis=-1).sum())
 
@@ -234,7 +231,7 @@ def test_bars_are_as_long_as_their_values() -> None:
     assert height(blue, 2) == height(orange, 0) == 0
 
 
-def test_a_strip_has_a_value_for_every_photo() -> None:
-    photos: list[Any] = [Image.new("RGB", (96, 96))] * 2
+def test_a_strip_has_a_value_for_every_photo():
+    photos = [Image.new("RGB", (96, 96))] * 2
     with pytest.raises(ValueError, match="1 values and 2 texts for 2 photos"):
         photos_with_bars(photos, [Bars("loss", [1.0], ["a", "b"])], {}, 96, "Ann")

@@ -70,7 +70,7 @@ def _read_ahead(read: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[tu
 
 
 class Features:
-    """What the backbone's frozen encoders make of photos and prompts, from disk.
+    """Features of photos and prompts by the backbone's frozen encoders, kept on disk.
 
     Args:
         backbone: whose encoders they are.
@@ -128,7 +128,7 @@ class Features:
             self._fill(kind, items[kind], load, rank, world)
 
     def row_bytes(self) -> dict[str, int]:
-        """What a row of each kind takes on disk, by the encoders' configurations."""
+        """Return the bytes of a row of each kind on disk, by the encoders' configurations."""
         shapes = self.backbone.feature_shapes()
         return {kind: math.prod(shape) * (4 if kind in FLOAT32 else 2) for kind, shape in shapes.items()}
 
@@ -145,15 +145,15 @@ class Features:
             shards.refresh()
 
     def embeds(self, photos: Sequence[Photo]) -> Tensor:
-        """Image embeddings, (n, D) float32; see `replace_missing` for photos without a face."""
+        """Return image embeddings, (n, D) float32; see `replace_missing` for photos without a face."""
         return self.store["embeds"].get([photo.content_key() for photo in photos])
 
     def moments(self, photo: Photo) -> Tensor:
-        """Posterior mean and logvar of the VAE's unscaled latent, (2C, h, w) float32."""
+        """Return posterior mean and logvar of the VAE's unscaled latent, (2C, h, w) float32."""
         return self.store["latent"].get([photo.content_key()])[0].float()
 
     def text(self, prompt: str) -> dict[str, Tensor]:
-        """A prompt's `prompt_embeds`, text states (L, E), and of SDXL `pooled_prompt_embeds` (P,); float32."""
+        """Return a prompt's `prompt_embeds`, text states (L, E), and of SDXL `pooled_prompt_embeds` (P,); float32."""
         kinds = {"prompt_embeds": "text"} | ({"pooled_prompt_embeds": "pooled"} if "pooled" in self.store else {})
         return {name: self.store[kind].get([prompt_key(prompt)])[0].float() for name, kind in kinds.items()}
 
@@ -164,7 +164,7 @@ class Features:
         return self.backbone.sizes(self.store["frame"].get([photo.content_key()])[0].float())
 
     def frames(self, photos: Sequence[Photo]) -> Tensor:
-        """Height and width of photos, and top and left of their squares once scaled, (B, 4) float32."""
+        """Return height and width of photos, and top and left of their squares once scaled, (B, 4) float32."""
         rows, side = [], self.backbone.image_side
         for photo in photos:
             width, height = photo.image().size
@@ -210,8 +210,7 @@ class Features:
         return Encoder(encoder.read, encoder.encode)
 
     def _latent_encoder(self) -> Encoder:
-        read, encode = load_latent_encoder(self.backbone, self.device)
-        return Encoder(lambda photos: read([photo.image() for photo in photos]), encode)
+        return load_latent_encoder(self.backbone, self.device)
 
     def _text_encoder(self, part: str) -> Encoder:
         pipe = self.backbone.text_pipeline().to(self.device)

@@ -151,7 +151,7 @@ def read_component(place: str, name: str, dtype: torch.dtype) -> Any:
     if class_name is None:
         library, class_name = _UNLISTED.get(name, (None, None))
     local = Path(place).is_dir()
-    if class_name is None or (local and not Path(place, name).is_dir()):
+    if library is None or class_name is None or (local and not Path(place, name).is_dir()):
         raise BackboneError(lacks(place, name))
     cls = component_class(library, class_name, place)
 

@@ -141,9 +141,11 @@ class MultiIPAdapter(Method):
     def condition(self, references: Tensor) -> Tensor:
         """Aggregate one set of embeddings a sample, (B, R, D) -> (B, M, D); a set without a face (NaN) gives zeros."""
         if self.backbone.face_encoder is None:
-            return self.aggregator(references)
+            embeds: Tensor = self.aggregator(references)
+            return embeds
         faceless = references.isnan().flatten(1).any(dim=1)[:, None, None]  # (B, 1, 1)
-        return self.aggregator(references.masked_fill(faceless, 0.0)).masked_fill(faceless, 0.0)
+        embeds = self.aggregator(references.masked_fill(faceless, 0.0))
+        return embeds.masked_fill(faceless, 0.0)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Restore the held-out photos of a batch of `HeldOutGroups` items."""

@@ -6,7 +6,7 @@ import difflib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -21,12 +21,12 @@ from lit_multiip.data.groups import Balance, Target, draw_references, stable_has
 from lit_multiip.data.people import MiniFaces, PeopleSource, Person, read_person
 from lit_multiip.data.photos import DataError, Photo, distinct_photos
 from lit_multiip.data.split import Split, select_people, split_people
+from lit_multiip.data.tasks import Task, make_tasks
 from lit_multiip.data.variants import describe_augment, vary
 from lit_multiip.datasets import (
     EpochSampler,
     HeldOutGroups,
     OnePerson,
-    PhotosOf,
     Position,
     Request,
     ShareSampler,
@@ -34,9 +34,6 @@ from lit_multiip.datasets import (
     ignore_ctrl_c,
     reference_set,
 )
-
-if TYPE_CHECKING:
-    from lit_multiip.data.tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -190,8 +187,6 @@ class MultiPhotoData(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Choose and split the people, then encode what this stage will need."""
-        from lit_multiip.data.tasks import make_tasks
-
         if self.trainer is not None:
             self.per_person = getattr(self.trainer.lightning_module, "per_person", False)
         if stage == "fit" and not self.per_person and self.person is not None:
@@ -207,14 +202,12 @@ class MultiPhotoData(L.LightningDataModule):
             person = self._find(self.person) if self.person else self.split.test[0]
             self._setup_predict(person, self._tested(person).references)
             return
-        photos: list[Photo] = []
-        targets: list[Photo] = []
-        training: list[Person] = []
+        training: list[Photo] = []
         if stage == "fit" and self.per_person:
             self.tuning = self._tested(self._find(self.person))
-            targets += self.tuning.references
+            training = list(self.tuning.references)
         elif stage == "fit":
-            training = self.split.train
+            training = [photo for person in self.split.train for photo in person.photos]
         if stage in ("fit", "validate") and not self.per_person:
             self.validation_tasks = make_tasks(
                 self.split.validation, self.references, self.validation_held_out, 1, self.seed
@@ -222,18 +215,14 @@ class MultiPhotoData(L.LightningDataModule):
         if stage == "test":
             people = select_people(getattr(self.split, self.tested), 2, self.tested_people, self.seed)
             self.tasks = make_tasks(people, self.references, self.held_out, self.seeds, self.seed)
-        for task in [*self.validation_tasks, *self.tasks]:
-            photos += task.references
-            targets.append(task.held_out)
-        self.strangers = {**self._find_stranger(self.validation_tasks), **self._find_stranger(self.tasks)}
-        for references in self.strangers.values():
-            photos += references
-        prompts = (photo.prompt for photo in PhotosOf(training, targets))
-        self._build(self._varied(training, photos), self._varied(training, targets), prompts)
-
-    def _varied(self, training: Sequence[Person], further: Sequence[Photo]) -> PhotosOf:
-        """Every variant of every training photo, and then further photos."""
-        return PhotosOf(training, further, lambda photo: (vary(photo, v, self.augment) for v in range(self.variants)))
+        tasks = [*self.validation_tasks, *self.tasks]
+        self.strangers = self._find_stranger(self.validation_tasks) | self._find_stranger(self.tasks)
+        references = [photo for task in tasks for photo in task.references]
+        references += [photo for photos in self.strangers.values() for photo in photos]
+        held_out = [task.held_out for task in tasks]
+        prompts = [photo.prompt for photo in (*training, *held_out)]
+        varied = [vary(photo, v, self.augment) for photo in training for v in range(self.variants)]
+        self._build([*varied, *references], [*varied, *held_out], prompts)
 
     def read_references(self, folder: str) -> tuple[Person, tuple[Photo, ...]]:
         """Read a folder with photos of one person, any number, and draw `references` of them."""
@@ -241,7 +230,7 @@ class MultiPhotoData(L.LightningDataModule):
         return person, self._draw_references(_distinct(person))
 
     def _find(self, name: str | None) -> Person:
-        """Return the person of that name, of whichever part of the split."""
+        """Return the person of that name, on whichever side of the split."""
         assert self.split is not None
         people = [*self.split.test, *self.split.validation, *self.split.train]
         for person in people:
@@ -253,13 +242,11 @@ class MultiPhotoData(L.LightningDataModule):
         raise DataError(f"{wrong}: set data.person to one of the {len(known)}, such as {close}")
 
     def _tested(self, person: Person) -> Task:
-        """Return one of a person's tasks in a test, for the references that all have: no held-out photo is in them."""
-        from lit_multiip.data.tasks import make_tasks
-
+        """Return one of a person's tasks in a test; all of them have the same references."""
         return make_tasks([person], self.references, self.held_out, 1, self.seed)[0]
 
     def _find_stranger(self, tasks: Sequence[Task]) -> dict[str, tuple[Photo, ...]]:
-        """Where all tasks are of one person, return a training person's references under that person's name."""
+        """Return, where all tasks are of one person, a training person's references under that person's name."""
         names = {task.person for task in tasks}
         if len(names) != 1 or self.per_person:
             return {}
@@ -267,8 +254,7 @@ class MultiPhotoData(L.LightningDataModule):
         others = [person for person in self.split.train if person.name not in names]
         if not others:
             logger.warning(
-                "%s is the only person, and nobody's photos can stand in for theirs: val/gap_shuffled and the row "
-                "other_person are left out",
+                "%s is the only person: without others' photos val/gap_shuffled and the row other_person are left out",
                 *names,
             )
             return {}
@@ -285,8 +271,8 @@ class MultiPhotoData(L.LightningDataModule):
         split = split_people(people, self.seed, self.test_fraction, self.validation_fraction, **self.names)
         if self.training_people is not None:
             split = replace(split, train=select_people(split.train, 2, self.training_people, self.seed))
-        counts = f"{len(split.train)} train, {len(split.validation)} validation, {len(split.test)} test"
-        logger.info("people: %s", counts)
+        sizes = len(split.train), len(split.validation), len(split.test)
+        logger.info("people: %d train, %d validation, %d test", *sizes)
         return split
 
     def _draw_references(self, person: Person) -> tuple[Photo, ...]:
@@ -305,14 +291,13 @@ class MultiPhotoData(L.LightningDataModule):
         self._build(list(references), [], prompts)
 
     def _build(self, photos: Iterable[Photo], targets: Iterable[Photo], prompts: Iterable[str]) -> None:
-        """Encode photos that condition, photos whose latents are asked for, and prompts."""
-        if self.per_person:  # which tunes on the photos' latents, and asks for no embeddings
+        """Encode photos that condition, photos whose latents are needed, and prompts."""
+        if self.per_person:  # it tunes on the latents of the references, and needs no embeddings
             photos, targets = [], [*photos, *targets]
         strategy: Any = self.trainer.strategy if self.trainer is not None else None
         device = strategy.root_device if strategy else "cpu"
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         self.features = Features(self.backbone, self.cache_dir, device, self.encode_batch_size)
-        self.features.build(photos, targets, prompts, rank, world)
+        self.features.build(photos, targets, prompts, *self._rank_and_world())
         if strategy:
             strategy.barrier("features")
         self.features.refresh()
@@ -324,17 +309,8 @@ class MultiPhotoData(L.LightningDataModule):
             item = reference_set(self.tuning.person, self.tuning.references, self.features)
             return DataLoader(OnePerson(item), batch_size=1)
         references = 1 if self.target == "reference" else self.references
-        groups = HeldOutGroups(
-            self.split.train,
-            self.features,
-            self.training_seed,
-            references,
-            self.balance,
-            self.target,
-            self.drop,
-            self.variants,
-            self.augment,
-        )
+        choices = (self.balance, self.target, self.drop, self.variants, self.augment)
+        groups = HeldOutGroups(self.split.train, self.features, self.training_seed, references, *choices)
         rank, world = self._rank_and_world()
         sampler = EpochSampler(len(groups), self.training_seed, rank, world, self._start(len(groups) // world))
         if len(sampler) < self.batch_size:
@@ -353,7 +329,7 @@ class MultiPhotoData(L.LightningDataModule):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training is, for a checkpoint; and what that depends on."""
+        """Return where training is, and by what its epochs are divided, for a checkpoint."""
         loader = None if self.trainer is None else self.trainer.train_dataloader
         if self.trainer is None or loader is None:  # nothing is being trained
             return {}
@@ -362,11 +338,11 @@ class MultiPhotoData(L.LightningDataModule):
         return {"epoch": position.epoch, "batch": position.batch, **self._divisions(samples)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember where a checkpoint was."""
+        """Remember where a checkpoint's training was."""
         self.position = state_dict
 
     def _divisions(self, samples: int | None) -> dict[str, Any]:
-        """What an epoch is divided by; `samples` of a rank."""
+        """Return what divides an epoch into steps; `samples` is the number of a rank."""
         assert self.trainer is not None
         return {
             "samples": samples,
@@ -377,15 +353,15 @@ class MultiPhotoData(L.LightningDataModule):
         }
 
     def _start(self, samples: int) -> tuple[int, int]:
-        """The epoch in which training goes on, and how many of its samples this rank has had."""
+        """Return the epoch in which training goes on, and how many of its samples this rank has had."""
         if self.position is None:
             return 0, 0
         then, now = self.position, self._divisions(samples)
         changed = [f"{name} {then.get(name)} => {value}" for name, value in now.items() if then.get(name) != value]
         if changed:
             logger.warning(
-                "the checkpoint was trained with other data or batches (%s): training goes on from its weights, not "
-                "with the very samples that an uninterrupted run would see",
+                "the checkpoint was trained with other data or batches (%s): training goes on from its weights, with "
+                "other samples than an uninterrupted run's",
                 ", ".join(changed),
             )
         return self.position["epoch"], min(self.position["batch"] * self.batch_size, samples)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,24 +20,6 @@ from lit_multiip.data.people import Person
 from lit_multiip.data.photos import Photo
 from lit_multiip.data.tasks import Task
 from lit_multiip.data.variants import Augment, vary
-
-
-class PhotosOf:
-    """The photos of people, or what is made of each, and then further ones, without a list of them all."""
-
-    def __init__(
-        self,
-        people: Sequence[Person],
-        further: Sequence[Photo],
-        made: Callable[[Photo], Iterable[Photo]] = lambda photo: (photo,),
-    ) -> None:
-        self.people, self.further, self.made = people, further, made
-
-    def __iter__(self) -> Iterator[Photo]:
-        for person in self.people:
-            for photo in person.photos:
-                yield from self.made(photo)
-        yield from self.further
 
 
 class HeldOutGroups(Dataset[dict[str, Any]]):
@@ -163,15 +145,15 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 def ignore_ctrl_c(worker: int) -> None:
-    """Have a loader's worker live on when Ctrl-C stops training, which takes the batches at hand first."""
+    """Keep a loader's worker alive on Ctrl-C: training finishes the batches at hand before it stops."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class ShareSampler(Sampler[int]):
     """Yields 0 .. size - 1 in order, rank r of W a run of ceil(size / W) of them.
 
-    Runs, because tasks are sorted by person and a method may work person by person. Where they are too few it counts on
-    from size, so that all ranks have equally many; a `TaskDataset` repeats its last task for that, and says so.
+    Runs, because tasks are sorted by person and a method may work person by person. All ranks have equally many: the
+    last ones may go beyond size - 1, where `TaskDataset` repeats its last task and marks it as `repeated`.
     """
 
     def __init__(self, size: int, rank: int = 0, world: int = 1) -> None:
@@ -196,13 +178,13 @@ class Request:
 
 
 def reference_set(person: str, references: Sequence[Photo], features: Features) -> dict[str, Any]:
-    """What a method needs that tunes on one person.
+    """Return what a method needs that tunes on one person.
 
     Returns:
         person: the name.
-        reference_set: names the person and the photos' contents, so that a copy of another set is not taken for it.
+        reference_set: hash of the person and the photos' contents.
         reference_moments: posterior means and logvars, (R, 2C, h, w).
-        reference_sizes: what the UNet is told of their sizes, by name; of SDXL `time_ids` (R, 6).
+        reference_sizes: `Features.sizes` of each photo; of SDXL `time_ids` (R, 6).
     """
     return {
         "person": person,
@@ -264,7 +246,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
 
 
 class OnePerson(IterableDataset[dict[str, Any]]):
-    """One reference set without end: who trains on it draws from it, and decides when to stop."""
+    """One reference set, repeated without end."""
 
     def __init__(self, item: dict[str, Any]) -> None:
         self.item = item
@@ -285,7 +267,7 @@ class Position:
 
     @classmethod
     def after(cls, step: int, batches: float, accumulate: int) -> Position:
-        """Where training is after `step` optimiser steps; the last one of an epoch may be of fewer batches."""
+        """Return where training is after `step` optimiser steps; the last one of an epoch may be of fewer batches."""
         if math.isinf(batches):
             return cls(0, step * accumulate, None, step)
         epoch, steps = divmod(step, math.ceil(batches / accumulate))
@@ -293,5 +275,5 @@ class Position:
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> Position:
-        """Where a trainer is that fits."""
+        """Return where a trainer that fits is."""
         return cls.after(trainer.global_step, trainer.num_training_batches, trainer.accumulate_grad_batches)

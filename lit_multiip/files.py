@@ -42,10 +42,10 @@ def package_file(name: str) -> Path:
 
 
 def write_durably(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Have ``write`` fill a file that is on the disk before it appears as ``path``, replacing what was there.
+    """Have `write` fill a file that is on the disk before it appears as `path`, replacing what was there.
 
-    The file is made beside ``path``, flushed, synchronised and renamed, so that whatever stops the process or the
-    machine, ``path`` holds the old content or the new, and an error leaves the old.
+    The file is made beside `path`, flushed, synchronised and renamed, so that whatever stops the process or the
+    machine, `path` holds the old content or the new, and an error leaves the old.
 
     Raises:
         OSError: it cannot be written; the message names the file and the remedy.
@@ -95,7 +95,7 @@ def read_pieces(path: Path) -> Iterator[bytes]:
 
 
 def move_into(part: Path, folder: Path) -> None:
-    """Have all that lies in ``part`` replace what is called the same in ``folder``; ``part`` is gone then."""
+    """Move all entries of `part` into `folder`, over those of the same names, and delete `part`."""
     for new in sorted(part.iterdir()):
         old = folder / new.name
         if old.is_dir() and not old.is_symlink():
@@ -105,7 +105,7 @@ def move_into(part: Path, folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have a rename in ``folder`` survive a power cut, where the system can promise that."""
+    """Make a rename in `folder` survive a power cut, where the system can."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -117,20 +117,17 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing into ``folder`` for a while; a process that dies lets go of it.
+    """Keep other processes from writing into `folder` meanwhile; a process that dies frees it.
 
     Raises:
-        OSError: another one does; the message names the folder and the remedy.
+        OSError: another process is writing into it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=PATIENCE)
+        lock = FileLock(folder / LOCK).acquire(timeout=PATIENCE)
     except Timeout:
         raise OSError(
             f"another process is writing into '{folder}': wait until it has ended, or give this one a folder of its own"
         ) from None
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()

@@ -13,7 +13,7 @@ from torch.nn.utils import get_total_norm
 from lit_multiip.files import LitMultiIPError, shorten
 from lit_multiip.methods.method import Batch, Method, Watch
 
-LOOK_EVERY = 20  # values, two a step: how long NaN may go unseen on a GPU
+LOOK_EVERY = 20  # values on a GPU, two a step; NaN may go unseen so long
 
 
 class NonFiniteLoss(LitMultiIPError):
@@ -21,14 +21,14 @@ class NonFiniteLoss(LitMultiIPError):
 
 
 class RequireFinite(L.Callback, Watch):
-    """Looks at every loss and gradient; on a GPU some steps later, or the CPU would wait for the device at every step.
+    """Looks at every loss and gradient; on a GPU some steps later, so that the CPU need not wait at every step.
 
     Raises:
         NonFiniteLoss: one is NaN or infinite; the message names the photos.
     """
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[Tensor, str, int, Batch]] = []  # what nobody has looked at yet
+        self._waiting: list[tuple[Tensor, str, int, Batch]] = []  # values not looked at yet
         self._photos: list[str] = []  # targets since the last optimiser step
 
     # ---- what a method hands over -----------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ class RequireFinite(L.Callback, Watch):
                     )
 
     def look(self) -> None:
-        """Look at all that waits."""
+        """Look at all values that were not looked at yet."""
         waiting, self._waiting = self._waiting, []
         finite = torch.stack([value.isfinite().all() for value, *_ in waiting]).tolist() if waiting else []
         for fine, (value, name, step, batch) in zip(finite, waiting, strict=True):
@@ -79,7 +79,7 @@ class RequireFinite(L.Callback, Watch):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Look at the gradients, where neither a scaler of float16 gradients nor the method's own loop sees to that."""
+        """Look at the gradients, unless a scaler of float16 gradients or the method's own loop does."""
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         if isinstance(pl_module, Method) and pl_module.automatic_optimization and not scaled:
             self.gradients(pl_module, trainer.global_step, self._photos)
@@ -103,7 +103,7 @@ class RequireFinite(L.Callback, Watch):
 
 
 def _explain(loss: Tensor, name: str, step: int, batch: Batch) -> str:
-    """Say which samples' loss is not finite, and whether their stored features are to blame."""
+    """Name the samples whose loss is not finite, or their stored features where these are at fault."""
     finite = loss.isfinite()
     names: list[str] = batch.get("photo") or batch.get("person") or [f"sample {i}" for i in range(finite.numel())]
     bad = [i for i, fine in enumerate(finite.expand(len(names)).tolist()) if not fine]

@@ -260,5 +260,5 @@ def test_fit_keeps_one_person_whom_bare_predict_draws_and_bare_test_tests_everyo
     assert "the checkpoint is of test_000002" in caplog.text
 
     main(["test", "--score.anchors", "false"])
-    assert "the checkpoint's test_000002 is tuned on anew, as is everyone" in caplog.text
+    assert "test tunes on everyone from the start, also on test_000002" in caplog.text
     assert results_of(tmp_path, "dreambooth")["protocol"]["people"] == 3

@@ -87,11 +87,7 @@ def hub_place(name: str) -> tuple[str, str] | None:
 
 
 def find_image_encoder(image_encoder: str) -> tuple[str, str]:
-    """Return the folder or hub id, and the subfolder in it, of an image encoder that lies apart from its backbone.
-
-    Raises:
-        BackboneError: it is neither.
-    """
+    """Return the folder or hub id, and the subfolder in it, of an image encoder that lies apart from its backbone."""
     folder = Path(image_encoder).expanduser()
     if folder.is_dir():
         return str(folder), ""
@@ -130,14 +126,7 @@ def safe_config(place: str) -> Any:
 
 
 def read_index(place: str) -> dict[str, Any]:
-    """Read a pipeline's model_index.json.
-
-    Args:
-        place: folder or hub id.
-
-    Raises:
-        BackboneError: there is none that can be read.
-    """
+    """Read the model_index.json of a pipeline in a folder or on the hub."""
     try:
         index: Any = diffusers.DiffusionPipeline.load_config(place)
     except (OSError, ValueError) as error:
@@ -157,18 +146,12 @@ def read_component(place: str, name: str, dtype: torch.dtype) -> Any:
         place: folder or hub id.
         name: one of `COMPONENTS`.
         dtype: of the weights.
-
-    Raises:
-        BackboneError: the backbone is not a pipeline, lacks the component, or the component cannot be read.
     """
-    index = read_index(place)
-    library, class_name = index.get(name) or (None, None)
-    local = Path(place).is_dir()
-    if not lists_component(place, name) and (local or name != "image_encoder"):
-        raise BackboneError(lacks(place, name))
+    library, class_name = read_index(place).get(name) or (None, None)
     if class_name is None:
         library, class_name = _UNLISTED.get(name, (None, None))
-    if library is None or class_name is None:
+    local = Path(place).is_dir()
+    if library is None or class_name is None or (local and not Path(place, name).is_dir()):
         raise BackboneError(lacks(place, name))
     cls = component_class(library, class_name, place)
 
@@ -190,18 +173,14 @@ def read_component(place: str, name: str, dtype: torch.dtype) -> Any:
 
 
 def lists_component(place: str, name: str) -> bool:
-    """Whether a pipeline has a component, by its folder or, on the hub, by its model_index.json."""
+    """Return whether a pipeline has a component, by its folder or, on the hub, by its model_index.json."""
     if Path(place).is_dir():
         return Path(place, name).is_dir()
     return (read_index(place).get(name) or [None])[0] is not None
 
 
 def read_image_encoder(image_encoder: str, dtype: torch.dtype) -> Any:
-    """Read a CLIP vision model that lies apart from its backbone, frozen and in eval mode.
-
-    Raises:
-        BackboneError: there is no such encoder, or it cannot be read.
-    """
+    """Read a CLIP vision model that lies apart from its backbone, frozen and in eval mode."""
     root, subfolder = find_image_encoder(image_encoder)
     cls = transformers.CLIPVisionModelWithProjection
     options = {"dtype": dtype, "use_safetensors": True, "attn_implementation": ATTENTION}
@@ -224,11 +203,7 @@ def clip_processor(side: int) -> Any:
 
 
 def component_class(library: str, class_name: str, place: str) -> Any:
-    """Find a class of diffusers or transformers by its name.
-
-    Raises:
-        BackboneError: it is of another library, or the installed one has no such class.
-    """
+    """Find a class of diffusers or transformers by its name; refuse any other library."""
     cls = None
     if library in ("diffusers", "transformers") and isinstance(class_name, str):
         cls = getattr(importlib.import_module(library), _RENAMED.get(class_name, class_name), None)
@@ -275,18 +250,18 @@ def fingerprint_hub(hub_id: str, probe: str, component: str) -> str:
 
 @lru_cache
 def _fetch(hub_id: str, file: str) -> str | None:
-    """Fetch a small file, or the first run would know a repository by another name than the second; once a process."""
+    """Fetch a small file once a process, so that the first run finds the same commit in the cache as the second."""
     try:
         return hf_hub_download(hub_id, file)
     except (OSError, ValueError):
         return None
 
 
-# ---- what is said -----------------------------------------------------------------------------------------------
+# ---- messages ---------------------------------------------------------------------------------------------------
 
 
 def not_fetched(hub_id: str, file: str, option: str, error: Exception) -> str:
-    """Say that a file of the hub's cannot be had, and what to do; `option` is one of Backbone's arguments."""
+    """Return the message for a file that the hub does not give; `option` is one of Backbone's arguments."""
     return (
         f"'{file}' of the hub's '{hub_id}' cannot be fetched ({first_line(error)}): check its name and the network, or "
         f"run `hf download {hub_id} --local-dir <folder>` where there is one, and give your copy, --backbone.{option} "
@@ -295,7 +270,7 @@ def not_fetched(hub_id: str, file: str, option: str, error: Exception) -> str:
 
 
 def lacks(place: str, name: str) -> str:
-    """Say that a backbone lacks a component, and what to do."""
+    """Return the message for a component that a backbone lacks."""
     remedy = f"add {name}/"
     if name == "image_encoder":
         remedy = (

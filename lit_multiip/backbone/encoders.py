@@ -1,10 +1,10 @@
-"""What makes an embedding of a photo that conditions: CLIP, a face-recognition network, or both side by side."""
+"""Encoders of the photos that condition: CLIP, a face-recognition network, or both side by side."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Encoder(NamedTuple):
-    """A frozen encoder in two parts: the CPU's, which may run ahead in other threads or processes, and the device's."""
+    """A frozen encoder in two parts: `read` on the CPU, which may run in other threads, and `encode` on the device."""
 
     read: Callable[[Sequence[Any]], Any]  # photos, pictures or prompts => a batch
     encode: Callable[[Any], Tensor]  # batch => rows of features, on the device
@@ -32,14 +32,13 @@ def load_clip(backbone: Backbone, device: torch.device | str) -> Encoder:
     processor, encoder = backbone.load_image_encoder()
     encoder.to(device)
 
+    def read(images: Sequence[Image.Image]) -> Tensor:
+        return processor(list(images), return_tensors="pt").pixel_values
+
     def encode(pixels: Tensor) -> Tensor:
         return encoder(pixel_values=pixels.to(device)).image_embeds.float()
 
-    return Encoder(partial(_preprocess, processor), encode)
-
-
-def _preprocess(processor: Any, images: Sequence[Image.Image]) -> Tensor:
-    return processor(list(images), return_tensors="pt").pixel_values
+    return Encoder(read, encode)
 
 
 class PhotoEncoder:
@@ -56,9 +55,9 @@ class PhotoEncoder:
         self.device = device
 
     def read(self, photos: Sequence[Photo]) -> tuple[Tensor | None, Tensor | None]:
-        """CLIP's pixels (B, 3, S, S), and embeddings of faces (B, E).
+        """Return CLIP's pixels (B, 3, S, S), and embeddings of faces (B, E).
 
-        Where no face is found these are NaN; of several faces the largest counts. Either is told.
+        A photo without a face gives NaN; of several faces the largest counts. Both are logged.
         """
         images = [photo.image() for photo in photos]
         pixels = None if self.clip is None else self.clip.read(images)
@@ -75,7 +74,7 @@ class PhotoEncoder:
         return pixels, faces
 
     def encode(self, batch: tuple[Tensor | None, Tensor | None]) -> Tensor:
-        """Embeddings of what was read, (B, D) float32; those of a photo without a face are NaN."""
+        """Return embeddings of what was read, (B, D) float32; NaN for a photo without a face."""
         pixels, faces = batch
         parts = [] if self.clip is None or pixels is None else [self.clip.encode(pixels)]
         if faces is None:
@@ -85,7 +84,7 @@ class PhotoEncoder:
         return torch.cat([*parts, faces], dim=1).masked_fill(missing, float("nan"))
 
     def __call__(self, photos: Sequence[Photo]) -> Tensor:
-        """Embeddings of one person's references, (R, D) float32; see `replace_missing`."""
+        """Return embeddings of one person's references, (R, D) float32; see `replace_missing`."""
         return replace_missing(self.encode(self.read(photos)), photos[0].person)
 
 
@@ -94,10 +93,10 @@ def replace_missing(embeds: Tensor, person: str) -> Tensor:
 
     Args:
         embeds: of the references, (R, D); a row of NaN is of a photo without a face.
-        person: whose they are, for the message.
+        person: for the message.
 
     Returns:
-        (R, D); all NaN where no photo has a face, which a method takes for a dropped condition.
+        (R, D); all NaN where no photo has a face: a method then drops the condition.
     """
     missing = embeds.isnan().any(dim=1)  # (R,)
     if not missing.any():
@@ -116,21 +115,20 @@ def _warn_of_no_face(person: str) -> None:
 
 
 def encode_faces(network: FaceNetwork, images: Sequence[Image.Image]) -> Tensor:
-    """Embeddings of the largest faces, (B, E) float32 with a mean square of 1, as CLIP's about have; else NaN."""
+    """Return embeddings of the largest faces, (B, E) float32 of mean square 1, about as CLIP's; NaN without a face."""
     rows = [network.embed(to_tensor([image])) for image in images]  # (1, E), of norm 1
     return torch.cat(rows) * rows[0].shape[1] ** 0.5
 
 
 def load_latent_encoder(backbone: Backbone, device: torch.device | str) -> Encoder:
-    """Posterior mean and logvar of the VAE: pictures => (B, 3, side, side) uint8 => (B, 2C, h, w) float16."""
+    """Posterior mean and logvar of the VAE: photos => (B, 3, side, side) uint8 => (B, 2C, h, w) float16."""
     vae = backbone.load("vae").to(device)
+
+    def read(photos: Sequence[Photo]) -> Tensor:
+        return to_tensor(square(photo.image(), backbone.image_side) for photo in photos)
 
     def encode(pixels: Tensor) -> Tensor:
         posterior = vae.encode(to_signal(pixels.to(device))).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1).half()
 
-    return Encoder(partial(_read_latent, backbone.image_side), encode)
-
-
-def _read_latent(side: int, images: Sequence[Image.Image]) -> Tensor:
-    return to_tensor(square(image, side) for image in images)
+    return Encoder(read, encode)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from lit_multiip.backbone.faces import YUNET, FaceDetector, weights_file
+from lit_multiip.backbone.store import SHARD_ROWS, Shards
 from lit_multiip.data.people import Person
 from lit_multiip.data.photos import MIN_SIDE, DataError, Photo
 from lit_multiip.files import hash_file, hash_text
@@ -45,8 +45,8 @@ class CroppedPhoto(Photo):
 class FaceCrop:
     """Cuts every photo to a square with its largest face as near the middle as the photo's borders allow.
 
-    A photo without a face that is found keeps its central square; how many these are is said, and how many photos show
-    several faces. What was found is kept in the feature store.
+    A photo in which no face is found keeps its central square. Warnings count these photos, and those with several
+    faces. What was found is kept in the feature store.
 
     Args:
         detector: of YuNet, a file or `org/repository/file.onnx` on the hub.
@@ -61,16 +61,11 @@ class FaceCrop:
             raise DataError(f"data.crop.size={self.size} would cut into the face: give at least 1, or null")
 
     def __call__(self, people: Sequence[Person], cache_dir: str | Path) -> list[Person]:
-        """Give people with their photos cut.
-
-        Args:
-            people: whose photos can all be decoded.
-            cache_dir: of the feature store.
-        """
+        """Return people with their photos cut; all photos must be readable."""
         photos = [photo for person in people for photo in person.photos]
         rows = self.find(photos, cache_dir)
         for what, bad, done in (
-            ("no face that is found", [p for p in photos if rows[p][4] == 0], "their central squares are taken"),
+            ("no face", [p for p in photos if rows[p][4] == 0], "their central squares are taken"),
             ("several faces", [p for p in photos if rows[p][4] > 1], "the largest is taken"),
         ):
             if bad:
@@ -83,7 +78,7 @@ class FaceCrop:
         return [replace(person, photos=tuple(cut(photo) for photo in person.photos)) for person in people]
 
     def box(self, row: np.ndarray) -> tuple[int, int, int]:
-        """Left, top and side of the square, in px.
+        """Return left, top and side of the square, in px.
 
         Args:
             row: x, y, width and height of the largest face, number of faces, width and height of the photo, (7,).
@@ -99,25 +94,22 @@ class FaceCrop:
         return int(left), int(top), int(side)
 
     def find(self, photos: Sequence[Photo], cache_dir: str | Path) -> dict[Photo, np.ndarray]:
-        """Rows of `box`, of every photo; those that the store lacks are looked for and kept in it."""
-        from lit_multiip.backbone.store import SHARD_ROWS, Shards
-
+        """Return the row of every photo, as `box` takes it; find the faces that the store lacks, and keep them."""
         digest = hash_file(weights_file(self.detector))[:16]
         store = Shards(Path(cache_dir) / f"faces-{digest}")
         store.refresh()
         by_key = {photo.content_key(): photo for photo in photos}
         if missing := store.missing(by_key):
             detector = FaceDetector(self.detector)
-            with tqdm(total=len(missing), desc="finding faces", unit="photo", delay=3) as bar:
-                for start in range(0, len(missing), SHARD_ROWS):
+            rows: list[list[float]] = []
+            for number, key in enumerate(tqdm(missing, "finding faces", unit="photo", delay=3), 1):
+                pixels = np.asarray(by_key[key].image())
+                found = detector.faces(pixels)  # (F, 15), the largest first
+                largest = found[0, :4] if len(found) else np.zeros(4)
+                rows.append([*largest, len(found), pixels.shape[1], pixels.shape[0]])
+                if len(rows) == SHARD_ROWS or number == len(missing):
+                    store.add(missing[number - len(rows) : number], np.array(rows, dtype=np.float32))
                     rows = []
-                    for key in missing[start : start + SHARD_ROWS]:
-                        pixels = np.asarray(by_key[key].image())
-                        found = detector.faces(pixels)  # (F, 15), the largest first
-                        largest = found[0, :4] if len(found) else np.zeros(4)
-                        rows.append([*largest, len(found), pixels.shape[1], pixels.shape[0]])
-                        bar.update()
-                    store.add(missing[start : start + SHARD_ROWS], np.array(rows, dtype=np.float32))
             store.refresh()
-        table: torch.Tensor = store.get([photo.content_key() for photo in photos])
-        return dict(zip(photos, table.numpy(), strict=True))
+        table = store.get([photo.content_key() for photo in photos]).numpy()
+        return dict(zip(photos, table, strict=True))

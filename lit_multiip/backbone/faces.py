@@ -41,26 +41,21 @@ class FaceDetector:
     """YuNet by OpenCV: finds the largest face of an image and five landmarks of it.
 
     Args:
-        path: Its ONNX file, or `org/repository/file.onnx` on the Hugging Face hub.
-        min_score: Faces that are less certain are not found.
+        path: its ONNX file, or `org/repository/file.onnx` on the Hugging Face hub.
+        min_score: faces that are less certain are not found.
         side: px of the longer side at which images are looked at. YuNet was trained on faces of about 10 to 300 px.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: OpenCV is not installed or cannot read the file, or an option is out of range.
     """
 
     def __init__(self, path: str = YUNET, min_score: float = 0.7, side: int = 320) -> None:
         if not 0 < min_score < 1 or side < 32:
             raise ValueError(f"min_score is {min_score} and side {side}: give a score in 0..1 and at least 32 px")
         self.path, self.side = path, side
-        cv2 = import_faces("cv2")
-        create = cv2.FaceDetectorYN.create
-        self._cv2, self._network = cv2, load_opencv(create, weights_file(path), "", (side, side), min_score)
+        create = import_faces("cv2").FaceDetectorYN.create
+        self._network = load_opencv(create, weights_file(path), "", (side, side), min_score)
         self._lock = threading.Lock()  # its input size is state
 
     def faces(self, pixels: Pixels) -> npt.NDArray[np.float32]:
-        """OpenCV's rows of all faces, (F, 15), that with the largest box first.
+        """Return OpenCV's rows of all faces, (F, 15), that with the largest box first.
 
         A row holds, in px of the image, x, y, width, height and the five `Landmarks`, and its score.
         """
@@ -76,12 +71,12 @@ class FaceDetector:
         return found[np.argsort(-found[:, 2] * found[:, 3], kind="stable")]
 
     def largest(self, pixels: Pixels) -> npt.NDArray[np.float32] | None:
-        """Row of the face with the largest box, (15,), or None where no face is found."""
+        """Return the row of the face with the largest box, (15,), or None where no face is found."""
         found = self.faces(pixels)
         return found[0] if len(found) else None
 
     def landmarks(self, pixels: Pixels) -> Landmarks | None:
-        """Five landmarks of the largest face, or None where no face is found."""
+        """Return five landmarks of the largest face, or None where no face is found."""
         row = self.largest(pixels)
         return None if row is None else row[4:14].reshape(5, 2)
 
@@ -93,19 +88,15 @@ class FaceNetwork:
     lie where recognisers are trained to have them. A face that is not found has an embedding of NaN.
 
     Args:
-        path: The ONNX file, or `org/repository/file.onnx` on the Hugging Face hub.
+        path: the ONNX file, or `org/repository/file.onnx` on the Hugging Face hub.
         side: px of the network's square input; None reads it from the file, where it is fixed there.
-        mean: Of each colour channel in 0..1, in the order of `colours`, subtracted before the division by `std`.
-        std: Of each colour channel. ArcFace, for one, takes 0.5 for all of both.
-        colours: Order of the channels that the network expects, `rgb` or `bgr`.
-        crop: The square of the image that is seen without a detector: its centre, as shares of width and height, and
+        mean: of each colour channel in 0..1, in the order of `colours`, subtracted before the division by `std`.
+        std: of each colour channel. ArcFace, for one, takes 0.5 for all of both.
+        colours: order of the channels that the network expects, `rgb` or `bgr`.
+        crop: the square of the image that is seen without a detector: its centre, as shares of width and height, and
             its side, as share of the shorter side. (0.5, 0.48, 0.448) is the 112 px square centred at (125, 120) of
             LFW's 250 px.
-        detector: Finds and aligns the face, and `crop` is not used.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: onnxruntime is not installed, the file is no such network, or an option is out of range.
+        detector: finds and aligns the face in place of `crop`.
     """
 
     def __init__(
@@ -147,24 +138,19 @@ class FaceNetwork:
         self.side = side or fixed or 0
         self.batch = shape[0] if isinstance(shape[0], int) and shape[0] > 0 else None
         blank = np.zeros((1, 3, self.side, self.side), dtype=np.float32)
-        self._width = self._embeddings(blank).shape[1]
-        if self._width < 2:
+        self.width: int = self._embeddings(blank).shape[1]  # E
+        if self.width < 2:
             raise ValueError(f"'{file}' gives one number an image: give a network whose first output is (B, E)")
         self.colours, self.crop, self.detector = colours, (x, y, share), detector
         self.mean, self.std = np.asarray(mean, dtype=np.float32), np.asarray(std, dtype=np.float32)
         self.path, self.file, self.sha256 = path, file, hash_file(file)
 
-    @property
-    def width(self) -> int:
-        """Width of the embeddings, E."""
-        return self._width
-
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        """Embeddings of unit norm, uint8 (B, 3, H, W) -> (B, E) float32; a row of NaN where no face was found."""
+        """Return embeddings of unit norm, uint8 (B, 3, H, W) -> (B, E) float32; rows of NaN where no face is found."""
         faces = [self._face(pixels) for pixels in arrays_of(images)]
         seen = [face for face in faces if face is not None]
-        found = np.empty((0, self._width), dtype=np.float32)
+        found = np.empty((0, self.width), dtype=np.float32)
         if seen:
             order = 1 if self.colours == "rgb" else -1
             values = np.stack(seen).astype(np.float32)[..., ::order] / 255  # (F, S, S, 3)
@@ -174,7 +160,7 @@ class FaceNetwork:
         return F.normalize(rows, dim=-1).to(images.device)
 
     def _face(self, pixels: Pixels) -> Pixels | None:
-        """What the network sees of an image, (S, S, 3); None where there is no face."""
+        """Return what the network sees of an image, (S, S, 3); None where there is no face."""
         if self.detector is not None:
             landmarks = self.detector.landmarks(pixels)
             return None if landmarks is None else aligned(pixels, landmarks, self.side)
@@ -222,25 +208,12 @@ class FaceEncoder:
     crop: tuple[float, float, float] = (0.5, 0.5, 1.0)
 
     def load(self) -> FaceNetwork:
-        """Load the network, and the detector.
-
-        Raises:
-            FileNotFoundError: there is no such file, here or on the hub.
-            ValueError: onnxruntime or OpenCV is not installed, or the file is no such network.
-        """
+        """Load the network and the detector."""
         detector = None if self.detector is None else FaceDetector(self.detector)
-        return FaceNetwork(
-            self.path,
-            side=self.side,
-            mean=self.mean,
-            std=self.std,
-            colours=self.colours,
-            crop=self.crop,
-            detector=detector,
-        )
+        return FaceNetwork(self.path, self.side, self.mean, self.std, self.colours, self.crop, detector)
 
     def sha256(self) -> str:
-        """Of the network's file."""
+        """Return the SHA-256 of the network's file."""
         return hash_file(weights_file(self.path))
 
     def fingerprint(self) -> str:
@@ -268,7 +241,7 @@ def aligned(pixels: Pixels, landmarks: Landmarks, side: int = TEMPLATE_SIDE) -> 
 
 
 def weights_file(given: str) -> Path:
-    """Path of a file of weights that is given as such, or as `org/repository/file` on the Hugging Face hub.
+    """Return the path of a file of weights, given as such or as `org/repository/file` on the Hugging Face hub.
 
     Raises:
         FileNotFoundError: it is not there, and the hub does not give it.
@@ -324,7 +297,7 @@ def _resized(pixels: Pixels, size: tuple[int, int], box: tuple[float, float, flo
 
 
 def rows_with_gaps(found: npt.NDArray[np.float32], present: Sequence[bool]) -> Tensor:
-    """Rows of `found` (F, E) where `present` (B,), and NaN elsewhere, (B, E)."""
+    """Return rows of `found` (F, E) where `present` (B,), and NaN elsewhere, (B, E)."""
     rows = np.full((len(present), found.shape[1]), np.nan, dtype=np.float32)
     rows[np.asarray(present, dtype=bool)] = found
     return torch.from_numpy(rows)

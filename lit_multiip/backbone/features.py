@@ -3,8 +3,7 @@
 On disk, `<cache>/<kind>-<fingerprint>/` holds shards: `<name>.npy` is one array, a row per key, and `<name>.json`
 its list of keys. The fingerprint covers the encoder's weights and the preprocessing, a key the content of a photo or
 the text of a prompt, so that a stale row cannot be found by mistake. A shard appears by one rename of a finished file,
-is never changed, and is read memory-mapped without pickle: several processes may build and read at once. An index of 24
-bytes a row is memory-mapped, too, from a file without a name that goes with its process.
+is never changed, and is read memory-mapped without pickle: several processes may build and read at once.
 
 | kind   | key                    | row                                                       |
 |--------|------------------------|-----------------------------------------------------------|
@@ -21,12 +20,11 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import compress, islice
 from operator import methodcaller
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,36 +34,29 @@ from tqdm.auto import tqdm
 
 from lit_multiip.backbone.encoders import Encoder, PhotoEncoder, load_latent_encoder
 from lit_multiip.backbone.pipeline import Backbone
-from lit_multiip.backbone.store import SHARD_ROWS, SHARD_SECONDS, Shards, digests_of
+from lit_multiip.backbone.store import SHARD_ROWS, SHARD_SECONDS, Shards
 from lit_multiip.data.photos import DataError, Photo
 from lit_multiip.files import hash_text
 
 FLOAT32 = ("embeds", "frame")  # kinds whose rows are not float16
+Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 
 
 def prompt_key(prompt: str) -> str:
-    """Key of a prompt's row: sha256 of its text."""
+    """Return the key of a prompt's row."""
     return hash_text(prompt)
 
 
-class _Items:
-    """Photos or prompts that are wanted, and the digests of their keys; they themselves are not held."""
-
-    def __init__(self, items: Iterable[Any], key: Callable[[Any], str]) -> None:
-        self.items, self.key = items, key
-        self.digests = digests_of(map(key, items))
-
-    def parts(self, positions: npt.NDArray[np.int64], size: int) -> Iterator[list[Any]]:
-        """Yield the items at `positions` in lists of `size`."""
-        chosen = np.zeros(len(self.digests), bool)
-        chosen[positions] = True
-        found = compress(self.items, chosen)
-        while part := list(islice(found, size)):
-            yield part
+def _index(items: Iterable[Item], key: Callable[[Item], str]) -> dict[str, Item]:
+    """Return items by key, the first of each key, in order."""
+    found: dict[str, Item] = {}
+    for item in items:
+        found.setdefault(key(item), item)
+    return found
 
 
-def _ahead(read: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+def _read_ahead(read: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
     """Yield each part and what `read` makes of it, while the next ones are being read in other threads."""
     with ThreadPoolExecutor(2) as pool:
         waiting: deque[tuple[Any, Future[Any]]] = deque()
@@ -79,7 +70,7 @@ def _ahead(read: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[tuple[A
 
 
 class Features:
-    """What the backbone's frozen encoders make of photos and prompts, from disk.
+    """Features of photos and prompts by the backbone's frozen encoders, kept on disk.
 
     Args:
         backbone: whose encoders they are.
@@ -101,8 +92,7 @@ class Features:
         if backbone.takes_sizes:
             names |= {"pooled": text, "frame": f"{backbone.image_side}px"}
         self.store = {kind: Shards(Path(cache) / f"{kind}-{name}") for kind, name in names.items()}
-        for shards in self.store.values():
-            shards.refresh()
+        self.refresh()
 
     def build(
         self, photos: Iterable[Photo], targets: Iterable[Photo], prompts: Iterable[str], rank: int = 0, world: int = 1
@@ -110,16 +100,16 @@ class Features:
         """Encode whatever is not stored yet; of `world` ranks, this one does every world-th.
 
         Args:
-            photos: whose image embeddings will be asked for; gone through twice, as are targets, so no iterator.
+            photos: whose image embeddings will be asked for.
             targets: whose latents will be asked for.
             prompts: whose text states will be asked for; that of the empty prompt is always built.
             rank: this process's number.
             world: number of processes that build together.
         """
-        items: dict[str, _Items] = {
-            "embeds": _Items(photos, methodcaller("content_key")),
-            "latent": _Items(targets, methodcaller("content_key")),
-            "text": _Items(list(dict.fromkeys(["", *prompts])), prompt_key),
+        items: dict[str, dict[str, Any]] = {
+            "embeds": _index(photos, methodcaller("content_key")),
+            "latent": _index(targets, methodcaller("content_key")),
+            "text": _index(["", *prompts], prompt_key),
         }
         encoders: dict[str, Callable[[], Encoder]] = {
             "embeds": self._embedder,
@@ -133,48 +123,48 @@ class Features:
                 "frame": lambda: Encoder(self.frames, lambda rows: rows),
             }
         if rank == 0:
-            self._forecast({kind: len(self.store[kind].lacking(wanted.digests)) for kind, wanted in items.items()})
+            self._forecast({kind: len(self.store[kind].missing(wanted)) for kind, wanted in items.items()})
         for kind, load in encoders.items():
             self._fill(kind, items[kind], load, rank, world)
 
     def row_bytes(self) -> dict[str, int]:
-        """What a row of each kind takes on disk, by the encoders' configurations."""
+        """Return the bytes of a row of each kind on disk, by the encoders' configurations."""
         shapes = self.backbone.feature_shapes()
         return {kind: math.prod(shape) * (4 if kind in FLOAT32 else 2) for kind, shape in shapes.items()}
 
     def _forecast(self, missing: dict[str, int]) -> None:
-        """Say what will be computed, and what it will take on disk."""
+        """Log what will be computed, and what it will take on disk."""
         if any(missing.values()):
             counts = ", ".join(f"{count} {kind}" for kind, count in missing.items() if count)
             size = sum(count * self.row_bytes()[kind] for kind, count in missing.items())
             logger.info("features to compute: %s; %s MiB on disk", counts, f"{size / 2**20:,.1f}")
 
     def refresh(self) -> None:
-        """Take in what other processes have built."""
+        """Read what other processes have built."""
         for shards in self.store.values():
             shards.refresh()
 
     def embeds(self, photos: Sequence[Photo]) -> Tensor:
-        """Image embeddings, (n, D) float32; see `replace_missing` for photos without a face."""
+        """Return image embeddings, (n, D) float32; see `replace_missing` for photos without a face."""
         return self.store["embeds"].get([photo.content_key() for photo in photos])
 
     def moments(self, photo: Photo) -> Tensor:
-        """Posterior mean and logvar of the VAE's unscaled latent, (2C, h, w) float32."""
+        """Return posterior mean and logvar of the VAE's unscaled latent, (2C, h, w) float32."""
         return self.store["latent"].get([photo.content_key()])[0].float()
 
     def text(self, prompt: str) -> dict[str, Tensor]:
-        """A prompt's `prompt_embeds`, text states (L, E), and of SDXL `pooled_prompt_embeds` (P,); float32."""
+        """Return a prompt's `prompt_embeds`, text states (L, E), and of SDXL `pooled_prompt_embeds` (P,); float32."""
         kinds = {"prompt_embeds": "text"} | ({"pooled_prompt_embeds": "pooled"} if "pooled" in self.store else {})
         return {name: self.store[kind].get([prompt_key(prompt)])[0].float() for name, kind in kinds.items()}
 
     def sizes(self, photo: Photo) -> dict[str, Tensor]:
-        """What the UNet is told of a photo's size besides the text; of most backbones nothing."""
+        """Return the sizes of a photo that the UNet takes besides the text; empty for most backbones."""
         if "frame" not in self.store:
             return {}
         return self.backbone.sizes(self.store["frame"].get([photo.content_key()])[0].float())
 
     def frames(self, photos: Sequence[Photo]) -> Tensor:
-        """Height and width of photos, and top and left of their squares once scaled, (B, 4) float32."""
+        """Return height and width of photos, and top and left of their squares once scaled, (B, 4) float32."""
         rows, side = [], self.backbone.image_side
         for photo in photos:
             width, height = photo.image().size
@@ -182,38 +172,35 @@ class Features:
             rows.append([height, width, top, left])
         return torch.tensor(rows, dtype=torch.float32)
 
-    def _fill(
-        self,
-        kind: str,
-        items: _Items,
-        load: Callable[[], Encoder],
-        rank: int,
-        world: int,
-    ) -> None:
+    def _fill(self, kind: str, items: Mapping[str, Any], load: Callable[[], Encoder], rank: int, world: int) -> None:
+        """Encode this rank's share of the items (by key) that have no row of this kind yet."""
         shards = self.store[kind]
-        positions = shards.lacking(items.digests, rank, world)
-        if not len(positions):
+        missing = shards.missing(items, rank, world)
+        if not missing:
             return
         encoder = load()
-        left = len(positions)
+
+        def read(keys: Sequence[str]) -> Any:
+            return encoder.read([items[key] for key in keys])
+
+        parts = [missing[i : i + self.batch_size] for i in range(0, len(missing), self.batch_size)]
         stored: list[str] = []
         rows: list[npt.NDArray[Any]] = []
         started = time.monotonic()
-        with tqdm(total=left, desc=f"encoding {kind}", unit="item", disable=rank > 0) as bar:
-            for part, batch in _ahead(encoder.read, items.parts(positions, self.batch_size)):
+        with tqdm(total=len(missing), desc=f"encoding {kind}", unit="item", disable=rank > 0) as bar:
+            for keys, batch in _read_ahead(read, parts):
                 with torch.inference_mode():
                     encoded = encoder.encode(batch).cpu()
                 fine = encoded.flatten(1).isfinite().all(dim=1)  # (B,)
                 if kind == "embeds" and self.backbone.face_encoder is not None:
                     fine |= encoded.isnan().all(dim=1)  # a photo without a face
                 if not fine.all():
-                    bad = part[int(fine.int().argmin())]
+                    bad = items[keys[int(fine.int().argmin())]]
                     raise DataError(f"the {kind} encoder makes NaN or infinity of {bad!r}: leave it out")
-                stored += map(items.key, part)
+                stored += keys
                 rows.append(encoded.numpy())
-                bar.update(len(part))
-                left -= len(part)
-                if len(stored) >= SHARD_ROWS or not left or time.monotonic() - started > SHARD_SECONDS:
+                bar.update(len(keys))
+                if len(stored) >= SHARD_ROWS or keys is parts[-1] or time.monotonic() - started > SHARD_SECONDS:
                     shards.add(stored, np.concatenate(rows))
                     stored, rows, started = [], [], time.monotonic()
         shards.refresh()
@@ -223,8 +210,7 @@ class Features:
         return Encoder(encoder.read, encoder.encode)
 
     def _latent_encoder(self) -> Encoder:
-        read, encode = load_latent_encoder(self.backbone, self.device)
-        return Encoder(lambda photos: read([photo.image() for photo in photos]), encode)
+        return load_latent_encoder(self.backbone, self.device)
 
     def _text_encoder(self, part: str) -> Encoder:
         pipe = self.backbone.text_pipeline().to(self.device)

@@ -45,10 +45,7 @@ State = dict[str, dict[str, Tensor]]
 
 
 def _host(unet: UNet2DConditionModel) -> Any:
-    """The least that diffusers' public adapter methods work on: a thing with a `unet`.
-
-    A whole pipeline would do the same and warn about the components it was not given.
-    """
+    """Make the least object that diffusers' adapter methods work on; a pipeline would warn of missing components."""
     from diffusers.loaders import IPAdapterMixin
 
     host: Any = IPAdapterMixin()
@@ -110,11 +107,7 @@ def read_ip_adapter(path: str) -> State:
 
 
 def find_adapter_file(path: str) -> Path:
-    """Find an adapter's file on this machine, or fetch it from the hub.
-
-    Raises:
-        BackboneError: it is neither here nor to be had; the message says what was looked for.
-    """
+    """Find an adapter's file on this machine, or fetch it from the hub."""
     file = Path(path).expanduser()
     if file.is_file():
         return file
@@ -135,7 +128,7 @@ def find_adapter_file(path: str) -> Path:
 
 
 def read_adapter_record(path: str) -> dict[str, Any]:
-    """What an exported adapter says of itself, such as its `aggregator`; empty for one that others published."""
+    """Read the facts in an exported adapter, such as its `aggregator`; empty for one that others published."""
     file = find_adapter_file(path)
     if file.suffix != ".safetensors":
         return {}
@@ -181,11 +174,7 @@ def install_ip_adapter(unet: UNet2DConditionModel, state: Mapping[str, Any], emb
 
 
 def ip_adapter_parameters(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
-    """The adapter's own parameters under their published keys: Linear, LayerNorm, then K' and V' layer by layer.
-
-    Raises:
-        BackboneError: no adapter of this kind is installed.
-    """
+    """Return the adapter's parameters under their published keys: Linear, LayerNorm, then K' and V' by layer."""
     _require_installed(unet)
     parameters = _projection_parameters(unet.encoder_hid_proj.image_projection_layers[0])
     for number, attention in _cross_attention(unet).items():
@@ -195,12 +184,7 @@ def ip_adapter_parameters(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]
 
 
 def set_ip_scale(unet: UNet2DConditionModel, scale: float) -> None:
-    """Set lambda of eq. (3)/(19), the weight of the image attention, in every layer; 0 gives the plain backbone.
-
-    Raises:
-        ValueError: `scale` is not finite.
-        BackboneError: no adapter is installed.
-    """
+    """Set lambda of eq. (3)/(19), the weight of the image attention, in every layer; 0 gives the plain backbone."""
     if not math.isfinite(scale):
         raise ValueError(f"ip_scale must be finite, got {scale}: 0 ignores the photos, 1 is the published weight")
     _require_installed(unet)
@@ -223,13 +207,13 @@ def _quiet_cast() -> Iterator[None]:
 
 
 def text_kv(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
-    """The text projections K and V under the published keys of the K' and V' that stand beside them."""
+    """Return the text projections K and V under the published keys of the K' and V' that stand beside them."""
     layers = _cross_attention(unet).items()
     return {f"ip_adapter.{i}.to_{kv}_ip.weight": getattr(a, f"to_{kv}").weight for i, a in layers for kv in "kv"}
 
 
 def _cross_attention(unet: UNet2DConditionModel) -> dict[int, Any]:
-    """Cross-attention layers by their published numbers 1, 3, 5, ...; diffusers' rule: whatever is not `attn1`."""
+    """Return cross-attention layers, which are not `attn1` in diffusers, by their published numbers 1, 3, 5, ..."""
     names = [name for name in unet.attn_processors if not name.endswith("attn1.processor")]
     return {2 * i + 1: unet.get_submodule(name.removesuffix(".processor")) for i, name in enumerate(names)}
 
@@ -239,7 +223,7 @@ def _context_dim(unet: UNet2DConditionModel) -> int:
 
 
 def _projection_parameters(projection: ImageProjection) -> dict[str, nn.Parameter]:
-    """Diffusers calls the Linear `image_embeds`, the published files call it `proj`."""
+    """Return parameters by their published names: diffusers calls the Linear `image_embeds`, the files `proj`."""
     return {f"image_proj.{k.replace('image_embeds', 'proj')}": p for k, p in projection.named_parameters()}
 
 

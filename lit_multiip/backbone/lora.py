@@ -18,11 +18,7 @@ UNET_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]  # of diffusers' UNets, se
 
 
 def require_peft(rank: int | None) -> None:
-    """Refuse a rank that cannot be had.
-
-    Raises:
-        ValueError: it is below 1, or peft is not installed.
-    """
+    """Raise `ValueError` if a rank is below 1, or peft is not installed."""
     if rank is not None and rank < 1:
         raise ValueError(f"lora_rank={rank} must be at least 1, or null for no LoRA")
     if rank is not None and importlib.util.find_spec("peft") is None:
@@ -45,13 +41,13 @@ def add_lora(module: Any, rank: int, seed: int = 0) -> None:
 
 
 def lora_parameters(module: Any) -> dict[str, torch.nn.Parameter]:
-    """The added parameters by name."""
+    """Return the added parameters by name."""
     return {name: parameter for name, parameter in module.named_parameters() if ".lora_" in name}
 
 
 @contextmanager
 def lora_disabled(module: Any) -> Iterator[None]:
-    """Have the module without its LoRA for a while."""
+    """Switch a module's LoRA off meanwhile."""
     module.disable_adapters()
     try:
         yield
@@ -60,11 +56,7 @@ def lora_disabled(module: Any) -> Iterator[None]:
 
 
 def read_lora(modules: Mapping[str, Any], file: Path) -> None:
-    """Give modules that have LoRA the weights of a file of `save_lora`.
-
-    Raises:
-        ValueError: the file's weights are not those of these modules.
-    """
+    """Load a file of `save_lora` into modules that have LoRA."""
     from peft import set_peft_model_state_dict
 
     weights = load_file(file)

@@ -77,11 +77,7 @@ class Backbone:
 
     @property
     def place(self) -> str:
-        """Path of the folder, or the hub id.
-
-        Raises:
-            BackboneError: `path` is neither, nor `mini`.
-        """
+        """Path of the folder, or the hub id."""
         return resolve_backbone(self.path)
 
     def load(self, name: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -91,9 +87,6 @@ class Backbone:
             name: one of `COMPONENTS`. Without feature_extractor/, CLIP's preprocessing at the image encoder's own side
                 is returned, as diffusers does.
             dtype: of the weights.
-
-        Raises:
-            BackboneError: the backbone is not a pipeline, lacks the component, or the component cannot be read.
         """
         if name not in COMPONENTS:
             raise BackboneError(f"a backbone has no component '{name}': choose one of {', '.join(COMPONENTS)}")
@@ -102,11 +95,7 @@ class Backbone:
         return read_component(self.place, name, dtype)
 
     def config(self, name: str) -> Mapping[str, Any]:
-        """Read the configuration of a network, such as `unet` or `text_encoder`; its weights are not read.
-
-        Raises:
-            BackboneError: the backbone lacks it.
-        """
+        """Read the configuration of a network, such as `unet` or `text_encoder`, without its weights."""
         try:
             if name.startswith("text_encoder"):
                 return transformers.CLIPTextConfig.from_pretrained(self.place, subfolder=name).to_dict()
@@ -121,11 +110,8 @@ class Backbone:
         """Name a component by its content, for cache keys and checkpoints, 16 hexadecimal digits.
 
         A local component is named by its files (configuration and weights); one on the hub by its id and the commit
-        that the local hub cache holds, or by the id alone where it was never fetched and cannot be. A feature_extractor
-        that the folder lacks is named after the image encoder, which then determines it.
-
-        Raises:
-            BackboneError: the folder lacks it.
+        in the local cache, or by the id alone where it cannot be fetched. A feature_extractor that the folder lacks is
+        named after the image encoder, which then determines it.
         """
         if not Path(self.place).is_dir():
             return fingerprint_hub(self.place, "model_index.json", name)
@@ -138,14 +124,7 @@ class Backbone:
         return found
 
     def pipeline(self, **components: Any) -> Any:
-        """Make the backbone's own kind of diffusers pipeline around some of its components; the others are None.
-
-        Args:
-            components: by their names in the pipeline.
-
-        Raises:
-            BackboneError: the backbone is not a pipeline of diffusers' own.
-        """
+        """Make the backbone's own kind of diffusers pipeline around some of its components; the others are None."""
         index, cls = read_index(self.place), self._pipeline_class()
         settings = {name: value for name, value in index.items() if not isinstance(value, (list, tuple))}
         settings |= {"requires_safety_checker": False, "add_watermarker": False}
@@ -218,7 +197,7 @@ class Backbone:
         return self.pipeline(**{name: self.load(name, dtype) for name in self.text_components})
 
     def encode_prompts(self, pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Encode prompts by the pipeline's own `encode_prompt`; what is too long is cut, and told.
+        """Encode prompts by the pipeline's own `encode_prompt`; a prompt that is too long is cut, with a warning.
 
         Args:
             pipe: of `text_pipeline`.
@@ -232,12 +211,12 @@ class Backbone:
         if cut:
             logger.warning("%d prompts are cut to %d tokens, such as '%s'", len(cut), length, cut[0][:100])
         options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        with _without_warnings():  # of each cut prompt
+        with _without_warnings():  # one for each cut prompt
             states = pipe.encode_prompt(list(prompts), device=pipe.text_encoder.device, **options)
         return {"prompt_embeds": states[0]} | ({"pooled_prompt_embeds": states[2]} if len(states) == 4 else {})
 
     def sizes(self, frame: Tensor) -> dict[str, Tensor]:
-        """Return what the UNet is told of a photo's size besides the text: of SDXL `time_ids` (6,), else nothing.
+        """Return the sizes of a photo that the UNet takes besides the text: `time_ids` (6,) of SDXL, else nothing.
 
         Args:
             frame: height and width of the photo's file, top and left of its square once the shorter side is the
@@ -251,7 +230,7 @@ class Backbone:
         """Return the UNet's prediction, (B, C, h, w).
 
         Args:
-            unet: this backbone's.
+            unet: the network, which may have an IP-Adapter.
             noised: latents at step t, (B, C, h, w).
             t: timesteps, (B,) int64.
             text: `prompt_embeds` (B, L, E), and of SDXL `pooled_prompt_embeds` (B, P) and `time_ids` (B, 6).
@@ -284,10 +263,7 @@ class Backbone:
     def load_image_encoder(self, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
         """Load CLIP's preprocessing and image encoder, frozen and in eval mode.
 
-        The preprocessing of an encoder that lies apart is CLIP's at the encoder's own side.
-
-        Raises:
-            BackboneError: there is no such encoder, or it cannot be read.
+        An encoder that lies apart gets CLIP's preprocessing at its own side.
         """
         if self.image_encoder is None:
             return self.load("feature_extractor"), self.load("image_encoder", dtype)
@@ -303,7 +279,7 @@ class Backbone:
         return f"{root}/{subfolder}".rstrip("/"), Path(found) if isinstance(found, str) else None
 
     def photo_encoder_name(self) -> str:
-        """Say in words what makes the embeddings of photos."""
+        """Return the names of the networks that embed photos."""
         clip = [self.image_encoder or f"that of {self.path}"] if self.uses_clip else []
         return " beside ".join([*([] if self.face_encoder is None else [self.face_encoder.path]), *clip])
 
@@ -313,11 +289,7 @@ class Backbone:
         return clip + ("" if self.face_encoder is None else self.face_encoder.fingerprint())
 
     def fingerprint_image_encoder(self) -> str:
-        """Name CLIP's image encoder and preprocessing by their content, 32 hexadecimal digits.
-
-        Raises:
-            BackboneError: there is no such encoder.
-        """
+        """Name CLIP's image encoder and preprocessing by their content, 32 hexadecimal digits."""
         if self.image_encoder is None:
             return self.fingerprint("image_encoder") + self.fingerprint("feature_extractor")
         root, subfolder = find_image_encoder(self.image_encoder)
@@ -333,9 +305,6 @@ class Backbone:
         """Return the published adapter, or the one .safetensors file in a local ip_adapter/; None if there is none.
 
         None, too, where a face network stands in CLIP's place: no published adapter takes its embeddings.
-
-        Raises:
-            BackboneError: there are several to choose from.
         """
         if not self.uses_clip:
             return None

@@ -119,7 +119,7 @@ class Sampler:
 
     @contextmanager
     def _image_attention(self, scale: float, image_embeds: Tensor | None) -> Iterator[None]:
-        """Weigh the photos by `scale`, where there are any; the UNet is left at 1, as it is trained."""
+        """Weigh the photos by `scale` meanwhile; afterwards the UNet is at 1 again, as it was trained."""
         if image_embeds is None or scale == 1:
             yield
             return
@@ -142,7 +142,7 @@ class Sampler:
 
 
 def _with_negatives(image_embeds: Tensor | None, guided: bool) -> list[Tensor] | None:
-    """As the pipeline takes them: under guidance the negative ones, zeros, come first."""
+    """Return embeddings as the pipeline takes them: under guidance the negative ones, zeros, come first."""
     if image_embeds is None:
         return None
     return [torch.cat([torch.zeros_like(image_embeds), image_embeds]) if guided else image_embeds]

@@ -54,11 +54,9 @@ def read_captions(texts: Iterable[Path], photos: Sequence[Path]) -> dict[Path, s
 def read_metadata(folder: Path, photos: Iterable[Path]) -> dict[Path, str]:
     """Read the prompts that a folder's `metadata.csv` and `metadata.jsonl` give to some of the `photos` inside it."""
     prompts: dict[Path, str] = {}
-    if not (tables := [path for path in (folder / name for name in METADATA) if path.exists()]):
-        return prompts
     photo_of = {normalise_name(photo.relative_to(folder).as_posix()): photo for photo in photos}
-    for table in tables:
-        for place, row in _rows(table):
+    for table in (path for path in (folder / name for name in METADATA) if path.exists()):
+        for place, row in (_jsonl_rows if table.suffix == ".jsonl" else _csv_rows)(table):
             name, prompt = _check_row(place, row)
             path = PureWindowsPath(name)  # understands both / and \, on every system
             if path.drive or path.root or ".." in path.parts:
@@ -87,12 +85,8 @@ def _has_surrogates(text: str) -> bool:
     return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
-    """Yield each row of a metadata file with its place, for messages."""
-    return _jsonl_rows(path) if path.suffix == ".jsonl" else _csv_rows(path)
-
-
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
+    """Yield each row with its place, for messages."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -106,6 +100,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
+    """Yield each row with its place, for messages."""
     reader = csv.DictReader(io.StringIO(read_text(path)))
     try:
         for record in reader:

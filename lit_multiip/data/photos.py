@@ -57,7 +57,7 @@ class FilePhoto(Photo):
     """A photo in a JPEG, PNG, WebP or BMP file; EXIF rotation is applied and transparency laid over white."""
 
     path: Path
-    _digest: bytes | None = field(default=None, init=False, repr=False, compare=False)  # of the file, once read
+    _digest: str = field(default="", init=False, repr=False, compare=False)  # of the file, once read
 
     def image(self) -> Image.Image:
         """Decode the file in full; see `Photo.image`."""
@@ -79,10 +79,9 @@ class FilePhoto(Photo):
 
     def content_key(self) -> str:
         """Return the SHA-256 (hex) of the file's bytes, which are read once."""
-        if self._digest is None:
-            object.__setattr__(self, "_digest", bytes.fromhex(hash_file(self.path)))
-        assert self._digest is not None
-        return self._digest.hex()
+        if not self._digest:
+            object.__setattr__(self, "_digest", hash_file(self.path))
+        return self._digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +108,7 @@ def _hash_of_drawing_code() -> str:
 
 
 def distinct_photos(photos: Sequence[Photo]) -> tuple[Photo, ...]:
-    """Return the photos less copies: of several with equal content the first, in the place of the last."""
+    """Return one photo of each content: the first of several, in the place of the last."""
     by_content = {photo.content_key(): photo for photo in reversed(photos)}
     return tuple(reversed(by_content.values()))
 

@@ -1,14 +1,14 @@
-"""The record of whom weights were trained on, as digests: in checkpoints, and in exported adapters."""
+"""The record of whom weights were trained on, as digests, in checkpoints and exported adapters."""
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lit_multiip.data.names import normalise_name
 from lit_multiip.data.people import Person
 from lit_multiip.files import hash_text
 
@@ -21,14 +21,14 @@ Record = Mapping[str, Tensor]
 def training_record(people: Sequence[Person], *earlier: Record | None) -> dict[str, Tensor]:
     """Record whom weights have seen, in training or in their choice by validation.
 
-    Names and photos are kept as SHA-256 alone: a checkpoint that is passed on tells nobody's name.
+    It holds SHA-256 of names and photos alone, so that a checkpoint that is passed on reveals no name.
 
     Args:
         people: the training and validation people.
         earlier: records of the weights that this training started from; None where those were trained on nobody.
 
     Returns:
-        `people` (P, 32) and `photos` (Q, 32), uint8, sorted; digests of names (Unicode NFC) and of photos' contents.
+        `people` (P, 32) and `photos` (Q, 32): sorted digests of names and of photos' contents, uint8; and
         `incomplete` (), where an earlier record is incomplete.
     """
     found = {
@@ -36,7 +36,10 @@ def training_record(people: Sequence[Person], *earlier: Record | None) -> dict[s
         "photos": (bytes.fromhex(photo.original().content_key()) for person in people for photo in person.photos),
     }
     known = [record for record in earlier if record is not None]
-    record = {key: _sort(digests, [record[key] for record in known]) for key, digests in found.items()}
+    record: dict[str, Tensor] = {}
+    for key, digests in found.items():
+        rows = sorted(set(digests).union(*(digests_in(one, key) for one in known)))
+        record[key] = torch.from_numpy(np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 32).copy())
     return record | {INCOMPLETE: torch.tensor(1)} if any(map(is_incomplete, known)) else record
 
 
@@ -46,7 +49,7 @@ def merge_records(*records: Record | None) -> dict[str, Tensor] | None:
 
 
 def unknown_record() -> dict[str, Tensor]:
-    """Return the record of weights that carry none: nobody is on it, and it is incomplete."""
+    """Return the record of weights that carry none: empty and incomplete."""
     return training_record([]) | {INCOMPLETE: torch.tensor(1)}
 
 
@@ -67,18 +70,9 @@ def is_incomplete(record: Record) -> bool:
 
 def digest_name(name: str) -> bytes:
     """Return the SHA-256 of a person's name in Unicode's NFC."""
-    return bytes.fromhex(hash_text(unicodedata.normalize("NFC", name)))
+    return bytes.fromhex(hash_text(normalise_name(name)))
 
 
 def digests_in(record: Record, key: str) -> set[bytes]:
     """Return the digests of a record, of `people` or of `photos`."""
     return {row.tobytes() for row in record[key].numpy()}
-
-
-def _sort(digests: Iterable[bytes], earlier: Sequence[Tensor]) -> Tensor:
-    """Distinct rows in order, (P, 32) uint8; packed all the way, for there may be millions."""
-    packed = bytearray(b"".join(rows.numpy().tobytes() for rows in earlier))
-    for digest in digests:
-        packed += digest
-    rows = np.unique(np.frombuffer(packed, "S32"))
-    return torch.from_numpy(np.frombuffer(rows.tobytes(), np.uint8).reshape(-1, 32).copy())

@@ -166,8 +166,8 @@ def _draw_share(people: list[Person], name: str, fraction: float, seed: int) -> 
 
     if len(people) < 2:
         raise DataError(
-            f"{len(people)} people cannot be divided by {name} = {fraction:.3g}, and a split takes at least 3 in all: "
-            "add people, raise max_people, or lower min_photos"
+            f"{len(people)} people cannot be divided by {name} = {fraction:.3g}: add people, raise max_people, or "
+            "lower min_photos"
         )
     try:
         stay, drawn = train_test_split(range(len(people)), test_size=fraction, random_state=seed)

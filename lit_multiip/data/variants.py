@@ -1,4 +1,4 @@
-"""Variants of a training photo: it augmented, with seeds of its own, so that a variant is a photo like any other."""
+"""Variants of a training photo: the photo augmented, each with a seed of its own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _GENERATOR = Lock()  # torch's generator is one for all threads that read photos
 
 @dataclass(frozen=True, slots=True)
 class VariantPhoto(Photo):
-    """Another photo, augmented; `number` is 1, 2, ... of its variants, for variant 0 is the photo itself.
+    """Another photo, augmented; `number` is 1, 2, ..., as variant 0 is the photo itself.
 
     What the augmentation draws from torch's generator is a function of the photo's content and the number alone.
     """
@@ -54,15 +54,11 @@ def vary(photo: Photo, number: int, augment: Augment | None) -> Photo:
 
 
 def describe_augment(augment: Augment) -> str:
-    """Return a description of an augmentation by which its variants are kept, the same in every process.
-
-    Raises:
-        DataError: it has none.
-    """
+    """Return a description of an augmentation for the keys of its variants, the same in every process."""
     description = repr(augment)
     if " at 0x" in description:
         raise DataError(
-            f"data.augment is {description}, which does not name its settings: give a transform whose repr does, such "
-            "as those of torchvision.transforms.v2"
+            f"data.augment is {description}, whose repr does not name its settings: give a transform such as "
+            "torchvision.transforms.v2.RandomHorizontalFlip"
         )
     return description

@@ -41,9 +41,9 @@ class MultiIPAdapter(Method):
         backbone: frozen; shared with the data.
         aggregator: G; gets the embedding width.
         ip_adapter: `auto` (the backbone's published adapter, else its ip_adapter/, else `text`), `text` (from the text
-            K and V), a file, or hub id and file. One exported with an aggregator's weights brings these too. Where a
-            face network stands in CLIP's place `auto` is `text`; where it stands beside CLIP, an adapter made for CLIP
-            alone starts with zeros for the face.
+            K and V), a file, or hub id and file. An exported adapter brings its aggregator's weights too. With a face
+            network in CLIP's place `auto` is `text`; with one beside CLIP, an adapter made for CLIP alone starts with
+            zeros for the face.
         trained: `adapter`, or `aggregator` alone.
         lora_rank: of LoRA on all of the UNet's attention, trained with the adapter (needs peft); None adds none.
         lr_schedule: a schedule of `diffusers.optimization.get_scheduler`, stepped every optimiser step.
@@ -74,8 +74,8 @@ class MultiIPAdapter(Method):
         require_peft(lora_rank)
         self.make_aggregator, self.ip_adapter, self.trained = aggregator, ip_adapter, trained
         self.lora_rank = lora_rank
-        self.adapter_is_random = False  # made from the text K and V, with a random projection, and not trained since
-        self._adapter_file: Path | None = None  # where the adapter's weights were read
+        self.adapter_is_random = False  # made from the text K and V with a random projection, and not yet trained
+        self._adapter_file: Path | None = None  # from which the adapter's weights were read
 
     # ---- building -----------------------------------------------------------------------------------------------
 
@@ -106,7 +106,7 @@ class MultiIPAdapter(Method):
             parameter.requires_grad_(self.trained == "adapter")
 
     def _load_aggregator(self, weights: dict[str, Tensor], path: str) -> None:
-        """Take the aggregator's weights from an exported adapter, whose K' and V' know its output alone."""
+        """Load the aggregator of an exported adapter, whose K' and V' were trained on its output."""
         own = self.settings()
         found = read_adapter_record(path).get("aggregator", own)
         own_keys = set(self.aggregator.state_dict())
@@ -116,19 +116,19 @@ class MultiIPAdapter(Method):
         self.aggregator.load_state_dict(weights)
 
     def _load_lora(self, path: str) -> None:
-        """Take the LoRA that an exported adapter was trained with; it lies beside the adapter's file."""
+        """Load the LoRA that an exported adapter was trained with, from beside the adapter's file."""
         found = read_adapter_record(path).get("lora_rank")
         if found is None:
             return
         if found != self.lora_rank:
             raise BackboneError(
-                f"adapter '{path}' was trained with LoRA of rank {found}, and model.lora_rank is {self.lora_rank}: "
-                "set it likewise"
+                f"adapter '{path}' was trained with LoRA of rank {found}: set model.lora_rank={found}, not "
+                f"{self.lora_rank}"
             )
         read_lora({"unet": self.unet}, find_adapter_file(str(Path(path).with_name(LORA_FILE))))
 
     def configure_optimizers(self) -> Any:
-        """AdamW (or what the config says) over what is trained, and its schedule by the step."""
+        """Return the optimiser of what is trained, and its schedule by the step."""
         if not self.trained_parameters():
             raise ValueError(
                 f"{self.method()} with trained='{self.trained}' has nothing to train: set model.trained to 'adapter'"
@@ -215,7 +215,7 @@ class MultiIPAdapter(Method):
     def on_test_start(self) -> None:
         """Measure what a person costs: the image encoder's pass over the references, and G.
 
-        One person's, after a pass to warm up, times the people; the test itself reads what was encoded once.
+        One person is timed, after a pass to warm up, for all; the test itself reads stored features.
         """
         self.refuse_random_adapter()
         tasks = getattr(getattr(self.trainer, "datamodule", None), "tasks", None)
@@ -229,15 +229,11 @@ class MultiIPAdapter(Method):
         self.spent["personalise"] = seconds * len({task.person for task in tasks})
 
     def on_predict_start(self) -> None:
-        """Refuse to draw with an adapter that nobody trained."""
+        """Refuse to draw with an untrained adapter."""
         self.refuse_random_adapter()
 
     def refuse_random_adapter(self) -> None:
-        """Refuse to draw with an adapter that was made at random and that nobody trained.
-
-        Raises:
-            BackboneError: it is one.
-        """
+        """Raise `BackboneError` if the adapter was made at random and never trained."""
         if self.adapter_is_random:
             raise BackboneError(
                 f"the adapter was made at random and never trained (model.ip_adapter '{self.ip_adapter}', backbone "
@@ -246,28 +242,28 @@ class MultiIPAdapter(Method):
             )
 
     def on_train_start(self) -> None:
-        """Take the adapter for trained from here on."""
+        """Count the adapter as trained from here on."""
         self.adapter_is_random = False
 
     def photo_encoder(self) -> PhotoEncoder:
-        """Load what makes the embeddings of photos; it is no part of the module."""
+        """Load the encoder of photos, which is no part of the module."""
         return PhotoEncoder(self.backbone, self.device)
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def method(self) -> str:
-        """Name of the method: the aggregator's, and what is added to the plain one."""
+        """Return the name of the aggregator, and of what is added to the plain method."""
         added = ["LoRA"] * (self.lora_rank is not None)
         if (face := self.backbone.face_encoder) is not None:
             added.append("face and CLIP" if face.beside_clip else "face")
         return " + ".join([type(self.aggregator).__name__, *added])
 
     def settings(self) -> str:
-        """Name and arguments of the aggregator."""
+        """Return name and arguments of the aggregator."""
         return f"{type(self.aggregator).__name__}({self.aggregator.extra_repr()})"
 
     def provenance(self) -> dict[str, Any]:
-        """What a checkpoint must agree on with the model that loads it."""
+        """Return the facts of a checkpoint."""
         return super().provenance() | {
             "image_encoder": self.backbone.photo_encoder_name(),
             "image_encoder_content": self.backbone.fingerprint_photo_encoder(),
@@ -285,7 +281,7 @@ class MultiIPAdapter(Method):
         return None if self._adapter_file is None else hash_file(self._adapter_file)
 
     def describe(self) -> dict[str, Any]:
-        """Method, backbone, adapter, sampling and numbers of parameters, for a results file.
+        """Return method, backbone, adapter, sampling and number of trained parameters, for a results file.
 
         `ip_adapter_sha256` is of the file that the adapter was read from, before any training; None where it was made
         from the text K and V.
@@ -302,7 +298,7 @@ class MultiIPAdapter(Method):
 
 
 def _widen(projection: dict[str, Tensor], clip: int, width: int) -> None:
-    """Give a Linear (4 E, clip) that was made for CLIP's embedding alone zeros for what stands beside it."""
+    """Widen a Linear (4 E, clip) that was made for CLIP alone, with zeros for the face's embedding beside it."""
     weight = projection.get("proj.weight")
     if weight is not None and weight.ndim == 2 and weight.shape[1] == clip:
         projection["proj.weight"] = F.pad(weight, (0, width - clip))

@@ -1,9 +1,9 @@
 """DreamBooth, the paper's baseline: for each person the UNet itself is tuned, on that person's photos.
 
-Eq. (12) is E[w_t ||x_hat(alpha_t x + sigma_t eps, c) - x||^2], x_hat being what the UNet's prediction says of x. Since
+Eq. (12) is E[w_t ||x_hat(alpha_t x + sigma_t eps, c) - x||^2], where x_hat is x by the UNet's prediction. Since
 x_hat - x = (sigma_t / alpha_t) (eps - eps_hat), the weight w_t = alpha_t^2 / sigma_t^2, the signal-to-noise ratio,
-makes it the plain epsilon MSE, the loss that all methods here share. Eq. (13) adds prior preservation, lambda times the
-same of images x_pr that the frozen backbone drew itself, with t' and eps' of their own.
+makes it the plain epsilon MSE, the loss of all methods here. Eq. (13) adds prior preservation: lambda times the same
+loss on images x_pr that the frozen backbone drew, with t' and eps' of their own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WITHOUT_WARMUP = ("constant", "piecewise_constant")  # schedules of diffusers th
 
 
 class Draws(NamedTuple):
-    """What one term of eq. (13) draws in one step, a row a sample."""
+    """The random draws of one term of eq. (13) in one step, a row a sample."""
 
     which: Tensor  # (B,) int64, of the photos
     t: Tensor  # (B,) int64
@@ -61,9 +61,9 @@ class DreamBooth(Method):
         batch_size: reference photos a step, and as many class images.
         prior_weight: lambda of eq. (13); 0 needs no class images.
         class_images: how many the backbone draws, once, from seeds 0, 1, ...
-        class_folder: where they are kept, by what decides them.
+        class_folder: where they are kept, by their settings.
         identifier: a rare token, which comes to mean the person.
-        class_noun: what the person is one of.
+        class_noun: the class of which the person is one.
         tuned: the UNet, or the text encoder too.
         lora_rank: tune low-rank additions to the attention layers in place of the weights (needs peft).
         seed: of all draws.
@@ -98,17 +98,17 @@ class DreamBooth(Method):
         if lr_schedule not in WITHOUT_WARMUP and steps <= self.lr_warmup_steps:
             raise LitMultiIPError(
                 f"model.steps={steps} end within the {self.lr_warmup_steps} steps of the warm-up and learn nothing: "
-                "over a backbone of configs/on/ lay its *_dreambooth.yaml, or set model.lr_warmup_steps"
+                "add the *_dreambooth.yaml of the backbone's config in configs/on/, or set model.lr_warmup_steps"
             )
         require_peft(lora_rank)
         if not identifier.strip() or not class_noun.strip():
             raise ValueError("identifier and class_noun must not be empty: give words such as 'sks' and 'person'")
         if self.sampling.ip_scale != 1:
             raise ValueError(
-                f"ip_scale={self.sampling.ip_scale} weighs photos in an image attention, which DreamBooth has not: "
+                f"sampling.ip_scale={self.sampling.ip_scale} has no effect, as DreamBooth has no image attention: "
                 "leave it at 1"
             )
-        self.automatic_optimization = False  # fit takes the very steps that test takes
+        self.automatic_optimization = False  # fit takes the same steps as test
         self.steps, self.batch_size, self.seed = steps, batch_size, seed
         self.prior_weight, self.class_images = prior_weight, class_images
         self.identifier, self.class_noun = identifier.strip(), class_noun.strip()
@@ -121,7 +121,7 @@ class DreamBooth(Method):
     # ---- building ---------------------------------------------------------------------------------------------------
 
     def build(self) -> None:
-        """Load UNet and text encoders, and keep a copy of what will be tuned."""
+        """Load UNet and text encoders, and keep a copy of the weights that will be tuned."""
         whole = self.lora_rank is None
         self.unet = self.backbone.load("unet", torch.float32 if whole else self.frozen_dtype)
         whole = whole and self.tuned == "unet+text"
@@ -140,30 +140,26 @@ class DreamBooth(Method):
             logger.warning("the identifier '%s' is %d tokens, %s: rarer is better", self.identifier, len(tokens), words)
 
     def text_encoders(self) -> list[str]:
-        """Names of the text encoders: one, or SDXL's two."""
+        """Return the names of the text encoders: one, or SDXL's two."""
         return [name for name in self.backbone.text_components if name.startswith("text_encoder")]
 
     def tuned_modules(self) -> list[str]:
-        """Names of what is tuned."""
+        """Return the names of the modules that are tuned."""
         return ["unet", *(self.text_encoders() if self.tuned == "unet+text" else [])]
 
     def check_trainer(self, trains: bool) -> None:
-        """Refuse what would not tune as it should, too.
-
-        Raises:
-            ValueError: the precision needs a scaled loss, or the Trainer would stop early.
-        """
+        """Refuse, too, a precision that needs a scaled loss, and a Trainer that would stop early."""
         super().check_trainer(trains)
         if self.trainer.precision == "16-mixed":
             raise ValueError("DreamBooth does not scale its loss, as 16-mixed needs: use trainer.precision bf16-mixed")
         if self.trainer.state.fn == TrainerFn.FITTING and self.trainer.max_steps not in (-1, self.steps):
             raise LitMultiIPError(
-                f"trainer.max_steps is {self.trainer.max_steps} and model.steps {self.steps}, which test takes: "
-                "set model.steps, and leave trainer.max_steps at -1"
+                f"trainer.max_steps is {self.trainer.max_steps} and model.steps {self.steps}: leave trainer.max_steps "
+                "at -1 and set model.steps, which test takes too"
             )
 
     def setup(self, stage: str) -> None:
-        """Let checkpoints be saved when training ends, for nothing is validated."""
+        """Have checkpoints saved when training ends, as nothing is validated."""
         if stage == "fit":
             self.trainer.check_val_every_n_epoch = 1
 
@@ -176,7 +172,7 @@ class DreamBooth(Method):
     def _load(self, weights: Mapping[str, Tensor]) -> None:
         for name, parameter in self.trained_parameters().items():
             parameter.copy_(weights[name])
-        torch.clear_autocast_cache()  # within a step's autocast it holds casts of the weights that were
+        torch.clear_autocast_cache()  # it may hold casts of the weights before
 
     def forget(self) -> None:
         """Put the backbone's own weights back, bit for bit."""
@@ -185,7 +181,7 @@ class DreamBooth(Method):
 
     @contextmanager
     def pristine(self) -> Iterator[None]:
-        """Have the backbone's own weights for a while."""
+        """Put the backbone's own weights in place meanwhile."""
         tuned = self._copied()
         self._load(self._pristine)
         try:
@@ -196,7 +192,7 @@ class DreamBooth(Method):
     # ---- prompts ----------------------------------------------------------------------------------------------------
 
     def class_prompt(self) -> str:
-        """C_pr of eq. (13)."""
+        """Return C_pr of eq. (13)."""
         return f"a photo of a {self.class_noun}"
 
     def personal_prompt(self, prompt: str) -> str:
@@ -209,11 +205,11 @@ class DreamBooth(Method):
         return personal if found else f"{prompt}, {self.identifier} {self.class_noun}"
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Text states `prompt_embeds`, (B, L, E), and of SDXL `pooled_prompt_embeds`, (B, P)."""
+        """Return text states `prompt_embeds`, (B, L, E), and of SDXL `pooled_prompt_embeds`, (B, P)."""
         return self.backbone.encode_prompts(self.texts, prompts)
 
     def _tuning_prompts(self) -> dict[str, Tensor]:
-        """`encode` of the person's and the class's prompt, (2, ...); once, where the text encoders are frozen."""
+        """Encode the person's and the class's prompt, (2, ...); only once if the text encoders are frozen."""
         prompts = [self.personal_prompt(self.class_prompt()), self.class_prompt()]
         if self.tuned == "unet+text":
             return self.encode(prompts)
@@ -225,7 +221,7 @@ class DreamBooth(Method):
     # ---- class images -----------------------------------------------------------------------------------------------
 
     def prepare_class_images(self, draw: bool = True) -> None:
-        """Read the class images, and draw them before that, where `draw` and they are not there."""
+        """Read the class images; if `draw`, draw them first where they are missing."""
         if self.prior_weight == 0:
             return
         if draw and not self.prior.file().exists():
@@ -236,7 +232,7 @@ class DreamBooth(Method):
         self.prior.read()
 
     def _start(self) -> None:
-        """Before a person is tuned on: class images, on rank 0 first."""
+        """Prepare the class images, on rank 0 first."""
         self._prompt_embeds = None
         if self.trainer.is_global_zero:
             with self.trainer.precision_plugin.forward_context():  # hooks lack the autocast that steps have
@@ -257,7 +253,7 @@ class DreamBooth(Method):
         return Draws(which, t, latent_noise, eps)
 
     def losses(self, who: Who, step: int) -> tuple[Tensor, Tensor]:
-        """Epsilon MSE on the person's photos (eq. 12 with w_t = SNR) and on class images (eq. 13, before lambda)."""
+        """Return the epsilon MSE on the person's photos (eq. 12 with w_t = SNR) and on class images (eq. 13)."""
         terms: list[tuple[Literal["references", "class"], Tensor]] = [("references", who.moments)]
         if self.prior_weight > 0:
             assert self.prior.moments is not None
@@ -279,11 +275,11 @@ class DreamBooth(Method):
         return own, prior.mean() if len(prior) else torch.zeros_like(own)
 
     def _tuning_step(self, who: Who, step: int, optimizer: Any, schedule: Any) -> tuple[Tensor, Tensor]:
-        """Take one step, within whatever autocast the caller has."""
+        """Take one step, within the caller's autocast."""
         own, prior = self.losses(who, step)
         loss = own + self.prior_weight * prior
         self.watch.loss(loss, "loss", step, {"person": [who.person]})
-        with torch.autocast(self.device.type, enabled=False):  # which is for the forward pass alone
+        with torch.autocast(self.device.type, enabled=False):  # autocast is for the forward pass alone
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.watch.gradients(self, step, [who.person])
@@ -293,7 +289,7 @@ class DreamBooth(Method):
         return own.detach(), prior.detach()
 
     def personalise(self, who: Who) -> None:
-        """Tune on a person from the backbone's own weights; nothing is done where they are the last one tuned on."""
+        """Tune on a person from the backbone's own weights, unless they are the last person tuned on."""
         if self.learnt == who[:2]:
             return
         start = time.perf_counter()
@@ -312,12 +308,12 @@ class DreamBooth(Method):
     # ---- fit --------------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """AdamW (or what the config says) over what is tuned, and its schedule by the step."""
+        """Return the optimiser of what is tuned, and its schedule by the step."""
         optimizer, schedule = self.optimizer_and_schedule(self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Prepare the class images; start from the backbone's own weights, unless a checkpoint is gone on with."""
+        """Prepare the class images; start from the backbone's own weights unless resuming."""
         if self.trainer.ckpt_path is None:
             self.forget()
         self._start()
@@ -327,8 +323,8 @@ class DreamBooth(Method):
         [(who, _)] = people_of(batch)
         if self.learnt not in (None, who[:2]):
             raise CheckpointError(
-                f"the checkpoint is of {self.learnt[0]}, and {who.person} is to be learnt: leave the checkpoint out, "
-                "or set data.person and the data as they were"
+                f"the checkpoint is of {self.learnt[0]}, not of {who.person}: leave the checkpoint out, or set "
+                "data.person and the data as they were"
             )
         self.learnt = who[:2]
         own, prior = self._tuning_step(who, self.global_step, self.optimizers(), self.lr_schedulers())
@@ -344,14 +340,14 @@ class DreamBooth(Method):
     # ---- drawing ----------------------------------------------------------------------------------------------------
 
     def on_test_start(self) -> None:
-        """Prepare to tune on everyone, also on the person of a checkpoint: a test treats all alike."""
+        """Prepare to tune on everyone from the backbone's own weights, also on the person of a checkpoint."""
         if self.learnt is not None:
-            logger.info("the checkpoint's %s is tuned on anew, as is everyone whom a test draws", self.learnt[0])
+            logger.info("test tunes on everyone from the start, also on %s of the checkpoint", self.learnt[0])
         self.forget()
         self._start()
 
     def on_predict_start(self) -> None:
-        """Draw with a checkpoint as it is, if it is of this person and of these photos."""
+        """Keep a checkpoint's weights, for the case that they are of this person and these photos."""
         if self.learnt is not None:
             logger.info("the checkpoint is of %s", self.learnt[0])
         self._start()
@@ -392,27 +388,27 @@ class DreamBooth(Method):
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def method(self) -> str:
-        """DreamBooth, and what distinguishes it from the plain one."""
+        """Return `DreamBooth` and its options."""
         options = ["text"] * (self.tuned == "unet+text") + ["LoRA"] * (self.lora_rank is not None)
         return " + ".join(["DreamBooth", *options])
 
     def settings(self) -> str:
-        """What is tuned."""
+        """Return the options that decide the weights' shapes."""
         return f"DreamBooth(tuned={self.tuned}, lora_rank={self.lora_rank})"
 
     def provenance(self) -> dict[str, Any]:
-        """What a checkpoint must agree on with the model that loads it, and whom it knows."""
+        """Return the facts of a checkpoint, and which person it knows."""
         person, reference_set = self.learnt or (None, None)
         return super().provenance() | {"person": person, "reference_set": reference_set}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another method or backbone; see whom it knows."""
+        """Refuse a checkpoint of another method or backbone; read which person it knows."""
         super().on_load_checkpoint(checkpoint)
         found = checkpoint["lit_multiip"]
         self.learnt = (found["person"], found["reference_set"]) if found["person"] is not None else None
 
     def describe(self) -> dict[str, Any]:
-        """Method, backbone, tuning, sampling and numbers of parameters, for a results file."""
+        """Return method, backbone, tuning, sampling and number of trained parameters, for a results file."""
         tuning = ("steps", "batch_size", "prior_weight", "class_images", "identifier", "class_noun", "seed")
         facts = super().describe() | {name: getattr(self, name) for name in tuning}
         return {name: value for name, value in facts.items() if name not in ("person", "reference_set")}

@@ -9,6 +9,7 @@ import diffusers
 import lightning as L
 import torch
 import torch.nn.functional as F
+from diffusers.optimization import get_scheduler
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -27,24 +28,24 @@ WEIGHTS = {"state_dict", "current_model_state"}  # parts of a checkpoint; of an 
 
 
 class Watch:
-    """What a method hands its losses and gradients to; this one looks at nothing."""
+    """Receives the losses and gradients of a method; this one ignores them."""
 
     def loss(self, value: Tensor, name: str, step: int, batch: Batch) -> None:
-        """Take a loss, (B,) or (); `photo` or `person` of the batch names whom it is of."""
+        """Take a loss, (B,) or (); `photo` or `person` of the batch names its samples."""
 
     def gradients(self, module: Method, step: int, names: Sequence[str]) -> None:
-        """Take a module before its optimiser steps, where it has a loop of its own; names are of its samples."""
+        """Take a module before its optimiser steps, from a training loop of its own; `names` are of its samples."""
 
     def look(self) -> None:
-        """Look at what was taken and not looked at yet."""
+        """Look at everything taken since the last look."""
 
 
 class Method(L.LightningModule):
     """Personalises the UNet of a backbone.
 
-    A subclass makes `unet` in `build`, trains, and draws in `generate`. What requires grad after `build` is
-    trained, and is all that a checkpoint holds. Where a config changes the class, the command line keeps the values of
-    equally named arguments, defaults too: a config of a method whose defaults are others writes them out.
+    A subclass makes `unet` in `build`, trains, and draws in `generate`. What requires grad after `build` is trained,
+    and is all that a checkpoint holds. A config that changes the class keeps the values of equally named arguments,
+    defaults too: the config of a method with other defaults must state them.
 
     Args:
         backbone: frozen; shared with the data.
@@ -89,9 +90,9 @@ class Method(L.LightningModule):
         self.frozen_dtype, self.gradient_checkpointing = getattr(torch, frozen_dtype), gradient_checkpointing
         self.channels_last, self.compile_unet = channels_last, compile_unet
         self.watch = Watch()  # a callback may put itself in its place
-        # Wall seconds of this process's test that are not drawing: "personalise", of all people, and others by name.
+        # Wall seconds of this process's test besides drawing: "personalise", for all people, and others by name.
         self.spent: dict[str, float] = {"personalise": 0.0}
-        self.trained_on: Record | None = None  # whom the weights know that it starts from
+        self.trained_on: Record | None = None  # the record of the weights that it starts from
         self.unet: Any = None
         self._sampler: Sampler | None = None
 
@@ -111,11 +112,11 @@ class Method(L.LightningModule):
         raise NotImplementedError
 
     def method(self) -> str:
-        """Name of the method, as in tables."""
+        """Return the name of the method, as in tables."""
         raise NotImplementedError
 
     def settings(self) -> str:
-        """Name of the method and of what decides its weights' shapes."""
+        """Return the name of the method and the options that decide its weights' shapes."""
         raise NotImplementedError
 
     # ---- building ---------------------------------------------------------------------------------------------------
@@ -145,13 +146,11 @@ class Method(L.LightningModule):
         return self.backbone.image_side
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Everything that the optimiser moves, by name."""
+        """Return the parameters that are trained, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def optimizer_and_schedule(self, steps: int) -> tuple[torch.optim.Optimizer, Any]:
-        """AdamW (or what the config says) over what is trained, and its schedule over `steps`."""
-        from diffusers.optimization import get_scheduler
-
+        """Return the optimiser of what is trained, and its schedule over `steps`."""
         optimizer = self.make_optimizer(list(self.trained_parameters().values()))
         schedule = get_scheduler(
             self.lr_schedule, optimizer, num_warmup_steps=self.lr_warmup_steps, num_training_steps=steps
@@ -159,30 +158,27 @@ class Method(L.LightningModule):
         return optimizer, schedule
 
     def configure_callbacks(self) -> list[Any]:
-        """Refuse a Trainer that would not do as it should; here, as this comes before any data is prepared."""
+        """Check the Trainer here, as this hook runs before any data is prepared."""
         self.check_trainer(self.trainer.state.fn == TrainerFn.FITTING or self.per_person)
         return []
 
     def check_trainer(self, trains: bool) -> None:
-        """Refuse what would train nothing or fail late.
+        """Refuse a strategy or precision that would train nothing or fail late.
 
         Args:
-            trains: whether weights will be moved.
-
-        Raises:
-            ValueError: the strategy shards weights, for checkpoints hold what was trained under its own names, whole;
-                or the precision does not go with the weights.
+            trains: whether weights will be trained.
         """
-        strategy, precision = type(self.trainer.strategy), str(self.trainer.precision)
-        sharding = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
-        if issubclass(strategy, sharding):
+        strategy, precision = self.trainer.strategy, str(self.trainer.precision)
+        if isinstance(
+            strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+        ):  # checkpoints hold whole weights
             raise ValueError(
-                f"trainer.strategy is {strategy.__name__}, which shards weights: use ddp; what needs less memory are "
+                f"trainer.strategy is {type(strategy).__name__}, which shards weights: use ddp, and to save memory "
                 "model.gradient_checkpointing, model.frozen_dtype bfloat16 and model.lora_rank"
             )
         if trains and precision in ("bf16-true", "16-true"):
             raise ValueError(
-                f"trainer.precision={precision} rounds the steps of an optimiser away, so nothing is trained: use "
+                f"trainer.precision={precision} rounds optimiser steps to zero, so nothing is trained: use "
                 "bf16-mixed, and model.frozen_dtype bfloat16 to save memory"
             )
         if precision.startswith(("32", "64")) and self.frozen_dtype != torch.float32:
@@ -242,17 +238,17 @@ class Method(L.LightningModule):
         return self.generate(batch)
 
     def on_fit_end(self) -> None:
-        """Let go of the VAE."""
+        """Free the VAE."""
         self._sampler = None
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def provenance(self) -> dict[str, Any]:
-        """What a checkpoint says of itself; it must agree on `must_agree` with the model that loads it."""
+        """Return the facts of a checkpoint, some of which (`must_agree`) a model that loads it must share."""
         return {"method": self.settings(), "backbone": self.backbone.path, "unet": self.backbone.fingerprint("unet")}
 
     def describe(self) -> dict[str, Any]:
-        """Method, backbone, sampling and numbers of parameters, for a results file."""
+        """Return method, backbone, sampling and number of trained parameters, for a results file."""
         return self.provenance() | {
             "method": self.method(),
             "settings": self.settings(),
@@ -270,7 +266,7 @@ class Method(L.LightningModule):
         checkpoint["lit_multiip"] = self.provenance()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights; that those which are not trained are missing is no news, as no checkpoint holds them."""
+        """Load weights; frozen ones, which no checkpoint holds, do not count as missing."""
         keys, trained = super().load_state_dict(state_dict, strict, assign), self.trained_parameters()
         return keys._replace(missing_keys=[key for key in keys.missing_keys if key in trained])
 

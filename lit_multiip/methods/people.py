@@ -1,4 +1,4 @@
-"""Whom a method tunes on that learns one person at a time."""
+"""The people of a batch, for methods that tune on one person at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Who(NamedTuple):
     person: str
     reference_set: str
     moments: Tensor  # of the VAE's posteriors of the references, (R, 2C, h, w)
-    sizes: Mapping[str, Tensor] = MappingProxyType({})  # that the UNet is told, (R, ...) each; of most none
+    sizes: Mapping[str, Tensor] = MappingProxyType({})  # `Features.sizes` of the references, (R, ...) each
 
 
 def people_of(batch: Batch) -> Iterator[tuple[Who, list[int]]]:

@@ -23,7 +23,7 @@ DRAWS = 20  # random reference sets a person, so that the draws' own noise is be
 
 @functools.cache
 def _pixels(seed: int, first: int, people: int, count: int, clean: bool) -> Tensor:
-    """Portraits of ``people`` people from ``GATE_PEOPLE[first]`` on, uint8 (people * count, 3, 64, 64)."""
+    """Portraits of `people` people from `GATE_PEOPLE[first]` on, uint8 (people * count, 3, 64, 64)."""
     chosen = GATE_PEOPLE[first : first + people]
     images = [mini_faces.photo(seed, p, n, clean) for p in tqdm(chosen, "portraits", leave=False) for n in range(count)]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
@@ -34,7 +34,7 @@ def rank_one(embed: Embed, seed: int, people: int = 50, photos: int = 18) -> dic
     """Return the share of clean probes that find their person, by number of reference photos (1, 3 and 9).
 
     A person stands in the gallery as the mean of the unit embeddings of n random photos; a probe is one photo
-    without occluders; nearest by cosine. The mean of ``GALLERIES`` galleries of different people.
+    without occluders; nearest by cosine. The mean of `GALLERIES` galleries of different people.
 
     Args:
         embed: uint8 images (B, 3, 64, 64) -> embeddings (B, D).

@@ -1,7 +1,7 @@
-"""``python -m lit_multiip make-mini``: draw the portraits, train every network of the miniature, write its folder.
+"""`python -m lit_multiip make-mini`: draw the portraits, train every network of the miniature, write its folder.
 
-The stages run in the order of ``STAGES``; each reads what earlier ones wrote to ``--out``, so that one can be remade
-alone. Measured on one thread of a 2-core CPU; see ``measure.py`` for what the result can do.
+The stages run in the order of `STAGES`; each reads what earlier ones wrote to `--out`, so that one can be remade
+alone. Measured on one thread of a 2-core CPU; see `measure.py` for what the result can do.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Maker:
     """Makes the miniature's folder stage by stage.
 
     Args:
-        out: the folder to write; a diffusers pipeline folder, plus ``critic/`` and ``critic_b/``.
+        out: the folder to write; a diffusers pipeline folder, plus `critic/` and `critic_b/`.
         work: where portraits and training states are kept between calls.
         seed: decides every portrait, every initial weight and every draw.
         scale: multiplies every stage's number of steps; below 1 for a trial.
@@ -58,7 +58,7 @@ class Maker:
         return Portraits(self.work, "backbone", BACKBONE_PEOPLE, BACKBONE_PHOTOS, self.seed)
 
     def _fit(self, stage: L.LightningModule, data: Dataset[Any], steps: int, batch: int, ema: float | None) -> None:
-        """Train ``stage``; an interrupted training goes on from its last checkpoint."""
+        """Train `stage`; an interrupted training goes on from its last checkpoint."""
         steps, folder = max(10, int(steps * self.scale)), self.work / type(stage).__name__
         name = getattr(getattr(stage, "critic", None), "config", {}).get("architecture", "stage")
         checkpoints = ModelCheckpoint(folder, name, every_n_train_steps=100, enable_version_counter=False)
@@ -213,7 +213,7 @@ class Maker:
         (self.out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def ip_adapter(self) -> None:
-        """Train the single-photo IP-Adapter as the published one was, by the project's own ``fit``."""
+        """Train the single-photo IP-Adapter as the published one was, by the project's own `fit`."""
         config = Path(__file__).with_name("ip_adapter.yaml")
         steps = yaml.safe_load(config.read_text())["trainer"]["max_steps"]
         options = {
@@ -253,7 +253,7 @@ def make_mini(
     """Make the miniature backbone from a seed.
 
     Args:
-        out: folder to write; copy it over ``lit_multiip/mini/weights`` to ship it.
+        out: folder to write; copy it over `lit_multiip/mini/weights` to ship it.
         work: folder for portraits and training states, so that an interrupted training goes on.
         seed: decides portraits, initial weights and draws.
         stages: which to make, of critic, critic_b, clip, vae, unet, ip_adapter and vae_decoder; all by default, in

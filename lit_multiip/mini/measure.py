@@ -1,4 +1,4 @@
-"""``python -m lit_multiip measure-mini``: what the miniature can do, on people that none of its networks has seen."""
+"""`python -m lit_multiip measure-mini`: what the miniature can do, on people that none of its networks has seen."""
 
 from __future__ import annotations
 

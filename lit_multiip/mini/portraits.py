@@ -14,12 +14,13 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from lit_multiip.data import mini_faces
+from lit_multiip.files import write_durably
 
 HIDDEN = -100  # label of what a photo does not show; F.cross_entropy ignores it
 
 
 def labels_of(who: mini_faces.Person, shot: mini_faces.Scene) -> list[int]:
-    """Return the class of every scene attribute, then of every trait; ``HIDDEN`` where the photo cannot show it."""
+    """Return the class of every scene attribute, then of every trait; `HIDDEN` where the photo cannot show it."""
     attributes = [shot.label(name) for name in mini_faces.SCENE_ATTRIBUTES]
     traits = [who.label(name) if shot.shows(name) else HIDDEN for name in mini_faces.TRAITS]
     return [HIDDEN if label is None else label for label in attributes] + traits
@@ -31,9 +32,9 @@ def _draw_person(job: tuple[int, int, int, bool]) -> npt.NDArray[np.uint8]:
 
 
 class Portraits(Dataset[dict[str, Tensor]]):
-    """``people`` x ``photos`` drawn portraits of one role, drawn once and kept in ``folder``.
+    """`people` x `photos` drawn portraits of one role, drawn once and kept in `folder`.
 
-    An item holds ``image`` (3, 64, 64) uint8, ``index`` () and ``labels`` (scene attributes, then traits).
+    An item holds `image` (3, 64, 64) uint8, `index` () and `labels` (scene attributes, then traits).
     """
 
     def __init__(self, folder: Path, role: str, people: int, photos: int, seed: int, clean: bool = False) -> None:
@@ -46,23 +47,17 @@ class Portraits(Dataset[dict[str, Tensor]]):
         self.labels = np.array([labels_of(*self.truth(i)) for i in range(len(self))])
 
     def _draw_all(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        shape = (len(self.people) * self.photos, mini_faces.SIDE, mini_faces.SIDE, 3)
-        out = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
         jobs = [(self.seed, person, self.photos, self.clean) for person in self.people]
         with multiprocessing.get_context("spawn").Pool(min(4, os.cpu_count() or 1)) as pool:
             drawn = pool.imap(_draw_person, jobs, chunksize=16)
-            for i, images in enumerate(tqdm(drawn, f"drawing {path.stem}", len(jobs), unit="person")):
-                out[i * self.photos : (i + 1) * self.photos] = images
-        out.flush()
-        os.replace(part, path)
+            images = np.concatenate(list(tqdm(drawn, f"drawing {path.stem}", len(jobs), unit="person")))
+        write_durably(path, lambda file: np.save(file, images))
 
     def __len__(self) -> int:
         return len(self.people) * self.photos
 
     def truth(self, index: int) -> tuple[mini_faces.Person, mini_faces.Scene]:
-        """Return the person and the scene of portrait ``index``."""
+        """Return the person and the scene of portrait `index`."""
         person, number = self.people[index // self.photos], index % self.photos
         return mini_faces.person(self.seed, person), mini_faces.scene(self.seed, person, number, self.clean)
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
+from torchvision.transforms.functional import normalize
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from lit_multiip.data import mini_faces
@@ -18,6 +19,7 @@ from lit_multiip.mini.portraits import HIDDEN, Portraits
 from lit_multiip.pixels import to_signal
 
 Batch = dict[str, Tensor]
+MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's own
 MOST_PHRASES = 10  # so that the longest caption fits into the tokenizer's 64 tokens
 
 
@@ -61,12 +63,20 @@ class CriticStage(Stage):
 
 
 def _jitter(images: Tensor) -> Tensor:
-    """Blur and add noise, both by a random amount, so that a critic does not hang on what a VAE loses."""
+    """Blur and add noise, both by a random amount, so that a critic does not rely on details that a VAE loses."""
     pixels = images.float()
     blurred = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
     share = torch.rand(len(pixels), 1, 1, 1, device=pixels.device)
     noise = torch.randn_like(pixels) * torch.rand(len(pixels), 1, 1, 1, device=pixels.device) * 16
     return (pixels + share * (blurred - pixels) + noise).round().clamp(0, 255).to(torch.uint8)
+
+
+def _pixel_loss(restored: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return L1 + 2 x squared error + 0.5 x L1 of the differences between neighbours, and the PSNR in dB."""
+    error = restored - x
+    square = error.square().mean()
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return error.abs().mean() + 2 * square + 0.5 * edges, 10 * torch.log10(4 / square.detach())
 
 
 class VAEStage(Stage):
@@ -84,20 +94,18 @@ class VAEStage(Stage):
         x = to_signal(batch["image"])  # (B, 3, 64, 64)
         posterior = self.vae.encode(x).latent_dist
         restored = self.vae.decode(posterior.sample()).sample.float()
-        square = F.mse_loss(restored, x)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        error = restored - x
-        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-        loss = error.abs().mean() + 2 * square + 0.5 * edges + self.kl_weight * kl
-        self.log_dict({"loss": loss, "psnr_db": 10 * torch.log10(4 / square.detach()), "kl": kl}, prog_bar=True)
+        pixel_loss, psnr = _pixel_loss(restored, x)
+        loss = pixel_loss + self.kl_weight * kl
+        self.log_dict({"loss": loss, "psnr_db": psnr, "kl": kl}, prog_bar=True)
         return loss
 
 
 class VAEDecoderStage(VAEStage):
-    """Goes on with the decoder alone, so that latents stay; adds a perceptual loss, as LPIPS is one.
+    """Trains the decoder alone further, so that latents stay, with a perceptual loss like LPIPS.
 
-    That is the squared distance of the image encoder's layer-normed hidden states. The critics, which measure what the
-    autoencoder loses, have no part in it.
+    The loss is the squared distance of the image encoder's layer-normed hidden states. It does not use the critics,
+    which measure what the autoencoder loses.
     """
 
     def __init__(self, vae: Any, vision: CLIPVisionModelWithProjection, learning_rate: float = 5e-4) -> None:
@@ -106,10 +114,6 @@ class VAEDecoderStage(VAEStage):
         vae.decoder.requires_grad_(True)
         vae.post_quant_conv.requires_grad_(True)
         self.frozen = [vision.eval().requires_grad_(False)]  # in a list: not a child, not in checkpoints
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1))
 
     def training_step(self, batch: Batch) -> Tensor:
         """Restore a batch of portraits from latents that are not trained."""
@@ -118,27 +122,21 @@ class VAEDecoderStage(VAEStage):
             latents = self.vae.encode(x).latent_dist.sample()
             seen = self._look(x)
         restored = self.vae.decode(latents).sample.float()
-        error = restored - x
-        square = error.square().mean()
-        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         perceptual = torch.stack([F.mse_loss(a, b) for a, b in zip(self._look(restored), seen, strict=True)]).mean()
-        loss = error.abs().mean() + 2 * square + 0.5 * edges + 3 * perceptual
-        psnr = 10 * torch.log10(4 / square.detach())
+        pixel_loss, psnr = _pixel_loss(restored, x)
+        loss = pixel_loss + 3 * perceptual
         self.log_dict({"loss": loss, "psnr_db": psnr, "perceptual": perceptual}, prog_bar=True)
         return loss
 
     def _look(self, x: Tensor) -> list[Tensor]:
         """Layer-normed hidden states of every layer of the image encoder, (B, T, W) each."""
-        pixels = ((x + 1) / 2 - self.mean) / self.std
+        pixels = normalize((x + 1) / 2, MEAN, STD)
         states = self.frozen[0](pixel_values=pixels, output_hidden_states=True).hidden_states
         return [F.layer_norm(state.float(), state.shape[-1:]) for state in states]
 
 
-MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's own
-
-
 def caption(portraits: Portraits, index: int, rng: np.random.Generator, kinds: dict[str, float]) -> str:
-    """Draw a caption of portrait ``index``: its ``scene``, ``traits``, ``both``, a ``bare`` one or none (``drop``)."""
+    """Draw a caption of portrait `index`: its `scene`, `traits`, `both`, a `bare` one or none (`drop`)."""
     who, shot = portraits.truth(index)
     kind = rng.choice(list(kinds), p=list(kinds.values()))
     if kind == "drop":
@@ -176,17 +174,13 @@ class CLIPStage(Stage):
         self.scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
         width = int(vision.config.projection_dim)
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(t.names)) for name, t in mini_faces.TRAITS.items()})
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Match a batch of portraits with a caption each."""
         rng = np.random.default_rng([3, self.global_step])
         captions = [caption(self.portraits, int(i), rng, self.KINDS) for i in batch["index"]]
         tokens = self.tokenizer(captions, padding=True, return_tensors="pt").to(self.device)
-        pixels = (batch["image"].float() / 255 - self.mean) / self.std
+        pixels = normalize(batch["image"].float() / 255, MEAN, STD)
         image = F.normalize(self.vision(pixel_values=pixels).image_embeds.float(), dim=-1)  # (B, D)
         text = F.normalize(self.text(**tokens).text_embeds.float(), dim=-1)  # (B, D)
         logits = self.scale.clamp(max=np.log(100)).exp() * image @ text.T  # (B, B)
@@ -202,7 +196,7 @@ class CLIPStage(Stage):
 
 
 class CLIPImageStage(CLIPStage):
-    """Goes on with the image tower of a trained pair, its text tower locked (Zhai et al. 2022)."""
+    """Trains the image tower of a trained pair further, its text tower locked (Zhai et al. 2022)."""
 
     def __init__(self, pair: CLIPStage, learning_rate: float = 1e-3) -> None:
         super().__init__(pair.vision, pair.text, pair.tokenizer, pair.portraits, learning_rate)

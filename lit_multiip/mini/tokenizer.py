@@ -23,7 +23,7 @@ def _words() -> list[str]:
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Learn the merges and write ``vocab.json``, ``merges.txt`` and the tokenizer's configuration to ``folder``."""
+    """Learn the merges and write `vocab.json`, `merges.txt` and the tokenizer's configuration to `folder`."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(

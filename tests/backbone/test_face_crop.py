@@ -93,7 +93,7 @@ def test_photos_without_a_face_and_with_several_are_counted_and_said_and_faces_a
             [person] = FaceCrop(detector)([Person("p", photos)], tmp_path / "cache")
         boxes = [photo.box for photo in person.photos if isinstance(photo, CroppedPhoto)]
         assert boxes == [(20, 0, 60), (40, 0, 60), (0, 0, 60)]  # of the two, the larger is at the right
-        assert "1 of 3 photos have no face that is found, such as 'none.png' of 'p': their central" in caplog.text
+        assert "1 of 3 photos have no face, such as 'none.png' of 'p': their central" in caplog.text
         assert "1 of 3 photos have several faces, such as 'two.png' of 'p': the largest is taken" in caplog.text
     assert RedIsAFace.made == made + 1
 

@@ -84,39 +84,6 @@ class Extractor(nn.Module, ABC):
                 embedding=None if raw.embedding is None else F.normalize(raw.embedding.float(), dim=-1),
             )
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Features for FID and KID, uint8 (B, 3, H, W) -> (B, D).
-
-        Raises:
-            ValueError: this extractor has no features.
-        """
-        features = self.extract(images).features
-        if features is None:
-            raise ValueError(f"extractor {self.name!r} has no features: take FID and KID from another")
-        return features
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Class logits for the inception scores, uint8 (B, 3, H, W) -> (B, K).
-
-        Raises:
-            ValueError: this extractor has no classes.
-        """
-        logits = self.extract(images).logits
-        if logits is None:
-            raise ValueError(f"extractor {self.name!r} has no classes: take the inception scores from another")
-        return logits
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Identity embeddings of unit norm, uint8 (B, 3, H, W) -> (B, E); a row of NaN where no face was found.
-
-        Raises:
-            ValueError: this extractor cannot tell people apart.
-        """
-        embedding = self.extract(images).embedding
-        if embedding is None:
-            raise ValueError(f"extractor {self.name!r} has no identity embedding: take identity scores from another")
-        return embedding
-
     def prompt_agreement(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """How well each image follows its prompt, uint8 (B, 3, H, W) and B prompts -> (B,), higher is better.
 

@@ -51,14 +51,8 @@ class CLIP(Extractor):
         self._text: dict[str, Tensor] = {}  # unit embeddings (E,) on the CPU; rows share their prompts
         self.name, self.source = name or _name_of(model), model
         self.freeze()
-        self.num_features = self._measure_width()
-
-    def _measure_width(self) -> int:
-        """Width of its image embeddings, E."""
-        side = _input_side(self._processor)
-        embedding = self.compute(torch.zeros(1, 3, side, side, dtype=torch.uint8)).embedding
-        assert embedding is not None
-        return embedding.shape[1]
+        embedding = self.compute(torch.zeros(1, 3, 224, 224, dtype=torch.uint8)).embedding
+        self.num_features = None if embedding is None else embedding.shape[1]
 
     def shares_weights(self, file: Path) -> bool:
         """See `Extractor.shares_weights`: whether a CLIP image encoder starts with this one's weights."""
@@ -82,7 +76,7 @@ class CLIP(Extractor):
     def _encode_prompts(self, prompts: Sequence[str], device: torch.device) -> None:
         if not prompts:
             return
-        length = min(self._tokenizer.model_max_length, _longest_prompt(self.network.config))
+        length = min(self._tokenizer.model_max_length, self.network.config.text_config.max_position_embeddings)
         options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": length}
         tokens = self._tokenizer(list(prompts), return_tensors="pt", **options).to(device)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -154,21 +148,9 @@ def _preprocess(processor: Any, images: Tensor) -> Tensor:
     return values.to(images.device, torch.float32)
 
 
-def _input_side(processor: Any) -> int:
-    """Side of an image, px, that preprocessing leaves as it is, or 224."""
-    for size in (getattr(processor, "crop_size", None), getattr(processor, "size", None)):
-        if size and (side := size.get("height") or size.get("shortest_edge")):
-            return int(side)
-    return 224
-
-
 def _pooled_embeddings(output: Any) -> Tensor:
     """Embeddings (B, E), which transformers returns bare before version 5."""
     return output if isinstance(output, Tensor) else output.pooler_output
-
-
-def _longest_prompt(config: Any) -> int:
-    return int(config.text_config.max_position_embeddings)
 
 
 def _have_same_weights(network: torch.nn.Module, file: Path) -> bool:

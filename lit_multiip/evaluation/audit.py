@@ -109,9 +109,6 @@ def audit_tasks(
         | training.photos_seen        | test photos among these, by content: 0, or refused                   |
         | training.drawn_people_of_other_roles | drawn test people of a range that the miniature's parts or a fit |
         |                             | are trained on: 0, or refused; None for real people                  |
-
-    Raises:
-        LeakError: a held-out photo is among its references, or a test person or photo was trained on.
     """
     shown = list(dict.fromkeys(photo for task in tasks for photo in (task.held_out, *task.references)))
     pairs = list(dict.fromkeys((task.held_out, reference) for task in tasks for reference in task.references))

@@ -107,12 +107,7 @@ class ScoreTest(L.Callback):
     # ---- before work ------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Load the extractors.
-
-        Raises:
-            FileNotFoundError: a critic is missing.
-            ValueError: two extractors have one name.
-        """
+        """Load the extractors."""
         if stage != "test":
             return
         if self.extractors is None:
@@ -123,13 +118,7 @@ class ScoreTest(L.Callback):
             raise ValueError(f"extractors are called {', '.join(names)}: their scores would be mixed up; rename one")
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check, before anything is drawn, that nothing leaks, results can be written, and no extractor conditions.
-
-        Raises:
-            LeakError: a held-out photo is among its references, or a test person was trained on.
-            OSError: the output folder cannot be made or written to.
-            ValueError: an extractor's weights are the backbone's image encoder.
-        """
+        """Check, before anything is drawn, that nothing leaks, results can be written, and no extractor conditions."""
         module, data = _parts_of(trainer, pl_module)
         for extractor in self._loaded():
             refuse_conditioning_network(extractor, module.backbone)

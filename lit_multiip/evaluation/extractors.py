@@ -69,9 +69,6 @@ class Extractor(nn.Module, ABC):
 
         Args:
             images: uint8 in 0..255, (B, 3, H, W), on the extractor's device.
-
-        Raises:
-            ValueError: images of another type or shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             given = f"{images.dtype} {tuple(images.shape)}"
@@ -97,9 +94,6 @@ def refuse_conditioning_network(extractor: Extractor, backbone: Backbone) -> Non
 
     It is known by its source (the backbone's folder or hub id, its image encoder's, the face network's file) and by its
     weights. Other copies elsewhere are not recognised.
-
-    Raises:
-        ValueError: the extractor is one of them.
     """
     if extractor.source is None:
         return
@@ -132,11 +126,6 @@ class Inception(Extractor):
         feature: layer of the features, by its width: 64, 192, 768 or 2048.
         antialias: resize as torchmetrics does by default; False resizes as TensorFlow 1 and pytorch-fid do, and is
             named apart.
-
-    Raises:
-        ValueError: no such layer.
-        FileNotFoundError: `weights_path` is not a file.
-        pickle.UnpicklingError: the file holds anything but weights; it is refused, not run.
     """
 
     URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"

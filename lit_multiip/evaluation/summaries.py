@@ -81,9 +81,6 @@ def summarise(
         `fid/<extractor>`, `kid/<extractor>`, `is/<extractor>`, `is_uniform/<extractor>` and `<name>/<extractor>` for
         each of `generated.per_image`; `n` counts generated images, of one training. A score undefined for these images
         is left out (diversity of a single seed, without a warning).
-
-    Raises:
-        ValueError: the sets are not of the same people, row for row.
     """
     sets = _trainings(generated)
     labels = sets[0].people
@@ -111,9 +108,6 @@ def summarise_difference(
         a: images of method A; several sets are those of several trainings, as `summarise` takes them.
         b: images of method B, row for row on the same tasks; it may have been trained more or less often.
         real: the real photos for FID and KID.
-
-    Raises:
-        ValueError: the rows of A and B are not of the same people.
     """
     a, b = _trainings(a), _trainings(b)
     labels = a[0].people

@@ -10,8 +10,9 @@ import shlex
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -337,16 +338,14 @@ def run_folder(trainer: L.Trainer) -> Path:
 
 
 def _new_folder(wanted: Path) -> Path:
-    number, folder = 1, wanted
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            if not wanted.parent.is_dir():  # a file where a folder should be
-                raise
-            number += 1
-            folder = wanted.with_name(f"{wanted.name}-{number}")
+    """Make a folder of this name, or with the first number behind it that is free."""
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    for number in count(1):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return folder
 
 
 def _slug(text: str) -> str:

@@ -58,11 +58,7 @@ CHECK_PROMPT = "a photo of a person"
 
 
 def round_weights(named: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Round weights in place to what a file of `dtype` holds; they stay float32.
-
-    Raises:
-        ExportError: a weight is beyond what `dtype` can hold.
-    """
+    """Round weights in place to what a file of `dtype` holds; they stay float32."""
     for name, weight in named.items():
         rounded = weight.data.to(dtype).float()
         if not rounded.isfinite().all():
@@ -234,11 +230,7 @@ def export(
 
 
 def check_target(output: str, photos: Sequence[str], overwrite: bool) -> None:
-    """Refuse before any work what could not be written after it.
-
-    Raises:
-        ExportError: two people's files would have one name, or a file is there.
-    """
+    """Refuse before any work what could not be written after it."""
     names = [Path(folder).resolve().name for folder in photos]
     if len(set(names)) < len(names):
         raise ExportError("two folders of --photos have one name, and their files would too: rename one")

@@ -304,6 +304,7 @@ class ScoreTest(L.Callback):
         method: str,
     ) -> tuple[RealPhotos, RowScores]:
         """Score all rows by all extractors; the row real_other_photo is added to them."""
+        assert data.split is not None  # after setup
         strangers = draw_strangers(tasks, data.split.train, data.seed) if self.anchors else []
         shown = [photo for task in tasks for photo in (task.held_out, *task.references)]
         photos = RealPhotos([*shown, *strangers], module.image_side, self._show_progress)

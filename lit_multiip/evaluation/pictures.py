@@ -83,7 +83,7 @@ def labelled_grid(
 
 def draw_tasks(
     tasks: Sequence[Task],
-    rows: Mapping[str, Sequence[Tensor]],
+    rows: Mapping[str, Iterable[Tensor]],
     side: int,
     title: str,
     most_references: int | None = None,

@@ -118,8 +118,8 @@ def summarise_difference(
     scores = {}
     for name in statistics_a.keys() & statistics_b.keys():
         key = f"{name}/{extractor}"
-        both = (_nan_if_too_few(found[name], key, {}) for found in (statistics_a, statistics_b))
-        scores[key] = _count_generated(paired_jackknife(*both, people, description=key), labels)
+        one, other = (_nan_if_too_few(found[name], key, {}) for found in (statistics_a, statistics_b))
+        scores[key] = _count_generated(paired_jackknife(one, other, people, description=key), labels)
     values_a, values_b = _mean_per_image(a), _mean_per_image(b)
     for name in values_a.keys() & values_b.keys():
         scores[f"{name}/{extractor}"] = paired_difference(values_a[name], values_b[name], labels)

@@ -168,7 +168,7 @@ def compare_dreambooth(model: DreamBooth, folder: Path) -> int:
 
 def export(
     trainer: Trainer,
-    model: Method,
+    model: MultiIPAdapter | DreamBooth,
     datamodule: Any,
     ckpt_path: str | None = None,
     weights_only: bool | None = None,

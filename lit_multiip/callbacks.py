@@ -20,6 +20,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, TQDMProgressBar, WeightAveraging
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from lit_multiip.data.record import RECORD, training_record, unknown_record
 from lit_multiip.evaluation.pictures import Cell, draw_tasks, first_tasks, labelled_grid, squares, to_picture
+from lit_multiip.files import write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,22 @@ class Trainer(L.Trainer):
         if self.is_global_zero and earlier.exists():  # CSVLogger would delete it
             number = len(list(folder.glob("metrics-*.csv"))) + 1
             earlier.rename(folder / f"metrics-{number}.csv")
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Saves the config of `fit` alone, for that is what makes a folder a run."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write it, or refuse a folder that holds another run."""
+        path = Path(trainer.log_dir or trainer.default_root_dir) / "config.yaml"  # a collective call
+        if stage == "fit" and trainer.strategy.broadcast(path.exists() and not self.overwrite):
+            raise FileExistsError(
+                f"'{path.parent}' holds another run: go on with it by --ckpt_path last, or write elsewhere by "
+                "--trainer.logger.init_args.version"
+            )
+        if stage == "fit" and trainer.is_global_zero:
+            text = self.parser.dump(self.config, skip_none=False)
+            write_durably(path, lambda file: file.write(text.encode()))
 
 
 class ProgressBar(TQDMProgressBar):

@@ -11,10 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 from jsonargparse import Namespace, dict_to_namespace
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_multiip import callbacks, runs
 from lit_multiip.backbone.pipeline import Backbone
@@ -23,7 +22,7 @@ from lit_multiip.console import blame_config
 from lit_multiip.datamodule import MultiPhotoData, PredictArgs
 from lit_multiip.evaluation import faces, vision  # noqa: F401  so that a config may call their extractors by name
 from lit_multiip.evaluation.callback import ScoreTest
-from lit_multiip.files import UsageError, only_writer, write_durably
+from lit_multiip.files import UsageError, only_writer
 from lit_multiip.finite import RequireFinite
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.dreambooth import DreamBooth  # noqa: F401  which a config names
@@ -67,22 +66,6 @@ class Parser(LightningArgumentParser):
         self.command = command
 
 
-class SaveFitConfig(SaveConfigCallback):
-    """Saves the config of `fit` alone, for that is what makes a folder a run."""
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write it, or refuse a folder that holds another run."""
-        path = Path(trainer.log_dir or trainer.default_root_dir) / "config.yaml"  # a collective call
-        if stage == "fit" and trainer.strategy.broadcast(path.exists() and not self.overwrite):
-            raise FileExistsError(
-                f"'{path.parent}' holds another run: go on with it by --ckpt_path last, or write elsewhere by "
-                "--trainer.logger.init_args.version"
-            )
-        if stage == "fit" and trainer.is_global_zero:
-            text = self.parser.dump(self.config, skip_none=False)
-            write_durably(path, lambda file: file.write(text.encode()))
-
-
 class CLI(LightningCLI):
     """LightningCLI for a `Method` and `MultiPhotoData`.
 
@@ -121,7 +104,7 @@ class CLI(LightningCLI):
             Method,
             MultiPhotoData,
             subclass_mode_model=True,
-            save_config_callback=SaveFitConfig,
+            save_config_callback=callbacks.SaveFitConfig,
             trainer_class=trainer_class,
             trainer_defaults=trainer_defaults(),
             seed_everything_default=0,

@@ -103,9 +103,8 @@ def _explain_parsing(causes: Sequence[Exception]) -> str:
 
 def subclasses(base: type) -> list[type]:
     """Return the concrete subclasses of this package, at any depth."""
-    found: list[type] = []
-    for child in base.__subclasses__():
-        found += [child, *subclasses(child)]
+    children: list[type] = base.__subclasses__()
+    found = [cls for child in children for cls in (child, *subclasses(child))]
     return [cls for cls in found if cls.__module__.startswith("lit_multiip.") and not cls.__name__.startswith("_")]
 
 

@@ -94,7 +94,7 @@ class ExactResume(L.Callback):
         if not trainer.strategy.reduce_boolean_decision(bool(self.stopped_by), all=False):
             return
         path, number = _last_of(trainer), self.stopped_by or signal.SIGTERM
-        trainer.save_checkpoint(path, weights_only=False)  # left out, Lightning announces it
+        trainer.save_checkpoint(path, False)  # not the weights alone; left out, Lightning announces it
         if trainer.is_global_zero:
             name = signal.Signals(number).name
             what = "%s: stopped after step %d, saved in %s; fit --ckpt_path last goes on from there"
@@ -108,7 +108,7 @@ class ExactResume(L.Callback):
         path = _last_of(trainer)
         behind = not path.exists() or read_checkpoint(path)["global_step"] < trainer.global_step
         if trainer.strategy.broadcast(behind):
-            trainer.save_checkpoint(path, weights_only=False)
+            trainer.save_checkpoint(path, False)
 
 
 def loops_at(position: Position, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:

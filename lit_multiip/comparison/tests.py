@@ -66,7 +66,8 @@ def _read_plan(path: Path) -> dict[str, Any]:
         plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         keys = [row["key"] for row in plan["rows"]]
         for row in plan["rows"]:
-            row["title"], row["group"], row["trained"], row["versions"]
+            if lacking := sorted({"title", "group", "trained", "versions"} - row.keys()):
+                raise KeyError(f"{', '.join(lacking)} of {row['key']}")
         named = {plan["reference"]} | {key for contrast in plan["contrasts"] for key in contrast["minus"]}
         plan["title"], [contrast["title"] for contrast in plan["contrasts"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:

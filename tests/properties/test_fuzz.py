@@ -344,7 +344,7 @@ def test_a_value_in_place_of_a_section_is_not_ignored(
         main(["fit", "--config", "bad.yaml"])
     assert exit_.value.code == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message == f"error: '{section}' in bad.yaml is 1e+30: write its options below it, one a line"
+    assert message == f"error: '{section}' in a config is 1e+30: write its options below it, one a line"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from argparse import RawDescriptionHelpFormatter
-from typing import Any, Literal
+from typing import Any
 
 from jsonargparse import DefaultHelpFormatter, Namespace, auto_cli
 from lightning.pytorch.cli import LightningArgumentParser
@@ -13,6 +13,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lit_multiip.callbacks import Trainer
 from lit_multiip.cli import CLI
 from lit_multiip.console import errors_in_one_line, set_up_logging
+from lit_multiip.tools.export import export
+from lit_multiip.tools.inspection import inspect
 
 PROGRAM = "python -m lit_multiip"
 PLAIN = {  # functions that need no model and no data: where they are, and what they do
@@ -36,63 +38,7 @@ class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 class CommandTrainer(Trainer):
     """The Trainer, with the commands that look at a run or take it away."""
 
-    def inspect(
-        self,
-        model: Any,
-        datamodule: Any = None,
-        ckpt_path: str | None = None,
-        weights_only: bool | None = None,
-        split: Literal["test", "validation"] = "test",
-        people: int = 6,
-        measured: int = 50,
-        output: str | None = None,
-    ) -> None:
-        """Show what a method looked at: the weight of each reference photo, and what is lost without it.
-
-        Args:
-            model: with an aggregator.
-            datamodule: its people.
-            ckpt_path: the weights to look at; None looks at the untrained method.
-            weights_only: as `fit` takes it.
-            split: whose people.
-            people: people with a picture.
-            measured: people in the numbers, at least those with a picture.
-            output: folder; None takes inspect/ in the run's.
-        """
-        from lit_multiip.tools.inspection import inspect
-
-        inspect(self, model, datamodule, ckpt_path, split, people, measured, output)
-
-    def export(
-        self,
-        model: Any,
-        datamodule: Any = None,
-        ckpt_path: str | None = None,
-        weights_only: bool | None = None,
-        output: str = "exported",
-        photos: list[str] | None = None,
-        dtype: Literal["float32", "float16"] = "float32",
-        overwrite: bool = False,
-        push_to_hub: str | None = None,
-        public: bool = False,
-    ) -> None:
-        """Write a run's weights for plain diffusers, a model card, and the embeddings of people.
-
-        Args:
-            model: whose weights are written.
-            datamodule: reads people's photos.
-            ckpt_path: the weights.
-            weights_only: as `fit` takes it.
-            output: folder.
-            photos: folders with photos of one person each.
-            dtype: of the file's weights.
-            overwrite: replace files that are there.
-            push_to_hub: ORG/NAME; upload what is of no one person, and the card, privately.
-            public: upload to a repository that everyone can see.
-        """
-        from lit_multiip.tools.export import export
-
-        export(self, model, datamodule, ckpt_path, output, photos or [], dtype, overwrite, push_to_hub, public)
+    inspect, export = inspect, export
 
 
 class Commands(CLI):
@@ -108,7 +54,7 @@ class Commands(CLI):
         super().add_arguments_to_parser(parser)
         if getattr(parser, "command", None) == "export":
             folders = "folders with photos of one person each, whose embeddings are written"
-            parser.add_argument("--photos", type=str, nargs="+", default=None, help=folders)
+            parser.add_argument("--photos", type=str, nargs="+", default=[], help=folders)
             parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
             parser.add_argument("--public", action="store_true", help="upload to a repository that everyone can see")
 
@@ -122,10 +68,8 @@ class Commands(CLI):
 
     def export(self, **kwargs: Any) -> None:
         """Pass on what `add_arguments_to_parser` added."""
-        trainer: Any = self.trainer
-        trainer.export(
-            **kwargs, photos=self.options.photos, overwrite=self.options.overwrite, public=self.options.public
-        )
+        options = self.options
+        export(self.trainer, **kwargs, photos=options.photos, overwrite=options.overwrite, public=options.public)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -9,10 +9,10 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from lit_multiip.data.photos import Photo
 from lit_multiip.data.record import RECORD, training_record, unknown_record
-from lit_multiip.evaluation.pictures import Cell, labelled_grid, references_held_out_generated, to_picture
+from lit_multiip.evaluation.pictures import Cell, draw_tasks, first_tasks, labelled_grid, squares, to_picture
 from lit_multiip.files import write_durably
-from lit_multiip.pixels import square
 
 logger = logging.getLogger(__name__)
 
@@ -253,22 +251,14 @@ class SampleGrid(L.Callback):
 
     def _draw(self, trainer: L.Trainer, module: Any) -> Image.Image:
         dataset = trainer.val_dataloaders.dataset  # type: ignore[union-attr]
-        first = {task.person: index for index, task in reversed(list(enumerate(dataset.tasks)))}
-        indices = sorted(first.values())[: self.people]
+        indices = first_tasks(dataset.tasks, self.people)
         images: list[Tensor] = []
         with torch.no_grad(), trainer.precision_plugin.forward_context():  # hooks lack the autocast that steps have
             for index in tqdm(indices, "drawing validation people", unit="person", delay=1, leave=False):
                 batch = trainer.strategy.batch_to_device(default_collate([dataset[index]]))
                 images += module.generate(batch)
-        side, tasks = module.image_side, [dataset.tasks[index] for index in indices]
-        return references_held_out_generated(
-            [_read(task.references, side) for task in tasks],
-            _read([task.held_out for task in tasks], side),
-            [to_picture(image) for image in images],
-            [f"{task.person}\n{task.prompt}" for task in tasks],
-            side,
-            f"{module.method()}, step {trainer.global_step}",
-        )
+        tasks, title = [dataset.tasks[index] for index in indices], f"{module.method()}, step {trainer.global_step}"
+        return draw_tasks(tasks, {"generated": images}, module.image_side, title)
 
 
 def log_picture(logger: Logger, key: str, picture: Image.Image, step: int) -> None:
@@ -338,7 +328,7 @@ class SavePredictions(L.Callback):
         title = f"{requests[0].person}, {module.method()}"
         numbers = [f"reference {number + 1}" for number in range(len(references))]
         grids = (
-            labelled_grid([_read(references, side)], [requests[0].person], numbers, side, title),
+            labelled_grid([squares(references, side)], [requests[0].person], numbers, side, title),
             labelled_grid(rows, prompts, [f"seed {seed}" for seed in seeds], side),
         )
         _stack(*grids).save(self.folder / "grid.png")
@@ -366,16 +356,14 @@ def run_folder(trainer: L.Trainer) -> Path:
 
 
 def _new_folder(wanted: Path) -> Path:
-    number, folder = 1, wanted
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            if not wanted.parent.is_dir():  # a file where a folder should be
-                raise
-            number += 1
-            folder = wanted.with_name(f"{wanted.name}-{number}")
+    """Make a folder of this name, or with the first number behind it that is free."""
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    for number in count(1):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return folder
 
 
 def _slug(text: str) -> str:
@@ -391,7 +379,3 @@ def _stack(*pictures: Image.Image) -> Image.Image:
         whole.paste(picture, (0, top))
         top += picture.height
     return whole
-
-
-def _read(photos: Sequence[Photo], side: int) -> list[Image.Image]:
-    return [square(photo.image(), side) for photo in photos]

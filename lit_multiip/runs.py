@@ -13,6 +13,7 @@ from pydoc import locate
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 
 from lit_multiip.files import LitMultiIPError, UsageError, first_line
 
@@ -21,6 +22,10 @@ logger = logging.getLogger(__name__)
 LAST = "last.ckpt"
 CHOSEN = "LIT_MULTIIP_RUN"  # how a process tells the ranks that it starts which run it chose
 START = "python -m lit_multiip fit --config configs/self_attn.yaml"
+
+
+class CheckpointError(LitMultiIPError):
+    """A checkpoint of another method or backbone; the message names both."""
 
 
 def read_checkpoint(path: Path, verify: bool = False) -> dict[str, Any]:
@@ -93,12 +98,8 @@ def place_loggers(trainer: Any, run: Path) -> None:
     for log in loggers_of(trainer):
         kind = locate(log.class_path)
         if isinstance(kind, type) and issubclass(kind, (CSVLogger, TensorBoardLogger)):
-            for key, value in {
-                "save_dir": str(run.parent.parent),
-                "name": run.parent.name,
-                "version": run.name,
-            }.items():
-                log.init_args[key] = value
+            place = Namespace(save_dir=str(run.parent.parent), name=run.parent.name, version=run.name)
+            log.init_args.update(place)
 
 
 def next_run(home: Path) -> Path:
@@ -156,9 +157,6 @@ def choose_run(args: Sequence[str], commands: Container[str]) -> tuple[str, Path
 
     Returns:
         The subcommand, the run's folder and its checkpoint.
-
-    Raises:
-        UsageError: there is no such run.
     """
     if not args or args[0] not in commands or {"-h", "--help", "--print_config"} & set(args):
         return None
@@ -202,39 +200,32 @@ def best_checkpoint(run: Path) -> Path | None:
     A checkpoint records which one was the best when it was written, so the newest that can be read is asked first.
     What makes one the best, `checkpoint.monitor` and `checkpoint.mode`, and what it is called are the callback's alone.
     """
-    readable: list[tuple[int, bool, Path, dict[str, Any]]] = []
-    for path in sorted((run / "checkpoints").rglob("*.ckpt")):
-        try:
-            checkpoint = read_checkpoint(path)
-        except CheckpointError as error:
-            logger.warning("%s", error)
-            continue
-        step = int(checkpoint.get("global_step", 0))
-        readable.append((step, path.name == LAST, path, checkpoint.get("callbacks", {})))
-    readable.sort(key=lambda found: found[:3], reverse=True)
-    paths = [path for _, _, path, _ in readable]
-    for *_, states in readable:
+    readable = _read_checkpoints(run)
+    for states in readable.values():
         choosing = [state for state in states.values() if state.get("monitor")]
         state = choosing[-1] if choosing else {}  # the config's `checkpoint` stands behind those of `trainer.callbacks`
         if state.get("best_model_path"):
             # a run may have been moved since
             best = run / "checkpoints" / os.path.relpath(state["best_model_path"], state["dirpath"])
-            if best in paths:
+            if best in readable:
                 return best
-    return paths[0] if paths else None
+    return next(iter(readable), None)
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """Find the checkpoint of a run that has come furthest, of equals ``last``; one that cannot be read is named."""
-    readable = []
-    for path in sorted((run / "checkpoints").glob("*.ckpt")):
+    """Find the checkpoint of a run that has come furthest, of equals `last`; its bytes are verified."""
+    return next(iter(_read_checkpoints(run, verify=True)), None)
+
+
+def _read_checkpoints(run: Path, verify: bool = False) -> dict[Path, dict[str, Any]]:
+    """Return the callbacks' states of a run's checkpoints, the furthest one first; name those that cannot be read."""
+    readable: list[tuple[int, bool, Path, dict[str, Any]]] = []
+    for path in (run / "checkpoints").rglob("*.ckpt"):
         try:
-            step = int(read_checkpoint(path, verify=True).get("global_step", 0))
-            readable.append((step, path.name == LAST, path))
+            checkpoint = read_checkpoint(path, verify)
         except CheckpointError as error:
             logger.warning("passed over: %s", error)
-    return max(readable)[2] if readable else None
-
-
-class CheckpointError(LitMultiIPError):
-    """A checkpoint of another method or backbone; the message names both."""
+            continue
+        step, states = int(checkpoint.get("global_step", 0)), checkpoint.get("callbacks", {})
+        readable.append((step, path.name == LAST, path, states))
+    return {path: states for *_, path, states in sorted(readable, key=lambda found: found[:3], reverse=True)}

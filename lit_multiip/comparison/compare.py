@@ -183,9 +183,6 @@ class Inputs:
             command: how scores are made matters to `test` alone.
             arguments: configs and options.
             depends: hash of what it tests.
-
-        Raises:
-            CompareError: the command line cannot be parsed.
         """
         try:
             config = self.parser.parse_args(list(arguments), with_meta=False)
@@ -210,11 +207,7 @@ class Inputs:
         return hash_text(json.dumps([*facts, *_hash_own_modules(text), text]))
 
     def read_run(self, run: str) -> tuple[list[str], str]:
-        """Return the config of a trained run as arguments, and the hash of its best checkpoint.
-
-        Raises:
-            CompareError: it has none.
-        """
+        """Return the config of a trained run as arguments, and the hash of its best checkpoint."""
         if run not in self._runs:
             checkpoint = best_checkpoint(Path(run))
             if checkpoint is None:

@@ -11,17 +11,17 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 from lit_multiip.comparison.rows import Comparison, ComparisonError, judge_difference
 from lit_multiip.comparison.tables import format_score, title_of
 from lit_multiip.evaluation.intervals import Score
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 FORMATS = ("png", "svg", "pdf")
 PEOPLE = 6  # in Figure 6, at most
@@ -50,8 +50,6 @@ STYLE: dict[Any, Any] = {
 
 def save(figure: Figure, stem: Path) -> None:
     """Write a figure as `<stem>.png`, `.svg` and `.pdf`."""
-    import matplotlib
-
     with matplotlib.rc_context(STYLE):
         for kind in FORMATS:
             undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
@@ -139,9 +137,6 @@ def figure6(comparison: Comparison) -> Figure | None:
 
 def _blank(width: int, height: int, dpi: int = 100) -> tuple[Figure, Axes]:
     """Return a figure of `width` x `height` px, and axes over all of it that count these px from the top left."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     with matplotlib.rc_context(STYLE):
         figure = Figure((width / dpi, height / dpi), dpi=dpi)
         axes = figure.add_axes((0, 0, 1, 1))
@@ -193,10 +188,6 @@ def panels(comparison: Comparison, extractor: str) -> list[Panel]:
 
 def forest(found: Sequence[Panel]) -> Figure:
     """Draw panels side by side: a dot and its 95% interval a row, filled where the interval does not hold zero."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     titles = list(dict.fromkeys(title for panel in found for title, _, _ in panel.lines))
     with matplotlib.rc_context(STYLE):
         figure = Figure(
@@ -256,16 +247,7 @@ class Series:
 
 
 def plane(series: Sequence[Series], x_title: str, y_title: str, title: str) -> Figure:
-    """Draw each row in a colour: its points, filled and joined where on its Pareto front, and a ring at the chosen one.
-
-    Raises:
-        ValueError: there is no point.
-    """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    if not any(one.points for one in series):
-        raise ValueError("there is no point to draw: give at least one")
+    """Draw each row in a colour: its points, filled and joined where on its Pareto front, the chosen one in a ring."""
     with matplotlib.rc_context(STYLE):
         figure = Figure((6.4, 4.8 + 0.22 * len(series)), dpi=200, layout="constrained")
         axes = figure.subplots()

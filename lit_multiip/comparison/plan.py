@@ -86,11 +86,7 @@ class Plan:
     output: str = OUTPUT
 
     def check(self, only: Sequence[str] | None = None) -> None:
-        """Refuse what cannot work before anything is run.
-
-        Raises:
-            CompareError: the message names the value.
-        """
+        """Refuse what cannot work before anything is run."""
         named = {self.reference, *(key for contrast in self.contrasts for key in contrast.minus), *(only or [])}
         for key in sorted(named - self.rows.keys()):
             raise CompareError(f"there is no row '{key}': the plan has {', '.join(self.rows)}")
@@ -147,11 +143,7 @@ def short_name(option: str) -> str:
 
 
 def read_plan(path: str) -> Plan:
-    """Read the config of a comparison.
-
-    Raises:
-        CompareError: it cannot be read.
-    """
+    """Read the config of a comparison."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         rows = {key: Row(**row) for key, row in content.pop("rows").items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 
 from lit_multiip.comparison.plan import Contrast
 from lit_multiip.evaluation.intervals import Score
-from lit_multiip.evaluation.results import TITLES
+from lit_multiip.evaluation.results import TITLES, order_scores
 from lit_multiip.evaluation.summaries import ImageSet, summarise, summarise_difference, values_of_each
 from lit_multiip.files import LitMultiIPError
 
@@ -72,6 +72,7 @@ class Comparison:
     rows: list[ComparedRow]
     contrasts: list[Contrast]
     left_out: dict[str, dict[str, str]] = field(default_factory=dict)  # reasons, by row and score
+    _differences: dict[tuple[str, str], Scores] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def present(self) -> list[ComparedRow]:
@@ -132,16 +133,11 @@ class Comparison:
     def difference(self, a: str, b: str) -> Scores:
         """Paired differences of two present rows, a - b, means over the trainings of each."""
         if (a, b) not in self._differences:
-            scores: Scores = {}
+            scores = self._differences[a, b] = {}
             for name, real in self.first.held_out.items():
                 sets = self.sets(self.row(a), name), self.sets(self.row(b), name)
-                scores |= summarise_difference(name, *sets, real, left_out={})
-            self._differences[a, b] = scores
+                scores |= summarise_difference(name, *sets, real)
         return self._differences[a, b]
-
-    @cached_property
-    def _differences(self) -> dict[tuple[str, str], Scores]:
-        return {}
 
     @cached_property
     def undefined(self) -> dict[str, dict[str, tuple[int, int]]]:
@@ -176,12 +172,8 @@ class Comparison:
         return []
 
     def columns(self, extractor: str) -> list[str]:
-        """Scores that any row has by an extractor, without its name: those of TITLES first, in that order."""
-        everyone: list[Iterable[str]] = [*self.scores.values(), *self.left_out.values()]
-        present = {
-            key.removesuffix(f"/{extractor}") for row in everyone for key in row if key.endswith(f"/{extractor}")
-        }
-        return [name for name in TITLES if name in present] + sorted(present - TITLES.keys())
+        """Scores that any row has, or lacks for a reason, by an extractor; see `order_scores`."""
+        return order_scores([*self.scores.values(), *self.left_out.values()], extractor)
 
     def costs(self, row: ComparedRow) -> dict[str, float | None]:
         """Seconds to personalise (a person) and per image, and numbers of parameters that were trained; None: unknown.

@@ -55,7 +55,7 @@ class Step(NamedTuple):
             return False
         if self.command == "fit" and best_checkpoint(self.run) is None:
             return False
-        return (read_stamp(self.stamp) or {}).get("key") == self.key
+        return read_stamp(self.stamp).get("key") == self.key
 
 
 def run_steps(steps: Sequence[Step], processes: int = 1) -> None:
@@ -65,9 +65,6 @@ def run_steps(steps: Sequence[Step], processes: int = 1) -> None:
         steps: in the order in which they are begun.
         processes: steps at a time. With more than one, each has its share of the CPU cores, and what a step prints is
             in `fit.log` or `test.log` of its run's folder.
-
-    Raises:
-        StepError: a step failed. Those that run are waited for, no further one is begun, and what is finished stays.
     """
     started, stopped = time.perf_counter(), Event()
 
@@ -103,7 +100,7 @@ def _run(step: Step, processes: int) -> None:
     started, arguments = time.perf_counter(), list(step.arguments)
     began = step.run / f"{step.command}.began.json"
     if step.command == "fit":
-        if (read_stamp(began) or {}).get("key") == step.key and newest_checkpoint(step.run) is not None:
+        if read_stamp(began).get("key") == step.key and newest_checkpoint(step.run) is not None:
             arguments += ["--ckpt_path", "last"]
         else:
             _clear_run(step.run)
@@ -132,13 +129,12 @@ def _run(step: Step, processes: int) -> None:
     began.unlink()
 
 
-def read_stamp(path: Path) -> dict[str, Any] | None:
-    """Read what a step left; None where there is nothing that can be read."""
+def read_stamp(path: Path) -> dict[str, Any]:
+    """Read what a step left; empty where there is nothing that can be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def count_cores() -> int:

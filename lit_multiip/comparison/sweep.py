@@ -14,18 +14,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jsonargparse.typing import PositiveInt
+from matplotlib.figure import Figure
 
 from lit_multiip.comparison import figures
 from lit_multiip.comparison.compare import Inputs, compare, make_steps, print_steps
 from lit_multiip.comparison.plan import CompareError, Plan, Row, describe_setting, expand_grid, read_plan
 from lit_multiip.comparison.steps import Step, run_steps
 from lit_multiip.evaluation.results import TITLES, cell, markdown, write_csv
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 IDENTITY, PROMPT = "identity_held_out", "prompt"
 SHOWN = (IDENTITY, PROMPT, "fid", "diversity")
@@ -103,11 +101,7 @@ def sweep(
 
 
 def read_trained_plan(path: str) -> Plan:
-    """Read a comparison's config; rows that it trains are the runs that `compare` left for the first seed.
-
-    Raises:
-        CompareError: it cannot be read, or cannot be carried out.
-    """
+    """Read a comparison's config; rows that it trains are the runs that `compare` left for the first seed."""
     plan = read_plan(path)
     plan.check()
     for key, row in plan.rows.items():
@@ -119,11 +113,7 @@ def read_trained_plan(path: str) -> Plan:
 def make_points(
     plan: Plan, parts: Mapping[str, Mapping[str, Mapping[str, Any]]], tested_people: int, folder: Path
 ) -> tuple[list[Point], list[Step]]:
-    """Return the tests of a sweep, and the steps that make them: one where several tests are alike.
-
-    Raises:
-        CompareError: a part names a row that the plan lacks, or something that a row does not have.
-    """
+    """Return the tests of a sweep, and the steps that make them: one where several tests are alike."""
     rows: dict[str, Row] = {}
     origin: dict[str, tuple[str, str, dict[str, Any], str]] = {}
     for part, changed in parts.items():
@@ -216,11 +206,7 @@ def render(records: Sequence[Mapping[str, Any]], best: Mapping[str, Mapping[str,
 
 
 def read_record(point: Point) -> dict[str, Any]:
-    """Read the scores of a point by its first extractor.
-
-    Raises:
-        CompareError: they are not there, or cut off.
-    """
+    """Read the scores of a point by its first extractor."""
     path = point.folder / "metrics.json"
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))

@@ -268,8 +268,9 @@ def _flatten(value: Any, name: str = "") -> list[tuple[str, str]]:
             return [(name, f"{len(value)} listed")]
         shown = [str(item) for item in value[:5]]
         return [(name, ", ".join(shown) + (f" and {len(value) - 5} more" if len(value) > 5 else "") or "none")]
-    text = {True: "yes", False: "no", None: "none"}.get(value) if value is None or isinstance(value, bool) else None
-    return [(name, text or (f"{value:.4g}" if isinstance(value, float) else str(value)))]
+    if value is None or isinstance(value, bool):
+        return [(name, {True: "yes", False: "no", None: "none"}[value])]
+    return [(name, f"{value:.4g}" if isinstance(value, float) else str(value))]
 
 
 def list_facts(comparison: Comparison) -> list[tuple[str, str]]:

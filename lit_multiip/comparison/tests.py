@@ -29,7 +29,6 @@ def load_comparison(folder: Path) -> Comparison:
     """Read a folder with a plan.json and the tests that it names.
 
     Raises:
-        FileNotFoundError: there is no plan, or no test of it is there yet.
         ComparisonError: the plan or a test cannot be read, or tests are not alike; every such file is named.
     """
     plan = _read_plan(folder / "plan.json")
@@ -65,13 +64,10 @@ def _read_plan(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"'{path.parent}' has no plan.json: give a folder that `compare` wrote")
     try:
         plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        plan.setdefault("contrasts", [])
         keys = [row["key"] for row in plan["rows"]]
         for row in plan["rows"]:
-            row.setdefault("group", "paper")
-            row.setdefault("trained", False)
-            if not {"title", "versions"} <= row.keys():
-                raise KeyError("title or versions of " + row["key"])
+            if lacking := sorted({"title", "group", "trained", "versions"} - row.keys()):
+                raise KeyError(f"{', '.join(lacking)} of {row['key']}")
         named = {plan["reference"]} | {key for contrast in plan["contrasts"] for key in contrast["minus"]}
         plan["title"], [contrast["title"] for contrast in plan["contrasts"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -127,8 +123,8 @@ def _read_test(folder: Path) -> TestResult:
                     raise OSError("a PNG without its end")
         except OSError as error:
             raise cut_off(line["image"], error) from error
-    fit = read_stamp(folder.parent / "fit.json") or {}
-    return TestResult(folder, metrics, lines, images, held_out, fit.get("commit"))
+    trained_by = read_stamp(folder.parent / "fit.json").get("commit")
+    return TestResult(folder, metrics, lines, images, held_out, trained_by)
 
 
 def _find_mismatches(comparison: Comparison) -> list[str]:

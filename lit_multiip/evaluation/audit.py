@@ -11,7 +11,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ from lit_multiip.data.record import (
 )
 from lit_multiip.data.tasks import Task
 from lit_multiip.files import LitMultiIPError
+from lit_multiip.methods.method import Method
 from lit_multiip.pixels import square
 from lit_multiip.runs import read_checkpoint
 
@@ -56,13 +57,7 @@ class LeakError(LitMultiIPError):
 # ---- what the weights were trained on ---------------------------------------------------------------------------
 
 
-class Recorded(Protocol):
-    """What is asked of a method here."""
-
-    trained_on: Record | None  # of the weights that it starts from; None where this project trained none of them
-
-
-def find_record(trainer: Any, method: Recorded) -> tuple[str, Record | None]:
+def find_record(trainer: Any, method: Method) -> tuple[str, Record | None]:
     """Find out what the tested weights were trained on: those of a checkpoint, and those that its method started from.
 
     Returns:
@@ -114,9 +109,6 @@ def audit_tasks(
         | training.photos_seen        | test photos among these, by content: 0, or refused                   |
         | training.drawn_people_of_other_roles | drawn test people of a range that the miniature's parts or a fit |
         |                             | are trained on: 0, or refused; None for real people                  |
-
-    Raises:
-        LeakError: a held-out photo is among its references, or a test person or photo was trained on.
     """
     shown = list(dict.fromkeys(photo for task in tasks for photo in (task.held_out, *task.references)))
     pairs = list(dict.fromkeys((task.held_out, reference) for task in tasks for reference in task.references))

@@ -7,60 +7,32 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_multiip.backbone.pipeline import Backbone
-from lit_multiip.data.record import Record
-from lit_multiip.data.split import Split
 from lit_multiip.data.tasks import Task, image_files, protocol
+from lit_multiip.datamodule import MultiPhotoData
 from lit_multiip.evaluation import audit
 from lit_multiip.evaluation import results as report
 from lit_multiip.evaluation.critic import CriticExtractor, shipped_critic
 from lit_multiip.evaluation.extractors import Extractor, refuse_conditioning_network
 from lit_multiip.evaluation.intervals import Score
+from lit_multiip.evaluation.pictures import draw_tasks, first_tasks
 from lit_multiip.evaluation.scoring import RealPhotos, RowScores, Scorer, choose_other_photos, draw_strangers
 from lit_multiip.files import move_into, only_writer
-from lit_multiip.methods.method import References
+from lit_multiip.methods.method import Method, References
 
 logger = logging.getLogger(__name__)
 
 ANCHORS: dict[str, References] = {"no_references": "none", "zero_embedding": "zero", "other_person": "other"}
 UNFINISHED = "unfinished"  # folder of a test that is being written
-
-
-class Scored(Protocol):
-    """What the callback asks of a LightningModule, besides `test_step(batch, i) -> uint8 (B, 3, H, W)`."""
-
-    image_side: int  # px
-    conditions: Sequence[References]  # what `generate` can be conditioned on: of the anchors, those are made
-    backbone: Backbone  # whose image encoder conditions
-    spent: dict[str, float]  # wall seconds of this test that are not drawing: `personalise`, and others by name
-    trained_on: Record | None  # of the weights that it starts from; None where this project trained none of them
-
-    def generate(self, batch: Mapping[str, Any], references: References = "right") -> Tensor:
-        """Draw every task of a batch from its own noise, uint8 (B, 3, H, W)."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Unscaled VAE latents (B, C, h, w) -> uint8 (B, 3, H, W)."""
-
-    def describe(self) -> dict[str, Any]:
-        """JSON-able facts; `method` names the row, `backbone` is a name, folder or hub id."""
-
-
-class TaskData(Protocol):
-    """What the callback asks of a LightningDataModule, besides batches with `task`, indices of `tasks`."""
-
-    tasks: list[Task]
-    split: Split
-    seed: int
 
 
 class ScoreTest(L.Callback):
@@ -135,12 +107,7 @@ class ScoreTest(L.Callback):
     # ---- before work ------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Load the extractors.
-
-        Raises:
-            FileNotFoundError: a critic is missing.
-            ValueError: two extractors have one name.
-        """
+        """Load the extractors."""
         if stage != "test":
             return
         if self.extractors is None:
@@ -151,13 +118,7 @@ class ScoreTest(L.Callback):
             raise ValueError(f"extractors are called {', '.join(names)}: their scores would be mixed up; rename one")
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check, before anything is drawn, that nothing leaks, results can be written, and no extractor conditions.
-
-        Raises:
-            LeakError: a held-out photo is among its references, or a test person was trained on.
-            OSError: the output folder cannot be made or written to.
-            ValueError: an extractor's weights are the backbone's image encoder.
-        """
+        """Check, before anything is drawn, that nothing leaks, results can be written, and no extractor conditions."""
         module, data = _parts_of(trainer, pl_module)
         for extractor in self._loaded():
             refuse_conditioning_network(extractor, module.backbone)
@@ -230,7 +191,7 @@ class ScoreTest(L.Callback):
                 self._draw_anchors(module, batch, f"batch {batch_idx + 1} of {trainer.num_test_batches[0]}")
             self._seconds["anchors"] += time.perf_counter() - drawn
 
-    def _draw_anchors(self, module: Scored, batch: dict[str, Tensor], which: str) -> None:
+    def _draw_anchors(self, module: Method, batch: dict[str, Tensor], which: str) -> None:
         """Draw the anchors of a batch that the method can be conditioned on and the batch has references for."""
         given = {row: how for row, how in ANCHORS.items() if how in module.conditions}
         if "other_references" not in batch:  # there is only one person
@@ -281,8 +242,8 @@ class ScoreTest(L.Callback):
     def _score_and_write(
         self,
         trainer: L.Trainer,
-        module: Scored,
-        data: TaskData,
+        module: Method,
+        data: MultiPhotoData,
         index: list[int],
         rows: dict[str, Tensor],
         seconds: dict[str, float],
@@ -302,7 +263,10 @@ class ScoreTest(L.Callback):
         shutil.rmtree(folder, ignore_errors=True)  # of a test that was stopped
         folder.mkdir()
         report.write_images(folder, rows[method], files, self._show_progress)
-        report.draw_grid(tasks, rows, method, module.image_side, self.grid_people).save(folder / "grid.png")
+        at = first_tasks(tasks, self.grid_people)
+        shown = {row.replace("_", " "): images[at] for row, images in rows.items()}
+        title = f"{method}: made from the references and the held-out photo's prompt"
+        draw_tasks([tasks[i] for i in at], shown, module.image_side, title, 4).save(folder / "grid.png")
 
         photos, found = self._score(trainer, module, data, tasks, rows, method)
 
@@ -310,12 +274,18 @@ class ScoreTest(L.Callback):
         for name, (generated, held_out) in found.sets.items():
             report.write_features(folder / f"features_{name}.safetensors", generated, held_out)
         report.write_scores(folder / "scores.csv", tasks, files, found.cells, method)
-        facts = report.describe_extractors(self._loaded())
-        results = report.results(protocol(tasks), found.rows, facts, describe, seconds)
-        results["photos"] = report.write_photos(folder, tasks, files, lambda photo: photos.pixels[photos.place[photo]])
-        results["audit"] = self._audit
-        results["faces_not_found"] = {
-            name: counts for name, counts in found.faces_not_found.items() if any(count for count, _ in counts.values())
+        missing = found.faces_not_found
+        results = {
+            "protocol": protocol(tasks),
+            "rows": {row: {key: score._asdict() for key, score in own.items()} for row, own in found.rows.items()},
+            "extractors": report.describe_extractors(self._loaded()),
+            "describe": describe,
+            "seconds": seconds,
+            "versions": report.versions(),
+            "commit": report.commit(),
+            "photos": report.write_photos(folder, tasks, files, lambda photo: photos.pixels[photos.place[photo]]),
+            "audit": self._audit,
+            "faces_not_found": {name: own for name, own in missing.items() if any(n for n, _ in own.values())},
         }
         table = report.table(results)
         (folder / "table.md").write_text(table, encoding="utf-8")
@@ -327,13 +297,14 @@ class ScoreTest(L.Callback):
     def _score(
         self,
         trainer: L.Trainer,
-        module: Scored,
-        data: TaskData,
+        module: Method,
+        data: MultiPhotoData,
         tasks: list[Task],
         rows: dict[str, Tensor],
         method: str,
     ) -> tuple[RealPhotos, RowScores]:
         """Score all rows by all extractors; the row real_other_photo is added to them."""
+        assert data.split is not None  # after setup
         strangers = draw_strangers(tasks, data.split.train, data.seed) if self.anchors else []
         shown = [photo for task in tasks for photo in (task.held_out, *task.references)]
         photos = RealPhotos([*shown, *strangers], module.image_side, self._show_progress)
@@ -344,10 +315,9 @@ class ScoreTest(L.Callback):
         return photos, scorer.score(self._loaded(), rows, method, self.anchors)
 
 
-def _parts_of(trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[Scored, TaskData]:
+def _parts_of(trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[Method, MultiPhotoData]:
     """Return the tested module and its data as what the callback asks of them."""
-    module: Any = pl_module
-    return module, trainer.datamodule  # type: ignore[attr-defined]
+    return cast(Method, pl_module), trainer.datamodule  # type: ignore[attr-defined]
 
 
 def sum_over_ranks(trainer: L.Trainer, seconds: Mapping[str, float]) -> dict[str, float]:

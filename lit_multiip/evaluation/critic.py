@@ -39,9 +39,6 @@ class CriticExtractor(Extractor):
 
     Args:
         folder: what `Critic.save` wrote; its name becomes part of every score's key. None takes the package's own.
-
-    Raises:
-        FileNotFoundError: there is no critic in the folder.
     """
 
     can_identify = True

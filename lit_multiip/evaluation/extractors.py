@@ -69,9 +69,6 @@ class Extractor(nn.Module, ABC):
 
         Args:
             images: uint8 in 0..255, (B, 3, H, W), on the extractor's device.
-
-        Raises:
-            ValueError: images of another type or shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             given = f"{images.dtype} {tuple(images.shape)}"
@@ -83,39 +80,6 @@ class Extractor(nn.Module, ABC):
                 logits=None if raw.logits is None else raw.logits.float(),
                 embedding=None if raw.embedding is None else F.normalize(raw.embedding.float(), dim=-1),
             )
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Features for FID and KID, uint8 (B, 3, H, W) -> (B, D).
-
-        Raises:
-            ValueError: this extractor has no features.
-        """
-        features = self.extract(images).features
-        if features is None:
-            raise ValueError(f"extractor {self.name!r} has no features: take FID and KID from another")
-        return features
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Class logits for the inception scores, uint8 (B, 3, H, W) -> (B, K).
-
-        Raises:
-            ValueError: this extractor has no classes.
-        """
-        logits = self.extract(images).logits
-        if logits is None:
-            raise ValueError(f"extractor {self.name!r} has no classes: take the inception scores from another")
-        return logits
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Identity embeddings of unit norm, uint8 (B, 3, H, W) -> (B, E); a row of NaN where no face was found.
-
-        Raises:
-            ValueError: this extractor cannot tell people apart.
-        """
-        embedding = self.extract(images).embedding
-        if embedding is None:
-            raise ValueError(f"extractor {self.name!r} has no identity embedding: take identity scores from another")
-        return embedding
 
     def prompt_agreement(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """How well each image follows its prompt, uint8 (B, 3, H, W) and B prompts -> (B,), higher is better.
@@ -130,9 +94,6 @@ def refuse_conditioning_network(extractor: Extractor, backbone: Backbone) -> Non
 
     It is known by its source (the backbone's folder or hub id, its image encoder's, the face network's file) and by its
     weights. Other copies elsewhere are not recognised.
-
-    Raises:
-        ValueError: the extractor is one of them.
     """
     if extractor.source is None:
         return
@@ -165,11 +126,6 @@ class Inception(Extractor):
         feature: layer of the features, by its width: 64, 192, 768 or 2048.
         antialias: resize as torchmetrics does by default; False resizes as TensorFlow 1 and pytorch-fid do, and is
             named apart.
-
-    Raises:
-        ValueError: no such layer.
-        FileNotFoundError: `weights_path` is not a file.
-        pickle.UnpicklingError: the file holds anything but weights; it is refused, not run.
     """
 
     URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"

@@ -76,10 +76,6 @@ class SFace(Extractor):
         path: the ONNX file, or `org/repository/file.onnx` on the Hugging Face hub.
         detector: finds the face; None is YuNet from the hub.
         name: part of every score's key.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: OpenCV is not installed or cannot read the file.
     """
 
     can_identify = True

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from lit_multiip.data.photos import Photo
+from lit_multiip.data.tasks import Task
+from lit_multiip.pixels import square
 
 MIN_CELL = 96  # px; below it faces and labels cannot be read
 GAP = 4  # px
@@ -21,6 +23,17 @@ Cell = Image.Image | None
 def to_picture(image: Tensor) -> Image.Image:
     """(3, H, W) uint8 => a picture."""
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def squares(photos: Iterable[Photo], side: int) -> list[Image.Image]:
+    """Read photos, cut square and scaled to `side` px."""
+    return [square(photo.image(), side) for photo in photos]
+
+
+def first_tasks(tasks: Sequence[Task], people: int) -> list[int]:
+    """Return the indices of the first task of each of the first people."""
+    first = {task.person: index for index, task in reversed(list(enumerate(tasks)))}
+    return sorted(first.values())[:people]
 
 
 def labelled_grid(
@@ -42,18 +55,12 @@ def labelled_grid(
         side: side of a cell, px.
         title: over the whole picture.
 
-    Raises:
-        ValueError: numbers of labels, rows and cells do not fit, or there is no cell.
     """
     n_columns = len(column_labels)
-    if not rows or not n_columns or side < 1:
-        raise ValueError(f"{len(rows)} rows of {n_columns} columns at {side} px: a grid has at least one cell of 1 px")
-    if len(rows) != len(row_labels) or any(len(row) != n_columns for row in rows):
+    if not n_columns or {len(row) for row in rows} != {n_columns} or len(rows) != len(row_labels):
         cells = f"{len(rows)} rows of {sorted({len(row) for row in rows})} cells"
         raise ValueError(f"{cells} for {len(row_labels)} row and {n_columns} column labels: give one label for each")
-    cell = side * -(-MIN_CELL // side)  # the least multiple of the side that is MIN_CELL or more
-    step, left = cell + GAP, 3 * cell // 2
-    size = max(12, cell // 9)
+    cell, step, left, size = _layout(side)
     font, title_font = ImageFont.load_default(size), ImageFont.load_default(size * 1.3)
     heads = [_wrap_text(label, font, cell) for label in column_labels]
     head = max(text.count("\n") + 1 for text in heads) * round(1.5 * size)  # px
@@ -74,34 +81,29 @@ def labelled_grid(
     return picture
 
 
-def references_held_out_generated(
-    references: Sequence[Sequence[Image.Image]],
-    held_out: Sequence[Image.Image],
-    generated: Sequence[Image.Image],
-    row_labels: Sequence[str],
+def draw_tasks(
+    tasks: Sequence[Task],
+    rows: Mapping[str, Iterable[Tensor]],
     side: int,
-    title: str | None = None,
+    title: str,
+    most_references: int | None = None,
 ) -> Image.Image:
-    """The picture that shows whether a method works: references | held-out photo | generated, a task a row.
+    """Draw references | held-out photo | generated, a task a row: the picture that shows whether a method works.
 
     Args:
-        references: of each task, any number; shorter rows are left empty on the right.
-        held_out: one a task.
-        generated: one a task.
-        row_labels: one a task, such as its person and prompt.
+        tasks: at least one.
+        rows: images of the tasks, (3, H, W) uint8 each, by the title of their column.
         side: side of a cell, px.
         title: over the whole picture.
-
-    Raises:
-        ValueError: their numbers differ, or there are none.
+        most_references: that are shown of each task; None shows all.
     """
-    most = max((len(photos) for photos in references), default=0)
-    rows: list[list[Cell]] = [
-        [*photos, *[None] * (most - len(photos)), target, image]
-        for photos, target, image in zip(references, held_out, generated, strict=True)
+    cells = [
+        [*squares([*task.references[:most_references], task.held_out], side), *map(to_picture, images)]
+        for task, *images in zip(tasks, *rows.values(), strict=True)
     ]
-    columns = [*(f"reference {i + 1}" for i in range(most)), "held-out photo", "generated"]
-    return labelled_grid(rows, row_labels, columns, side, title)
+    references = (f"reference {number + 1}" for number in range(len(tasks[0].references[:most_references])))
+    labels = [f"{task.person}\n{task.prompt}" for task in tasks]
+    return labelled_grid(cells, labels, [*references, "held-out photo", *rows], side, title)
 
 
 class Bars(NamedTuple):
@@ -128,19 +130,11 @@ def photos_with_bars(
         beside: images to the right, by label.
         side: side of a cell, px.
         title: over the whole picture.
-
-    Raises:
-        ValueError: a strip has another number of values, or of texts, than there are photos.
     """
-    for strip in bars:
-        if not len(photos) == len(strip.values) == len(strip.texts):
-            counts = f"{len(strip.values)} values and {len(strip.texts)} texts"
-            raise ValueError(f"strip {strip.label!r} has {counts} for {len(photos)} photos: give one each a photo")
     labels = [*(f"reference {i + 1}" for i in range(len(photos))), *beside]
     top = labelled_grid([[*photos, *beside.values()]], ["references"], labels, side, title)
-    cell = side * -(-MIN_CELL // side)
-    step, left, size, height = cell + GAP, 3 * cell // 2, max(12, cell // 9), cell // 2
-    line = round(1.5 * size)  # px that a text takes
+    cell, step, left, size = _layout(side)
+    height, line = cell // 2, round(1.5 * size)  # px that bars and a text take
     strip_height = height + 2 * line
     font = ImageFont.load_default(size)
     picture = Image.new("RGB", (top.width, top.height + len(bars) * strip_height + GAP), "white")
@@ -160,13 +154,17 @@ def photos_with_bars(
         for column, (value, text) in enumerate(zip(strip.values, strip.texts, strict=True)):
             middle, end = left + column * step + cell / 2, zero - (value if math.isfinite(value) else 0) * scale
             box = (middle - cell / 5, min(end, zero), middle + cell / 5, max(end, zero))
-            draw.rectangle(box, "steelblue" if value >= 0 else "darkorange")
-            if value >= 0:
-                draw.text((middle, end - GAP / 2), text, "black", font, anchor="md")
-            else:
-                draw.text((middle, end + GAP / 2), text, "black", font, anchor="ma")
+            colour, away, anchor = ("steelblue", -1, "md") if value >= 0 else ("darkorange", 1, "ma")
+            draw.rectangle(box, colour)
+            draw.text((middle, end + away * GAP / 2), text, "black", font, anchor=anchor)
         draw.line((left, zero, right, zero), "black")
     return picture
+
+
+def _layout(side: int) -> tuple[int, int, int, int]:
+    """Return a cell's side, from one cell to the next, the width of the row labels, and the size of text, px."""
+    cell = side * -(-MIN_CELL // side)  # the least multiple of the side that is MIN_CELL or more
+    return cell, cell + GAP, 3 * cell // 2, max(12, cell // 9)
 
 
 def _fit_cell(image: Image.Image, cell: int) -> Image.Image:

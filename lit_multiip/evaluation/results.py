@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -21,11 +20,9 @@ from tqdm import tqdm
 from lit_multiip.data.photos import Photo
 from lit_multiip.data.tasks import Task
 from lit_multiip.evaluation.extractors import Extractor
-from lit_multiip.evaluation.intervals import Score
-from lit_multiip.evaluation.pictures import labelled_grid, to_picture
+from lit_multiip.evaluation.pictures import to_picture
 from lit_multiip.evaluation.summaries import ImageSet
 from lit_multiip.files import write_durably
-from lit_multiip.pixels import square
 
 PHOTO_PEOPLE = 12  # whose photos are written beside the images
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "torchmetrics", "lit_multiip")
@@ -58,21 +55,6 @@ def write_images(folder: Path, images: Tensor, files: Sequence[str], show_progre
         path = folder / "images" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         to_picture(image).save(path)
-
-
-def draw_grid(tasks: Sequence[Task], rows: Mapping[str, Tensor], method: str, side: int, people: int) -> Image.Image:
-    """Draw references | held-out photo | one image of each row, for the first task of each of the first people."""
-    first = {task.person: i for i, task in reversed(list(enumerate(tasks)))}  # each person's first task
-    n_references = min(4, len(tasks[0].references))
-    cells, labels = [], []
-    for i in sorted(first.values())[:people]:
-        photos = [*tasks[i].references[:n_references], tasks[i].held_out]
-        squares = [square(photo.image(), side) for photo in photos]
-        cells.append([*squares, *(to_picture(images[i]) for images in rows.values())])
-        labels.append(f"{tasks[i].person}\n{tasks[i].prompt}")
-    columns = [*(f"reference {i + 1}" for i in range(n_references)), "held-out photo"]
-    title = f"{method}: made from the references and the held-out photo's prompt"
-    return labelled_grid(cells, labels, [*columns, *(row.replace("_", " ") for row in rows)], side, title)
 
 
 def write_photos(
@@ -109,33 +91,6 @@ def write_photos(
 
 
 # ---- scores -----------------------------------------------------------------------------------------------------
-
-
-def results(
-    protocol: Mapping[str, Any],
-    rows: Mapping[str, Mapping[str, Score]],
-    extractors: Mapping[str, Mapping[str, Any]],
-    describe: Mapping[str, Any],
-    seconds: Mapping[str, float],
-) -> dict[str, Any]:
-    """Content of metrics.json.
-
-    Args:
-        protocol: of `tasks.protocol`.
-        rows: scores by row (the method's first, then the anchors') and key, as `scores.summarise` makes them.
-        extractors: what is to be known of each, by name.
-        describe: what the method says of itself; `method` is the name of its row.
-        seconds: by part, see `ScoreTest`.
-    """
-    return {
-        "protocol": dict(protocol),
-        "rows": {row: {key: score._asdict() for key, score in scores.items()} for row, scores in rows.items()},
-        "extractors": {name: dict(facts) for name, facts in extractors.items()},
-        "describe": dict(describe),
-        "seconds": dict(seconds),
-        "versions": versions(),
-        "commit": commit(),
-    }
 
 
 def describe_extractors(extractors: Sequence[Extractor]) -> dict[str, dict[str, Any]]:
@@ -217,49 +172,36 @@ def read_features(path: Path) -> tuple[ImageSet, ImageSet]:
     return generated, ImageSet(arrays["held_out.person"].numpy(), arrays.get("held_out.features"))
 
 
-def table(*tests: Mapping[str, Any]) -> str:
-    """Scores of one or several tests in Markdown, a table an extractor: methods first, then the first test's anchors.
+def table(test: Mapping[str, Any]) -> str:
+    """Write the scores of a test in Markdown, a table an extractor: the method first, then the anchors.
 
     Args:
-        tests: contents of metrics.json.
-
-    Raises:
-        ValueError: there are none, or they are of different protocols: their numbers cannot be compared.
+        test: content of metrics.json.
     """
-    if not tests:
-        raise ValueError("there is no test to tabulate: give at least one metrics.json")
-    first = tests[0]
-    for test in tests[1:]:
-        if test["protocol"] != first["protocol"]:
-            names = f"{first['describe']['method']!r} and {test['describe']['method']!r}"
-            raise ValueError(
-                f"{names} were tested by different protocols, {first['protocol']} and {test['protocol']}: test both on "
-                "the same people, photos, prompts and seeds"
-            )
-    methods = [test["describe"]["method"] for test in tests]
-    rows = [(method, test["rows"][method]) for method, test in zip(methods, tests, strict=True)]
-    rows += [(row, scores) for row, scores in first["rows"].items() if row != methods[0]]
-    known = {name: facts for test in tests for name, facts in test["extractors"].items()}
-    counts = first["protocol"]
+    counts = test["protocol"]
     parts = [
         f"{counts['people']} people, {counts['held_out']} held-out photos x {counts['seeds']} seeds, "
         f"{counts['references']} references. 95% intervals by person. Protocol {counts['sha256'][:12]}."
     ]
-    for name, facts in known.items():
-        present = {key.removesuffix(f"/{name}") for _, scores in rows for key in scores if key.endswith(f"/{name}")}
-        columns = [score for score in TITLES if score in present] + sorted(present - TITLES.keys())
+    for name, facts in test["extractors"].items():
+        columns = order_scores(test["rows"].values(), name)
         body = []
-        for row, scores in rows:
+        for row, scores in test["rows"].items():
             own = [scores.get(f"{column}/{name}") for column in columns]
             if any(own):
                 most = max((score for score in own if score), key=lambda score: score["n"])
-                cells = [cell(score) for score in own]
-                body.append([row.replace("_", " "), f"{most['n']} / {most['people']}", *cells])
+                body.append([row.replace("_", " "), f"{most['n']} / {most['people']}", *map(cell, own)])
         classes = f" (IS over K = {facts['num_classes']} classes)" if facts.get("num_classes") else ""
-        header = ["", "images / people", *(TITLES.get(column, str(column)) for column in columns)]
+        header = ["", "images / people", *(TITLES.get(column, column) for column in columns)]
         parts.append(f"### by {name}{classes}\n\n{markdown([header, *body])}")
-        parts += [f"- {line}" for test in tests for line in _report_missing_faces(test, name)]
+        parts += [f"- {line}" for line in _report_missing_faces(test, name)]
     return "\n\n".join(parts) + "\n"
+
+
+def order_scores(rows: Iterable[Iterable[str]], extractor: str) -> list[str]:
+    """Return the scores that any row has by an extractor, without its name: those of TITLES first, in that order."""
+    present = {key.removesuffix(f"/{extractor}") for row in rows for key in row if key.endswith(f"/{extractor}")}
+    return [name for name in TITLES if name in present] + sorted(present - TITLES.keys())
 
 
 def _report_missing_faces(test: Mapping[str, Any], extractor: str) -> list[str]:
@@ -286,13 +228,14 @@ def versions() -> dict[str, str | None]:
 
 def commit() -> str | None:
     """Commit of the package's checkout, with `-dirty` where files differ from it; None outside of a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+
+    def git(*command: str) -> str:
+        whole = ["git", "-C", str(Path(__file__).parent), *command]
+        return subprocess.run(whole, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
     try:
-        # an environment inside of somebody else's repository is not ours
-        for command in (["ls-files", "--error-unmatch", "__init__.py"], ["describe", "--always", "--dirty"]):
-            options = ["--abbrev=40", "--exclude=*"] if command[0] == "describe" else []
-            run = subprocess.run([*git, *command, *options], capture_output=True, text=True, check=True, timeout=30)
-        return run.stdout.strip() or None
+        git("ls-files", "--error-unmatch", "__init__.py")  # an environment inside of another repository is not ours
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -38,7 +38,6 @@ def fid(real: Features, fake: Features) -> float:
 
     Raises:
         TooFewSamples: fewer than 2 images on either side.
-        ValueError: not finite, or shapes do not fit.
     """
     real_, fake_ = _pair("FID", real, fake)  # (N, D), (M, D)
     # The distance is invariant to shifts and rotations: centred, the moments keep their digits; in a basis of the
@@ -69,7 +68,6 @@ def kid(real: Features, fake: Features) -> float:
 
     Raises:
         TooFewSamples: fewer than 2 images on either side.
-        ValueError: not finite, or shapes do not fit.
     """
     real_, fake_ = _pair("KID", real, fake)
     return float(_off_diagonal_mean(real_) + _off_diagonal_mean(fake_) - 2 * poly_kernel(real_, fake_).mean())
@@ -85,7 +83,6 @@ def inception_score(logits: Features) -> float:
 
     Raises:
         TooFewSamples: fewer than 2 images, of which the marginal would be the prediction itself.
-        ValueError: not finite, or not (N, K).
     """
     logits_ = _finite("logits", logits)
     if len(logits_) < 2:
@@ -110,7 +107,6 @@ def inception_score_uniform(logits: Features) -> float:
 
     Raises:
         TooFewSamples: no images.
-        ValueError: not finite, or not (N, K).
     """
     logits_ = _finite("logits", logits)
     if not len(logits_):
@@ -121,11 +117,7 @@ def inception_score_uniform(logits: Features) -> float:
 
 
 def cosine(a: Features, b: Features) -> FloatArray:
-    """Cosine a.b / (|a| |b|) of matching rows, (..., D) and (..., D) -> (...).
-
-    Raises:
-        ValueError: shapes differ, or a row is zero or not finite, so that it has no direction.
-    """
+    """Cosine a.b / (|a| |b|) of matching rows, (..., D) and (..., D) -> (...)."""
     a_, b_ = as_float64(a), as_float64(b)
     if a_.shape != b_.shape:
         raise ValueError(f"cannot compare embeddings of shapes {a_.shape} and {b_.shape}: give one row for each row")
@@ -151,9 +143,6 @@ def identity_scores(
         Three scores, (T,) each: `held_out`, to the task's own held-out photo; `held_out_mean`, to the mean of the unit
         embeddings of all held-out photos of that person (less of one photo's pose and light); `references`, to the
         mean of those of the references, which the method has seen: copying scores high there.
-
-    Raises:
-        ValueError: shapes do not fit, or an embedding is zero, infinite, or NaN in part.
     """
     generated_, held_out_, references_ = (
         _to_unit_if_found(as_float64(rows)) for rows in (generated, held_out, references)
@@ -183,9 +172,6 @@ def nearest_reference(generated: Features, references: Features) -> FloatArray:
 
     Returns:
         (T,), in -1..1; NaN where the image's face or those of all references were not found.
-
-    Raises:
-        ValueError: shapes do not fit, or an embedding is zero, infinite, or NaN in part.
     """
     generated_, references_ = _to_unit_if_found(as_float64(generated)), _to_unit_if_found(as_float64(references))
     if references_.ndim != 3 or not references_.shape[1] or references_[:, 0].shape != generated_.shape:
@@ -207,9 +193,6 @@ def diversity(features: Features, groups: npt.ArrayLike) -> FloatArray:
 
     Returns:
         (T,), NaN for the only image of its task.
-
-    Raises:
-        ValueError: shapes do not fit, or features are zero or not finite.
     """
     unit, labels = _to_unit(as_float64(features)), np.asarray(groups)
     if unit.ndim != 2 or labels.shape != unit.shape[:1]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,8 +60,6 @@ def summarise(
     real: ImageSet,
     groups: int = 20,
     resamples: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
     left_out: dict[str, str] | None = None,
 ) -> dict[str, Score]:
     """All scores of one method by one extractor, with intervals by person.
@@ -76,44 +75,31 @@ def summarise(
         real: the real photos for FID and KID, each photo once; not used where they or `generated` have no features.
         groups: of the jackknife.
         resamples: of the bootstrap.
-        level: confidence level, in (0, 1).
-        seed: of the dealing into groups and of the resampling.
         left_out: is given the reason of every score that is left out, by its key; None warns of it instead.
 
     Returns:
         `fid/<extractor>`, `kid/<extractor>`, `is/<extractor>`, `is_uniform/<extractor>` and `<name>/<extractor>` for
         each of `generated.per_image`; `n` counts generated images, of one training. A score undefined for these images
         is left out (diversity of a single seed, without a warning).
-
-    Raises:
-        ValueError: the sets are not of the same people, row for row.
     """
     sets = _trainings(generated)
-    people = np.concatenate([sets[0].people, real.people])
+    labels = sets[0].people
+    people = np.concatenate([labels, real.people])
     scores = {}
     for name, statistic in _mean_statistics(sets, real).items():
         key = f"{name}/{extractor}"
-        options: dict[str, Any] = {"groups": groups, "level": level, "seed": seed, "description": key}
-        score = delete_group_jackknife(_nan_if_too_few(statistic, key, left_out), people, **options)
-        scores[key] = _count_generated(score, sets[0])
+        tolerant = _nan_if_too_few(statistic, key, left_out)
+        scores[key] = _count_generated(delete_group_jackknife(tolerant, people, groups, description=key), labels)
     for name, values in _mean_per_image(sets).items():
         key = f"{name}/{extractor}"
-        scores[key] = person_mean(values, sets[0].people, seed, resamples, level)
+        scores[key] = person_mean(values, labels, resamples=resamples)
         if left_out is not None and np.isnan(scores[key].value):
             left_out[key] = f"it is undefined for all {len(values)} images"
     return {key: score for key, score in scores.items() if not np.isnan(score.value)}
 
 
 def summarise_difference(
-    extractor: str,
-    a: ImageSet | Sequence[ImageSet],
-    b: ImageSet | Sequence[ImageSet],
-    real: ImageSet,
-    groups: int = 20,
-    resamples: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-    left_out: dict[str, str] | None = None,
+    extractor: str, a: ImageSet | Sequence[ImageSet], b: ImageSet | Sequence[ImageSet], real: ImageSet
 ) -> dict[str, Score]:
     """Paired differences A - B of two methods on the same tasks, keyed as `summarise`, for the scores that both have.
 
@@ -122,56 +108,40 @@ def summarise_difference(
         a: images of method A; several sets are those of several trainings, as `summarise` takes them.
         b: images of method B, row for row on the same tasks; it may have been trained more or less often.
         real: the real photos for FID and KID.
-        groups: of the jackknife.
-        resamples: of the bootstrap.
-        level: confidence level, in (0, 1).
-        seed: of the dealing into groups and of the resampling.
-        left_out: as `summarise` takes it.
-
-    Raises:
-        ValueError: the rows of A and B are not of the same people.
     """
     a, b = _trainings(a), _trainings(b)
-    if not np.array_equal(a[0].people, b[0].people):
+    labels = a[0].people
+    if not np.array_equal(labels, b[0].people):
         raise ValueError("the rows of A and B are not of the same people: score both methods on the same tasks")
-    people = np.concatenate([a[0].people, real.people])
+    people = np.concatenate([labels, real.people])
     statistics_a, statistics_b = _mean_statistics(a, real), _mean_statistics(b, real)
     scores = {}
     for name in statistics_a.keys() & statistics_b.keys():
         key = f"{name}/{extractor}"
-        options: dict[str, Any] = {"groups": groups, "level": level, "seed": seed, "description": key}
-        both = [_nan_if_too_few(found[name], key, left_out) for found in (statistics_a, statistics_b)]
-        scores[key] = _count_generated(paired_jackknife(both[0], both[1], people, **options), a[0])
+        one, other = (_nan_if_too_few(found[name], key, {}) for found in (statistics_a, statistics_b))
+        scores[key] = _count_generated(paired_jackknife(one, other, people, description=key), labels)
     values_a, values_b = _mean_per_image(a), _mean_per_image(b)
     for name in values_a.keys() & values_b.keys():
-        values = values_a[name], values_b[name]
-        scores[f"{name}/{extractor}"] = paired_difference(*values, a[0].people, seed, resamples, level)
+        scores[f"{name}/{extractor}"] = paired_difference(values_a[name], values_b[name], labels)
     return {key: score for key, score in sorted(scores.items()) if not np.isnan(score.value)}
 
 
 def values_of_each(extractor: str, generated: Sequence[ImageSet], real: ImageSet) -> dict[str, list[float]]:
     """Every score of each training alone, without intervals, keyed as `summarise`; NaN where it is undefined."""
     everyone = np.ones(len(generated[0].people) + len(real.people), dtype=bool)
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = defaultdict(list)
     for images in generated:
-        values = {}
         for name, statistic in _set_statistics(images, real).items():
-            try:
-                values[name] = statistic(everyone)
-            except TooFewSamples:
-                values[name] = float("nan")
+            found[f"{name}/{extractor}"].append(_nan_if_too_few(statistic, name, {})(everyone))
         for name, scores in images.per_image.items():
-            values[name] = float(np.mean(scores[~np.isnan(scores)])) if not np.isnan(scores).all() else float("nan")
-        for name, value in values.items():
-            found.setdefault(f"{name}/{extractor}", []).append(value)
-    return found
+            defined = scores[~np.isnan(scores)]
+            found[f"{name}/{extractor}"].append(float(np.mean(defined)) if len(defined) else float("nan"))
+    return dict(found)
 
 
 def _trainings(generated: ImageSet | Sequence[ImageSet]) -> list[ImageSet]:
     sets = [generated] if isinstance(generated, ImageSet) else list(generated)
-    if not sets:
-        raise ValueError("there are no images to score: give those of at least one training")
-    if any(not np.array_equal(images.people, sets[0].people) for images in sets[1:]):
+    if any(not np.array_equal(images.people, sets[0].people) for images in sets):
         raise ValueError("the trainings' rows are not of the same people: score all of them on the same tasks")
     return sets
 
@@ -238,5 +208,5 @@ def _nan_if_too_few(statistic: Statistic, key: str, left_out: dict[str, str] | N
     return tolerant
 
 
-def _count_generated(score: Score, generated: ImageSet) -> Score:
-    return score._replace(n=len(generated.people), people=len(np.unique(generated.people)))
+def _count_generated(score: Score, people: npt.NDArray[Any]) -> Score:
+    return score._replace(n=len(people), people=len(np.unique(people)))

@@ -21,7 +21,26 @@ from lit_multiip.evaluation.extractors import Extraction, Extractor
 from lit_multiip.files import first_line
 
 
-class CLIP(Extractor):
+class _Transformer(Extractor):
+    """A network of transformers with its own preprocessing."""
+
+    can_identify = True
+    likeness = "similarity"
+
+    def __init__(self, model: str, name: str | None) -> None:
+        super().__init__()
+        from transformers import AutoImageProcessor, AutoModel
+
+        self.network, self._processor = _load(AutoModel, model), _load(AutoImageProcessor, model)
+        self.name, self.source = name or _name_of(model), model
+        self.freeze()
+
+    def shares_weights(self, file: Path) -> bool:
+        """See `Extractor.shares_weights`: whether a CLIP image encoder starts with this one's weights."""
+        return _have_same_weights(self.network, file)
+
+
+class CLIP(_Transformer):
     """CLIP-T, the cosine of image and prompt, as `prompt`; CLIP-I, the cosine of two images, as `similarity_*`.
 
     Its image embeddings, not normalised, are the features of FID and KID. Cosines are plain: not clipped at zero and
@@ -30,39 +49,19 @@ class CLIP(Extractor):
     Args:
         model: folder or hub id of a model with `get_image_features` and `get_text_features`, such as a CLIP or SigLIP.
         name: part of every score's key; None takes the last part of `model`.
-
-    Raises:
-        OSError: the model is not there, and the hub does not give it.
-        ValueError: it has no embeddings of both images and text.
     """
 
-    can_identify = True
-    likeness = "similarity"
-
     def __init__(self, model: str = "openai/clip-vit-large-patch14", name: str | None = None) -> None:
-        super().__init__()
-        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+        super().__init__(model, name)
+        from transformers import AutoTokenizer
 
-        self.network, self._processor = _load(AutoModel, model), _load(AutoImageProcessor, model)
         if not (hasattr(self.network, "get_image_features") and hasattr(self.network, "get_text_features")):
             kind = type(self.network).__name__
             raise ValueError(f"'{model}' is a {kind}, which has no embeddings of text: give a CLIP, or take DINO")
         self._tokenizer = _load(AutoTokenizer, model)
         self._text: dict[str, Tensor] = {}  # unit embeddings (E,) on the CPU; rows share their prompts
-        self.name, self.source = name or _name_of(model), model
-        self.freeze()
-        self.num_features = self._measure_width()
-
-    def _measure_width(self) -> int:
-        """Width of its image embeddings, E."""
-        side = _input_side(self._processor)
-        embedding = self.compute(torch.zeros(1, 3, side, side, dtype=torch.uint8)).embedding
-        assert embedding is not None
-        return embedding.shape[1]
-
-    def shares_weights(self, file: Path) -> bool:
-        """See `Extractor.shares_weights`: whether a CLIP image encoder starts with this one's weights."""
-        return _have_same_weights(self.network, file)
+        embedding = self.compute(torch.zeros(1, 3, 224, 224, dtype=torch.uint8)).embedding
+        self.num_features = None if embedding is None else embedding.shape[1]
 
     @torch.no_grad()
     def compute(self, images: Tensor) -> Extraction:
@@ -82,7 +81,7 @@ class CLIP(Extractor):
     def _encode_prompts(self, prompts: Sequence[str], device: torch.device) -> None:
         if not prompts:
             return
-        length = min(self._tokenizer.model_max_length, _longest_prompt(self.network.config))
+        length = min(self._tokenizer.model_max_length, self.network.config.text_config.max_position_embeddings)
         options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": length}
         tokens = self._tokenizer(list(prompts), return_tensors="pt", **options).to(device)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -90,7 +89,7 @@ class CLIP(Extractor):
         self._text |= dict(zip(prompts, F.normalize(embeddings, dim=-1).cpu(), strict=True))
 
 
-class DINO(Extractor):
+class DINO(_Transformer):
     """DINO's likeness of pictures as `similarity_*`: the cosine of the last layer's class tokens.
 
     The class tokens, not normalised, are the features of FID and KID. Any vision transformer with a class token goes.
@@ -98,26 +97,11 @@ class DINO(Extractor):
     Args:
         model: folder or hub id. DreamBooth's DINO metric is that of `facebook/dino-vits16`.
         name: part of every score's key; None takes the last part of `model`.
-
-    Raises:
-        OSError: the model is not there, and the hub does not give it.
     """
 
-    can_identify = True
-    likeness = "similarity"
-
     def __init__(self, model: str = "facebook/dino-vits16", name: str | None = None) -> None:
-        super().__init__()
-        from transformers import AutoImageProcessor, AutoModel
-
-        self.network, self._processor = _load(AutoModel, model), _load(AutoImageProcessor, model)
+        super().__init__(model, name)
         self.num_features = int(self.network.config.hidden_size)
-        self.name, self.source = name or _name_of(model), model
-        self.freeze()
-
-    def shares_weights(self, file: Path) -> bool:
-        """See `Extractor.shares_weights`."""
-        return _have_same_weights(self.network, file)
 
     def compute(self, images: Tensor) -> Extraction:
         """See `Extractor.compute`."""
@@ -126,11 +110,7 @@ class DINO(Extractor):
 
 
 def _load(auto: Any, model: str) -> Any:
-    """A component of a model; weights come from safetensors alone, in float32, and no code of the model's is run.
-
-    Raises:
-        OSError: it cannot be loaded; the message names the model and the remedy.
-    """
+    """A component of a model; weights come from safetensors alone, in float32, and no code of the model's is run."""
     folder = Path(model).expanduser()
     place = str(folder) if folder.is_dir() else model
     weights: dict[str, Any] = {}
@@ -154,21 +134,9 @@ def _preprocess(processor: Any, images: Tensor) -> Tensor:
     return values.to(images.device, torch.float32)
 
 
-def _input_side(processor: Any) -> int:
-    """Side of an image, px, that preprocessing leaves as it is, or 224."""
-    for size in (getattr(processor, "crop_size", None), getattr(processor, "size", None)):
-        if size and (side := size.get("height") or size.get("shortest_edge")):
-            return int(side)
-    return 224
-
-
 def _pooled_embeddings(output: Any) -> Tensor:
     """Embeddings (B, E), which transformers returns bare before version 5."""
     return output if isinstance(output, Tensor) else output.pooler_output
-
-
-def _longest_prompt(config: Any) -> int:
-    return int(config.text_config.max_position_embeddings)
 
 
 def _have_same_weights(network: torch.nn.Module, file: Path) -> bool:

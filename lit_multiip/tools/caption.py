@@ -30,19 +30,12 @@ Captioner = Callable[[Sequence[Image.Image]], Sequence[str]]
 
 @dataclass
 class Outcome:
-    """What became of the photos.
+    """What became of the photos."""
 
-    Attributes:
-        written: text files.
-        kept: number of photos that had a caption.
-        failed: a line for each photo that got none, with the reason.
-        name_removed: text files from whose captions the person's name was removed.
-    """
-
-    written: list[Path] = field(default_factory=list)
-    kept: int = 0
-    failed: list[str] = field(default_factory=list)
-    name_removed: list[Path] = field(default_factory=list)
+    written: list[Path] = field(default_factory=list)  # text files
+    kept: int = 0  # photos that had a caption
+    failed: list[str] = field(default_factory=list)  # a line for each photo that got none, with the reason
+    name_removed: list[Path] = field(default_factory=list)  # text files less the person's name
 
 
 class ImageToText:

@@ -147,11 +147,7 @@ def _find_again(backbone: str) -> tuple[str, str, str]:
 
 
 def upload(repository: str, folder: Path, files: Sequence[str], public: bool = False) -> None:
-    """Upload files of a folder, which belong to no one person, to a repository that is private unless `public`.
-
-    Raises:
-        ExportError: it could not be done, or everyone can see the repository already.
-    """
+    """Upload files of a folder, which belong to no one person, to a repository that is private unless `public`."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

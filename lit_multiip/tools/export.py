@@ -23,13 +23,13 @@ from typing import Any, Literal
 import diffusers
 import torch
 import yaml
-from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_multiip.backbone.ip_adapter import RECORD, ip_adapter_parameters
 from lit_multiip.backbone.lora import LORA_FILE, lora_parameters, save_lora
 from lit_multiip.backbone.sampler import Sampler, Sampling
+from lit_multiip.callbacks import Trainer
 from lit_multiip.data.record import RECORD as TRAINED_ON
 from lit_multiip.data.record import Record, training_record, unknown_record
 from lit_multiip.files import hash_file
@@ -52,15 +52,13 @@ from lit_multiip.tools.card import (
 )
 
 CHECK_PROMPT = "a photo of a person"
+
+
 # ---- what is written --------------------------------------------------------------------------------------------
 
 
 def round_weights(named: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Round weights in place to what a file of `dtype` holds; they stay float32.
-
-    Raises:
-        ExportError: a weight is beyond what `dtype` can hold.
-    """
+    """Round weights in place to what a file of `dtype` holds; they stay float32."""
     for name, weight in named.items():
         rounded = weight.data.to(dtype).float()
         if not rounded.isfinite().all():
@@ -158,7 +156,7 @@ def compare_dreambooth(model: DreamBooth, folder: Path) -> int:
     model.sampler.sampling = check_sampling(model)
     [ours] = model.draw([prompt], [0]).cpu()
     if model.lora_rank is None:
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     else:
         pipe = plain_pipeline(model)
         pipe.load_lora_weights(str(folder))
@@ -169,10 +167,11 @@ def compare_dreambooth(model: DreamBooth, folder: Path) -> int:
 
 
 def export(
-    trainer: Any,
-    model: Any,
-    data: Any,
-    checkpoint: str | None,
+    trainer: Trainer,
+    model: MultiIPAdapter | DreamBooth,
+    datamodule: Any,
+    ckpt_path: str | None = None,
+    weights_only: bool | None = None,
     output: str = "exported",
     photos: Sequence[str] = (),
     dtype: Literal["float32", "float16"] = "float32",
@@ -187,27 +186,28 @@ def export(
 
     Args:
         trainer: of one process.
-        model: not built yet.
-        data: reads people's photos.
-        checkpoint: file of the model's weights.
+        model: whose weights are written; not built yet.
+        datamodule: reads people's photos.
+        ckpt_path: the weights.
+        weights_only: as `fit` takes it.
         output: folder.
         photos: folders with photos of one person each.
         dtype: of the file's weights.
         overwrite: replace files that are there.
-        push_to_hub: `ORG/NAME`; upload what is of no one person, and the card, privately.
+        push_to_hub: ORG/NAME; upload what is of no one person, and the card, privately.
         public: upload to a repository that everyone can see.
     """
     check_target(output, photos, overwrite)
-    if checkpoint is None:
+    if ckpt_path is None:
         raise ExportError("nothing was trained that could be exported: give --run, or --ckpt_path beside the config")
     if isinstance(model, DreamBooth) and (photos or push_to_hub):
         raise ExportError(
             "DreamBooth's weights are of the one person they were tuned on: leave --photos and --push_to_hub out; "
             "upload them by hand if that person agrees"
         )
-    run, folder = Path(checkpoint).resolve().parent.parent, Path(output)
+    run, folder = Path(ckpt_path).resolve().parent.parent, Path(output)
     model.configure_model()
-    loaded = load_trained(model, Path(checkpoint))
+    loaded = load_trained(model, Path(ckpt_path))
     model.to(trainer.strategy.root_device).eval()
     with staged(folder, overwrite) as part:
         record = record_of(model, loaded.get("global_step"), f"{run.parent.name}/{run.name}", dtype)
@@ -215,7 +215,7 @@ def export(
             written = write_dreambooth(model, record, part)
         else:
             trained_on = training_record([], loaded.get(TRAINED_ON, unknown_record()), model.trained_on)
-            written = write_adapter(model, record, part, trained_on, photos, data)
+            written = write_adapter(model, record, part, trained_on, photos, datamodule)
         if written.difference > TOLERANCE:
             raise ExportError(
                 f"plain diffusers draws another image from the exported files, up to {written.difference} of 255 grey "
@@ -230,11 +230,7 @@ def export(
 
 
 def check_target(output: str, photos: Sequence[str], overwrite: bool) -> None:
-    """Refuse before any work what could not be written after it.
-
-    Raises:
-        ExportError: two people's files would have one name, or a file is there.
-    """
+    """Refuse before any work what could not be written after it."""
     names = [Path(folder).resolve().name for folder in photos]
     if len(set(names)) < len(names):
         raise ExportError("two folders of --photos have one name, and their files would too: rename one")

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
+from lit_multiip.callbacks import Trainer, run_folder
 from lit_multiip.data.photos import Photo
 from lit_multiip.evaluation import results as report
 from lit_multiip.evaluation.intervals import Score, person_mean
-from lit_multiip.evaluation.pictures import Bars, photos_with_bars, to_picture
+from lit_multiip.evaluation.pictures import Bars, photos_with_bars, squares, to_picture
 from lit_multiip.runs import load_trained
 from lit_multiip.tools.measures import (
     MEASURES,
@@ -69,8 +70,6 @@ def draw_person(
     person: Inspected, weights_are: str | None, generated: Image.Image, side: int, title: str
 ) -> Image.Image:
     """Draw the references with bars of what was measured, the first held-out photo and what was generated."""
-    from lit_multiip.pixels import square
-
     n, values = len(person.references), person.values
     bars = []
     if "weight" in values:
@@ -80,71 +79,51 @@ def draw_person(
     bars.append(Bars("change of the loss without it", relative.tolist(), [f"{value:+.2f} %" for value in relative]))
     if "rarity" in values:
         bars.append(Bars(TRUTHS["rarity"], values["rarity"].tolist(), [f"{value:.2f}" for value in values["rarity"]]))
-    beside = {"held-out photo": square(person.held_out[0].image(), side), "generated": generated}
-    return photos_with_bars(
-        [square(photo.image(), side) for photo in person.references], bars, beside, side, f"{person.person}, {title}"
-    )
+    *references, held_out = squares([*person.references, person.held_out[0]], side)
+    beside = {"held-out photo": held_out, "generated": generated}
+    return photos_with_bars(references, bars, beside, side, f"{person.person}, {title}")
 
 
 # ---- the command ------------------------------------------------------------------------------------------------
 
 
-class Loaded(NamedTuple):
-    """A method and its data, ready to be looked at."""
-
-    model: Any
-    data: Any
-    device: torch.device
-    checkpoint: str | None
-
-
 def inspect(
-    trainer: Any,
+    trainer: Trainer,
     model: Any,
-    data: Any,
-    checkpoint: str | None,
+    datamodule: Any,
+    ckpt_path: str | None = None,
+    weights_only: bool | None = None,
     split: Literal["test", "validation"] = "test",
     people: int = 6,
     measured: int = 50,
     output: str | None = None,
 ) -> None:
-    """Look at what a method sees in its references: write a picture a person, inspect.json and photos.csv.
+    """Show what a method looked at: the weight of each reference photo, and what is lost without it.
+
+    Write a picture a person, inspect.json and photos.csv, and print the summary.
 
     Args:
-        trainer: of one process; says which device, and where the run lies.
-        model: not built yet.
-        data: whose people.
-        checkpoint: file of the model's weights; None looks at the untrained method.
+        trainer: of one process.
+        model: with an aggregator; not built yet.
+        datamodule: its people.
+        ckpt_path: the weights to look at; None looks at the untrained method.
+        weights_only: as `fit` takes it.
         split: whose people.
-        people: those with a picture.
-        measured: those in the numbers, at least those with a picture.
+        people: people with a picture.
+        measured: people in the numbers, at least those with a picture.
         output: folder; None takes inspect/ in the run's.
     """
     if people < 0 or measured < 1:
         raise InspectError(f"people={people} and measured={measured}: give at least 0 and at least 1")
-    loaded = load(trainer, model, data, checkpoint, split)
-    folder = Path(output) if output else Path(trainer.log_dir or trainer.default_root_dir) / "inspect"
-    inspect_loaded(loaded, folder, split, people, measured)
-
-
-def inspect_loaded(loaded: Loaded, folder: Path, split: str, people: int, measured: int) -> None:
-    """Measure people of a split, write pictures, inspect.json and photos.csv, and print the summary.
-
-    Args:
-        loaded: A method with an `aggregator`, and its data.
-        folder: to write.
-        split: `test` or `validation`.
-        people: with a picture.
-        measured: people in the numbers.
-    """
-    model = loaded.model
+    load(trainer, model, datamodule, ckpt_path, split)
     if getattr(model, "aggregator", None) is None:
         raise InspectError(f"{type(model).__name__} has no aggregator: inspect a method that looks at reference photos")
+    folder = Path(output) if output else run_folder(trainer) / "inspect"
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.png"):
         stale.unlink()
     found = []
-    for person, picture in inspect_people(loaded, split, max(people, measured), people):
+    for person, picture in inspect_people(model, datamodule, split, max(people, measured), people):
         found.append(person)
         if picture is not None:
             slug = re.sub(r"[^\w-]+", "-", person.person)
@@ -155,7 +134,7 @@ def inspect_loaded(loaded: Loaded, folder: Path, split: str, people: int, measur
         folder / "inspect.json",
         {
             "model": model.describe(),
-            "checkpoint": loaded.checkpoint,
+            "checkpoint": ckpt_path,
             "split": split,
             "weights_are": weights_are,
             "summary": {name: score._asdict() for name, score in scores.items()},
@@ -164,37 +143,11 @@ def inspect_loaded(loaded: Loaded, folder: Path, split: str, people: int, measur
             "commit": report.commit(),
         },
     )
-    print(
-        f"\n{render_summary(model.method(), weights_are, found[:measured], scores)}\n\nPictures and numbers: {folder}"
-    )
+    summary = render_summary(model.method(), weights_are, found[:measured], scores)
+    print(f"\n{summary}\n\nPictures and numbers: {folder}")
 
 
-def inspect_people(
-    loaded: Loaded, split: str, most: int, pictured: int
-) -> Iterator[tuple[Inspected, Image.Image | None]]:
-    """Yield what was measured of each of the first people, with a picture of the first `pictured` of them."""
-    model, data = loaded.model, loaded.data
-    tasks = data.tasks if split == "test" else data.validation_tasks
-    dataset = (data.test_dataloader() if split == "test" else data.val_dataloader()).dataset
-    first: dict[str, dict[Photo, int]] = {}  # a task a held-out photo; its other seeds change the noise alone
-    for number, task in enumerate(tasks):
-        first.setdefault(task.person, {}).setdefault(task.held_out, number)
-    # weights of 16 bits take autocast; a difference of losses deserves float32 where there is no need
-    dtype = model.unet.dtype
-    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(loaded.device.type, dtype)
-    chosen = list(first.values())[:most]
-    with torch.no_grad(), autocast:
-        for place, numbers in enumerate(tqdm(chosen, "inspecting", unit="person", delay=3)):
-            items = [_to_device(dataset[number], loaded.device) for number in numbers.values()]
-            person, picture = inspect_person(model, [tasks[number] for number in numbers.values()], items), None
-            if place < pictured:
-                [image] = model.generate(default_collate(items[:1]))
-                side, weights_are = model.image_side, model.aggregator.weights_are
-                picture = draw_person(person, weights_are, to_picture(image), side, model.method())
-            yield person, picture
-
-
-def load(trainer: Any, model: Any, data: Any, checkpoint: str | None, split: str) -> Loaded:
+def load(trainer: Trainer, model: Any, data: Any, checkpoint: str | None, split: str) -> None:
     """Build a method, with a checkpoint's weights where there is one, and make the features of a split's people."""
     data.trainer = trainer
     data.prepare_data()
@@ -202,9 +155,31 @@ def load(trainer: Any, model: Any, data: Any, checkpoint: str | None, split: str
     model.configure_model()
     if checkpoint is not None:
         load_trained(model, Path(checkpoint))
-    device = trainer.strategy.root_device
-    model.to(device).eval()
-    return Loaded(model, data, device, checkpoint)
+    model.to(trainer.strategy.root_device).eval()
+
+
+def inspect_people(
+    model: Any, data: Any, split: str, most: int, pictured: int
+) -> Iterator[tuple[Inspected, Image.Image | None]]:
+    """Yield what was measured of each of the first people, with a picture of the first `pictured` of them."""
+    tasks = data.tasks if split == "test" else data.validation_tasks
+    dataset = (data.test_dataloader() if split == "test" else data.val_dataloader()).dataset
+    first: dict[str, dict[Photo, int]] = {}  # a task a held-out photo; its other seeds change the noise alone
+    for number, task in enumerate(tasks):
+        first.setdefault(task.person, {}).setdefault(task.held_out, number)
+    # weights of 16 bits take autocast; a difference of losses deserves float32 where there is no need
+    dtype = model.unet.dtype
+    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(model.device.type, dtype)
+    chosen = list(first.values())[:most]
+    with torch.no_grad(), autocast:
+        for place, numbers in enumerate(tqdm(chosen, "inspecting", unit="person", delay=3)):
+            items = [_to_device(dataset[number], model.device) for number in numbers.values()]
+            person, picture = inspect_person(model, [tasks[number] for number in numbers.values()], items), None
+            if place < pictured:
+                [image] = model.generate(default_collate(items[:1]))
+                side, weights_are = model.image_side, model.aggregator.weights_are
+                picture = draw_person(person, weights_are, to_picture(image), side, model.method())
+            yield person, picture
 
 
 def _to_device(item: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:

@@ -160,9 +160,6 @@ def inspect_person(model: Any, tasks: Sequence[Task], items: Sequence[Mapping[st
         model: A method with an `aggregator`.
         tasks: all of this person, of a held-out photo each.
         items: of `TaskDataset`, a task each, on the model's device.
-
-    Raises:
-        InspectError: there is one reference, which cannot be left out.
     """
     references = tasks[0].references
     if len(references) < 2:

@@ -53,7 +53,9 @@ def test_it_stands_in_clips_place_or_beside_it(tiny_backbone, network):
     assert torch.equal(both, torch.cat([clip, face], dim=1))
     widths = [Backbone(str(tiny_backbone), face_encoder=each).embed_dim for each in (None, alone, joined)]
     assert widths == [24, E, 24 + E]
-    expected = FaceRecognition(network, mean=(0.5,) * 3, std=(0.5,) * 3).embed(to_tensor([PHOTOS[2].image()]))
+    expected = (
+        FaceRecognition(network, mean=(0.5,) * 3, std=(0.5,) * 3).extract(to_tensor([PHOTOS[2].image()])).embedding
+    )
     assert torch.allclose(face[2], expected[0] * E**0.5, atol=1e-5)
     assert torch.allclose(face.square().mean(dim=1), torch.ones(4), atol=1e-5)
 

@@ -204,7 +204,7 @@ def test_what_is_tuned_a_person_counts_as_trained_without_a_seed_of_its_own(own)
     [
         ({"reference": "dreambooth"}, "names rows that are not in it, or twice: dreambooth"),
         ({"contrasts": [{"title": "t", "minus": ["avg_pool", "x"]}]}, "not in it, or twice: x"),
-        ({"rows": [{"key": "self_attn"}]}, "title or versions of self_attn.*run `compare` again"),
+        ({"rows": [{"key": "self_attn"}]}, "title, trained, versions of self_attn.*run `compare` again"),
     ],
 )
 def test_plans_that_do_not_fit_are_refused(own, change, message):

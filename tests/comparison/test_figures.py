@@ -99,8 +99,6 @@ def test_every_row_has_a_colour_its_front_is_joined_and_its_choice_ringed(tmp_pa
     assert counts[0][1] > counts[1][1]  # the ring
 
 
-def test_one_point_can_be_drawn_and_none_is_refused():
+def test_one_point_can_be_drawn():
     figure = plane([Series("one", [(0.5, 0.5), (0.5, 0.5)], front=[0, 1], chosen=1)], "x", "y", "title")
     assert written_outside(figure) == []
-    with pytest.raises(ValueError, match="no point to draw"):
-        plane([Series("one", [])], "x", "y", "title")

@@ -34,8 +34,8 @@ def images_of(n, side=4, seed=0):
 def test_an_extractor_never_trains_and_passes_no_gradients():
     extractor = Tiny()
     nn.ModuleList([extractor]).train()
-    features = extractor(images_of(2))
-    assert torch.equal(features, extractor(images_of(2)))  # dropout is off
+    features = extractor.extract(images_of(2)).features
+    assert torch.equal(features, extractor.extract(images_of(2)).features)  # dropout is off
     assert not features.requires_grad
     assert not any(parameter.requires_grad for parameter in extractor.parameters())
 
@@ -47,25 +47,19 @@ def test_one_pass_gives_all_outputs_and_the_embedding_has_unit_norm():
     assert extraction.features.shape == (3, 5)
     assert extraction.logits is None
     torch.testing.assert_close(extraction.embedding.norm(dim=-1), torch.ones(3))
-    assert torch.equal(extractor.embed(images_of(3)), extraction.embedding)
 
 
 def test_features_do_not_depend_on_a_surrounding_autocast():
     extractor = Tiny()
     with torch.autocast("cpu", torch.bfloat16):
-        features = extractor(images_of(3))
-    assert torch.equal(features, extractor(images_of(3)))
-
-
-def test_what_an_extractor_lacks_is_refused_by_name():
-    with pytest.raises(ValueError, match="'tiny' has no classes"):
-        Tiny().logits(images_of(1))
+        features = extractor.extract(images_of(3)).features
+    assert torch.equal(features, extractor.extract(images_of(3)).features)
 
 
 @pytest.mark.parametrize("images", [torch.rand(1, 3, 4, 4), images_of(1)[0], images_of(1)[:, :1]])
 def test_images_of_another_type_or_shape_are_refused(images):
     with pytest.raises(ValueError, match="give uint8"):
-        Tiny()(images)
+        Tiny().extract(images)
 
 
 def test_fid_of_inception_features_equals_torchmetrics_on_the_same_images(inception_weights):
@@ -74,7 +68,9 @@ def test_fid_of_inception_features_equals_torchmetrics_on_the_same_images(incept
     metric = FrechetInceptionDistance(feature=64, feature_extractor_weights_path=inception_weights)
     metric.update(real, real=True)
     metric.update(fake, real=False)
-    assert fid(extractor(real), extractor(fake)) == pytest.approx(float(metric.compute()), rel=1e-4)
+    assert fid(extractor.extract(real).features, extractor.extract(fake).features) == pytest.approx(
+        float(metric.compute()), rel=1e-4
+    )
 
 
 def test_inception_logits_are_those_without_the_bias_of_its_2048_features(inception_weights):
@@ -84,8 +80,7 @@ def test_inception_logits_are_those_without_the_bias_of_its_2048_features(incept
     assert extraction.features.shape == (2, 2048)
     torch.testing.assert_close(extraction.logits, extraction.features @ extractor.network.fc.weight.T)
     assert not extractor.can_identify
-    with pytest.raises(ValueError, match="'inception-2048' has no identity embedding"):
-        extractor.embed(images_of(1, 32))
+    assert extraction.embedding is None
 
 
 def test_resizing_as_tensorflow_does_gives_other_features_under_another_name(inception_weights):
@@ -94,7 +89,7 @@ def test_resizing_as_tensorflow_does_gives_other_features_under_another_name(inc
         Inception(inception_weights, 64, antialias=False),
     )
     images = images_of(2, 400)
-    assert (torchmetrics_like(images) - tensorflow_like(images)).abs().max() > 1e-3
+    assert (torchmetrics_like.extract(images).features - tensorflow_like.extract(images).features).abs().max() > 1e-3
     assert tensorflow_like.name == "inception-64-tf1"
 
 

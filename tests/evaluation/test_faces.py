@@ -53,12 +53,11 @@ def test_the_network_sees_normalised_channels_in_its_order(pooling):
     values = (images / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     expected = F.normalize(F.avg_pool2d(values, 16).flatten(1), dim=1)
     extractor = FaceRecognition(pooling, mean=mean, std=std)
-    torch.testing.assert_close(extractor.embed(images), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(extractor.extract(images).embedding, expected, rtol=1e-4, atol=1e-5)
     other = FaceRecognition(pooling, mean=mean, std=std, colours="bgr")
-    torch.testing.assert_close(other.embed(images.flip(1)), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(other.extract(images.flip(1)).embedding, expected, rtol=1e-4, atol=1e-5)
     assert (extractor.name, extractor.num_features, extractor.can_identify) == ("pooling", None, True)
-    with pytest.raises(ValueError, match="'pooling' has no features"):
-        extractor(images)
+    assert extractor.extract(images).features is None
 
 
 def test_the_crop_is_a_share_of_the_image_so_that_its_size_does_not_matter(pooling):
@@ -67,13 +66,13 @@ def test_the_crop_is_a_share_of_the_image_so_that_its_size_does_not_matter(pooli
     pixels = large[0].permute(1, 2, 0).numpy()
     assert np.array_equal(extractor.network._face(pixels), pixels[64:176, 69:181])  # 112 px, centred at (125, 120)
     small = F.interpolate(large.float(), (500, 500), mode="bicubic").round().clamp(0, 255).to(torch.uint8)
-    assert float(extractor.embed(large) @ extractor.embed(small).T) > 0.9999
+    assert float(extractor.extract(large).embedding @ extractor.extract(small).embedding.T) > 0.9999
 
 
 def test_a_network_of_fixed_batch_says_what_one_of_any_batch_says(pooling, tmp_path):
     fixed = FaceRecognition(str(write_pooling(tmp_path / "two.onnx", batch=2)))
     images = images_of(5)
-    torch.testing.assert_close(fixed.embed(images), FaceRecognition(pooling).embed(images))
+    torch.testing.assert_close(fixed.extract(images).embedding, FaceRecognition(pooling).extract(images).embedding)
 
 
 @pytest.mark.parametrize("network", [FaceRecognition, SFace])
@@ -81,10 +80,13 @@ def test_a_face_that_is_not_found_is_nan_and_leaves_the_others_alone(network, po
     extractor = network(pooling, detector=Found())
     images = images_of(4, 120)
     images[[0, 2]] = 0
-    embedding = extractor.embed(images)
+    embedding = extractor.extract(images).embedding
     assert embedding.isnan().all(dim=1).tolist() == [True, False, True, False]
-    assert torch.equal(embedding[[1, 3]], extractor.embed(images[[1, 3]]))
-    assert extractor.embed(images[[0, 2]]).isnan().all() and extractor.embed(images[[0]]).shape == embedding[:1].shape
+    assert torch.equal(embedding[[1, 3]], extractor.extract(images[[1, 3]]).embedding)
+    assert (
+        extractor.extract(images[[0, 2]]).embedding.isnan().all()
+        and extractor.extract(images[[0]]).embedding.shape == embedding[:1].shape
+    )
 
 
 def test_alignment_is_that_of_opencv(pooling):
@@ -97,8 +99,10 @@ def test_alignment_is_that_of_opencv(pooling):
 
 def test_sface_is_its_network_on_the_aligned_face_in_rgb_of_0_to_255(pooling):
     images = images_of(3, 120)
-    by_onnxruntime = FaceRecognition(pooling, mean=(0, 0, 0), std=(1 / 255,) * 3, detector=Found()).embed(images)
-    by_opencv = SFace(pooling, detector=Found()).embed(images)
+    by_onnxruntime = (
+        FaceRecognition(pooling, mean=(0, 0, 0), std=(1 / 255,) * 3, detector=Found()).extract(images).embedding
+    )
+    by_opencv = SFace(pooling, detector=Found()).extract(images).embedding
     assert float((by_opencv * by_onnxruntime).sum(dim=1).min()) > 0.9999
     assert float((by_opencv * by_onnxruntime.roll(1, 0)).sum(dim=1).max()) < 0.999
 
@@ -190,7 +194,9 @@ def test_faces_of_one_person_are_told_from_those_of_others():
     files = [(i, file) for i, folder in enumerate(people) for file in sorted(folder.glob("*.jpg"))]
     extractor = FaceRecognition(str(SHARED / "models/mobilefacenet.onnx"), crop=LFW_CROP)
     pixels = [torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1) for _, file in files]
-    embeddings = torch.cat([extractor.embed(torch.stack(pixels[i : i + 32])) for i in range(0, len(pixels), 32)])
+    embeddings = torch.cat(
+        [extractor.extract(torch.stack(pixels[i : i + 32])).embedding for i in range(0, len(pixels), 32)]
+    )
     cosines = (embeddings.double() @ embeddings.double().T).numpy()
     who = np.array([person for person, _ in files])
     same = who[:, None] == who

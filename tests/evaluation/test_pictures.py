@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from lit_multiip.evaluation.pictures import labelled_grid, references_held_out_generated
+from lit_multiip.data.people import MiniFaces
+from lit_multiip.data.tasks import make_tasks
+from lit_multiip.evaluation.pictures import draw_tasks, labelled_grid, squares, to_picture
 
 
 def noise(side, seed=0):
@@ -80,11 +83,11 @@ def test_what_does_not_fit_is_refused(rows, row_labels, column_labels):
         labelled_grid(rows, row_labels, column_labels, 96)
 
 
-def test_rows_of_different_numbers_of_references_line_up():
-    images = [noise(96, seed) for seed in range(7)]
-    picture = references_held_out_generated(
-        [images[:2], images[2:3]], images[3:5], images[5:], ["Ann", "Bob"], 96, "after 100 steps"
-    )
-    assert all(contains(picture, image) for image in images)
-    with pytest.raises(ValueError):
-        references_held_out_generated([images], images[:2], images[:1], ["Ann"], 96)
+def test_a_task_is_a_row_of_its_references_its_held_out_photo_and_what_was_made():
+    [person] = MiniFaces(0, train=1, validation=1, test=1, photos=6).people()[:1]
+    [first, second] = tasks = make_tasks([person], references=3, held_out=2)
+    made = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    whole, cut = (draw_tasks(tasks, {"generated": made}, 64, "after 100 steps", most) for most in (None, 2))
+    assert whole.width - cut.width == 132  # 128 px and a gap
+    for image in (*squares([*first.references, first.held_out, second.held_out], 64), *map(to_picture, made)):
+        assert contains(whole, image.resize((128, 128), Image.Resampling.NEAREST))

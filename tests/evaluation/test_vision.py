@@ -71,7 +71,7 @@ def test_clip_is_the_models_own_cosine_of_image_and_prompt(clip):
     output = model(pixel_values=(images / 255 - mean) / std, **tokens)
     expected = (output.image_embeds * output.text_embeds).sum(dim=1)
     torch.testing.assert_close(extractor.prompt_agreement(images, prompts), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(extractor.embed(images), output.image_embeds, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(extractor.extract(images).embedding, output.image_embeds, rtol=1e-4, atol=1e-5)
     assert (extractor.name, extractor.num_features, extractor.likeness) == ("my_clip", WIDTH, "similarity")
 
 
@@ -85,11 +85,11 @@ def test_a_prompt_that_is_too_long_is_cut_off(clip):
 def test_dino_is_the_class_token_and_its_cosine(dino):
     extractor, images = DINO(str(dino)), images_of(3)
     tokens = ViTModel.from_pretrained(dino).eval()(pixel_values=images / 127.5 - 1).last_hidden_state[:, 0]
-    torch.testing.assert_close(extractor(images), tokens, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(extractor.embed(images), F.normalize(tokens, dim=1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(extractor.extract(images).features, tokens, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(extractor.extract(images).embedding, F.normalize(tokens, dim=1), rtol=1e-4, atol=1e-5)
     assert (extractor.num_features, extractor.name) == (TOWER["hidden_size"], "vit")
     assert extractor.prompt_agreement(images, ["a"] * 3).isnan().all()
-    assert extractor(images_of(2, 57)).shape == (2, TOWER["hidden_size"])  # any size
+    assert extractor.extract(images_of(2, 57)).features.shape == (2, TOWER["hidden_size"])  # any size
 
 
 def test_the_conditioning_encoder_is_recognised_by_its_weights(clip, tmp_path):

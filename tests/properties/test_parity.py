@@ -299,7 +299,7 @@ def test_fid_and_kid_of_images_are_torch_fidelitys(width, inception_weights):
         save_cpu_ram=True,
     )
     extractor = Inception(inception_weights, feature=width, antialias=False)  # which resizes as torch-fidelity does
-    features = extractor(real), extractor(fake)
+    features = extractor.extract(real).features, extractor.extract(fake).features
     assert fid(*features) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
     assert kid(*features) == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3, abs=2e-6)
     exact = kid_features_to_metric(*(rows.double() for rows in features), kid_subsets=1, kid_subset_size=8)

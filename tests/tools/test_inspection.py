@@ -229,9 +229,3 @@ def test_bars_are_as_long_as_their_values():
     tall, short, below = height(blue, 1), height(blue, 0), height(orange, 2)
     assert 28 <= tall <= 34 and abs(tall - 2 * short) <= 2 and abs(short - below) <= 2
     assert height(blue, 2) == height(orange, 0) == 0
-
-
-def test_a_strip_has_a_value_for_every_photo():
-    photos = [Image.new("RGB", (96, 96))] * 2
-    with pytest.raises(ValueError, match="1 values and 2 texts for 2 photos"):
-        photos_with_bars(photos, [Bars("loss", [1.0], ["a", "b"])], {}, 96, "Ann")

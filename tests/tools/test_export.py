@@ -291,7 +291,7 @@ def test_lora_goes_out_beside_the_adapter_and_comes_back_with_it(kind, request, 
     again = built(backbone, lora_rank=2, ip_adapter=str(tmp_path / "out" / ADAPTER))
     for name, parameter in model.trained_parameters().items():
         assert torch.equal(again.trained_parameters()[name], parameter), name
-    with pytest.raises(BackboneError, match=r"trained with LoRA of rank 2, and model.lora_rank is None"):
+    with pytest.raises(BackboneError, match=r"trained with LoRA of rank 2: set model.lora_rank=2, not None"):
         built(backbone, ip_adapter=str(tmp_path / "out" / ADAPTER))
 
 

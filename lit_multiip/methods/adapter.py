@@ -154,7 +154,7 @@ class MultiIPAdapter(Method):
         embeds = embeds * ~batch["drop_image"][:, None, None]  # zeros AFTER aggregation
         t = (batch["time"] * self.noise.config.num_train_timesteps).long()  # (B,)
         error = self.denoising_loss(x, batch["eps"], t, batch["text"], embeds)  # (B,)
-        loss = error.mean()
+        loss = (error * self.loss_weights(t)).mean()
         self.watch.loss(error, "loss", self.global_step, batch)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss

@@ -270,7 +270,7 @@ class DreamBooth(Method):
             of_class = size.expand((len(terms) - 1) * self.batch_size, *size.shape)
             text[name] = torch.cat([who.sizes[name].cpu()[draws[0].which], of_class]).to(self.device)
         x = self.latents(torch.cat(moments).to(self.device), latent_noise)
-        error = self.denoising_loss(x, eps, t, text)
+        error = self.denoising_loss(x, eps, t, text) * self.loss_weights(t)
         own, prior = error[: self.batch_size].mean(), error[self.batch_size :]
         return own, prior.mean() if len(prior) else torch.zeros_like(own)
 

@@ -207,14 +207,6 @@ def _changed(folder: Path) -> Path:
     return folder
 
 
-def test_a_checkpoint_from_before_encoders_were_recorded_still_loads(tiny_backbone):
-    checkpoint = {"state_dict": (model := built(tiny_backbone, None)).state_dict()}
-    model.on_save_checkpoint(checkpoint)
-    for key in ("image_encoder", "image_encoder_content", "lora_rank"):
-        del checkpoint["lit_multiip"][key]
-    built(tiny_backbone, None).on_load_checkpoint(checkpoint)
-
-
 def test_what_conditions_may_not_score(tiny_backbone, network, tmp_path):
     copied = str(shutil.copy(network, tmp_path / "copy.onnx"))
     other = str(write_pooling(tmp_path / "other.onnx", side=32))

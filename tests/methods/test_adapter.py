@@ -22,7 +22,7 @@ from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.data.people import MiniFaces
 from lit_multiip.datamodule import MultiPhotoData
-from lit_multiip.files import hash_file
+from lit_multiip.files import LitMultiIPError, hash_file
 from lit_multiip.finite import NonFiniteLoss, RequireFinite
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.aggregators import AvgPool, Concat, MaxPool, SelfAttention
@@ -146,6 +146,41 @@ def test_the_loss_is_the_epsilon_error_at_the_drawn_step(tiny_backbone, batch):
             ).sample
             expected.append(((predicted - item["eps"]) ** 2).mean())
     assert loss == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_min_snr_is_the_error_of_x0_times_the_snr_of_at_most_gamma(tmp_path, kind):
+    module = built(make_tiny_backbone(tmp_path / "own", prediction_type=kind), snr_gamma=5.0)
+    t = torch.tensor([0, 100, 400, 700, 999])
+    x, eps, wrong = torch.randn(3, 5, 4, 8, 8).unbind()
+    alpha = module.noise.alphas_cumprod[t].sqrt()[:, None, None, None]
+    sigma, snr = (1 - alpha**2).sqrt(), (alpha**2 / (1 - alpha**2)).flatten()
+    assert snr[0] > 5 > snr[-1] > 0
+    noised = module.noise.add_noise(x, eps, t)
+    # an error of the prediction, and the error of x0 that follows from it
+    error = wrong.square().mean(dim=(1, 2, 3))
+    x0 = (
+        (noised - sigma * (eps + wrong)) / alpha
+        if kind == "epsilon"
+        else alpha * noised - sigma * (module.noise.get_velocity(x, eps, t) + wrong)
+    )
+    expected = snr.clamp(max=5) * (x0 - x).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(error * module.loss_weights(t), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_snr_weighs_the_training_loss_and_not_the_validation_loss(tiny_backbone, batch, tasks, monkeypatch):
+    plain, weighted = built(tiny_backbone), built(tiny_backbone, snr_gamma=0.5)
+    batch["drop_image"][:] = False
+    logged: dict[str, list[float]] = {"plain": [], "weighted": []}
+    for name, module in (("plain", plain), ("weighted", weighted)):
+        monkeypatch.setattr(module, "log", lambda key, value, name=name, **_: logged[name].append(float(value)))
+        module.validation_step(tasks, 0)
+        logged[name].append(float(module.training_step(batch, 0).detach()))
+    assert logged["plain"][:-2] == logged["weighted"][:-2]
+    t = (batch["time"] * 1000).long()
+    assert logged["weighted"][-1] < logged["plain"][-1] and float(weighted.loss_weights(t).mean()) < 0.95
+    with pytest.raises(LitMultiIPError, match=r"model.snr_gamma=0.0 must be above 0: 5 is usual, null is eq. \(1\)"):
+        MultiIPAdapter(snr_gamma=0.0)
 
 
 def test_a_dropped_condition_is_zeros_after_aggregation(tiny_backbone, batch):

@@ -73,7 +73,8 @@ class MultiPhotoData(L.LightningDataModule):
         balance: `person` (every person gives N targets an epoch) or `photo` (every photo is a target once).
         target: `held_out`, or `reference` to train as the published single-photo IP-Adapter (references = 1).
         drop: probabilities of dropping image, text and both in training.
-        test_fraction: of the people, where neither the source nor a list decides.
+        test_fraction: of the people, where neither the source nor a list decides; 1 makes test people of everyone,
+            whatever these say, to score a finished run on other people.
         validation_fraction: of the training side.
         train_names: file with the names of training people, one a line (LFW's people files, too).
         validation_names: likewise.
@@ -198,6 +199,7 @@ class MultiPhotoData(L.LightningDataModule):
             return
         if self.split is None:
             self.split = self._split()
+        self._refuse_empty_sides(stage)
         if stage == "predict":
             person = self._find(self.person) if self.person else self.split.test[0]
             self._setup_predict(person, self._tested(person).references)
@@ -223,6 +225,17 @@ class MultiPhotoData(L.LightningDataModule):
         prompts = [photo.prompt for photo in (*training, *held_out)]
         varied = [vary(photo, v, self.augment) for photo in training for v in range(self.variants)]
         self._build([*varied, *references], [*varied, *held_out], prompts)
+
+    def _refuse_empty_sides(self, stage: str) -> None:
+        """Refuse to train, validate or score people of whom `test_fraction` = 1 leaves none."""
+        assert self.split is not None
+        sides = {"fit": ["train", "validation"], "validate": ["validation"], "test": [self.tested]}.get(stage, [])
+        for side in [] if self.per_person else sides:
+            if not getattr(self.split, side):
+                raise DataError(
+                    f"data.test_fraction={self.test_fraction} makes test people of everyone, and there are no {side} "
+                    f"people for {stage}: lower it, or set data.tested to test"
+                )
 
     def read_references(self, folder: str) -> tuple[Person, tuple[Photo, ...]]:
         """Read a folder with photos of one person, any number, and draw `references` of them."""
@@ -269,7 +282,7 @@ class MultiPhotoData(L.LightningDataModule):
         people = [_distinct(person) for person in people]
         people = self._cut(select_people(people, self.min_photos, None, self.seed))
         split = split_people(people, self.seed, self.test_fraction, self.validation_fraction, **self.names)
-        if self.training_people is not None:
+        if self.training_people is not None and split.train:
             split = replace(split, train=select_people(split.train, 2, self.training_people, self.seed))
         sizes = len(split.train), len(split.validation), len(split.test)
         logger.info("people: %d train, %d validation, %d test", *sizes)

@@ -11,11 +11,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from lit_multiip.backbone.faces import YUNET, FaceDetector, weights_file
+from lit_multiip.backbone.dlib_faces import detector_digest, load_detector
+from lit_multiip.backbone.faces import YUNET
 from lit_multiip.backbone.store import SHARD_ROWS, Shards
 from lit_multiip.data.people import Person
 from lit_multiip.data.photos import MIN_SIDE, DataError, Photo
-from lit_multiip.files import hash_file, hash_text
+from lit_multiip.files import hash_text
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class FaceCrop:
     faces. What was found is kept in the feature store.
 
     Args:
-        detector: of YuNet, a file or `org/repository/file.onnx` on the hub.
+        detector: `dlib`, or YuNet: its file or `org/repository/file.onnx` on the hub.
         size: side of the square by the longer side of the face's box; None takes the largest square of the photo.
     """
 
@@ -95,17 +96,16 @@ class FaceCrop:
 
     def find(self, photos: Sequence[Photo], cache_dir: str | Path) -> dict[Photo, np.ndarray]:
         """Return the row of every photo, as `box` takes it; find the faces that the store lacks, and keep them."""
-        digest = hash_file(weights_file(self.detector))[:16]
-        store = Shards(Path(cache_dir) / f"faces-{digest}")
+        store = Shards(Path(cache_dir) / f"faces-{detector_digest(self.detector)}")
         store.refresh()
         by_key = {photo.content_key(): photo for photo in photos}
         if missing := store.missing(by_key):
-            detector = FaceDetector(self.detector)
+            detector = load_detector(self.detector)
             rows: list[list[float]] = []
             for number, key in enumerate(tqdm(missing, "finding faces", unit="photo", delay=3), 1):
                 pixels = np.asarray(by_key[key].image())
-                found = detector.faces(pixels)  # (F, 15), the largest first
-                largest = found[0, :4] if len(found) else np.zeros(4)
+                found = detector.boxes(pixels)  # (F, 4), the largest first
+                largest = found[0] if len(found) else np.zeros(4)
                 rows.append([*largest, len(found), pixels.shape[1], pixels.shape[0]])
                 if len(rows) == SHARD_ROWS or number == len(missing):
                     store.add(missing[number - len(rows) : number], np.array(rows, dtype=np.float32))

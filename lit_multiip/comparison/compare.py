@@ -61,6 +61,7 @@ def compare(
     seeds: list[int] | None = None,
     only: list[str] | None = None,
     output: str = OUTPUT,
+    trained: str | None = None,
     processes: PositiveInt = 1,
     dry_run: bool = False,
 ) -> None:
@@ -77,13 +78,13 @@ def compare(
         seeds: training seeds of the rows that have them; [0] by default. Data, split and test tasks stay the same.
         only: run these rows; the report is of all that is there.
         output: the folder to write; finished steps in it are kept.
+        trained: folder of a finished comparison of these rows, whose runs are tested and not trained again.
         processes: steps at a time, each with its share of the CPU cores and a log in its run's folder.
         dry_run: print the commands, and run none.
     """
     seeds = [0] if seeds is None else seeds
-    plan = Plan(
-        rows, reference, title, contrasts or [], configs or [], options or {}, test_options or {}, seeds, output
-    )
+    given = (contrasts or [], configs or [], options or {}, test_options or {}, seeds, output, trained)
+    plan = Plan(rows, reference, title, *given)
     plan.check(only)
     steps = make_steps(plan.expand(only), Inputs())
     if dry_run:
@@ -140,9 +141,9 @@ def make_steps(plan: Plan, inputs: Inputs) -> list[Step]:
 
             # what is trained, or was
             depends, begin = "", [*configs, *given]
-            if row.run is not None:
-                configs, depends = inputs.read_run(row.run)
-                begin = ["--run", row.run, *given]
+            if (earlier := plan.run_of(name, row, seed)) is not None:
+                configs, depends = inputs.read_run(earlier)
+                begin = ["--run", earlier, *given]
             elif row.fit:
                 depends = inputs.key("fit", begin)
                 if depends not in fitted:

@@ -52,7 +52,10 @@ def select_people(
 
 @dataclass(slots=True)
 class Split:
-    """Three groups of people; nobody is in two of them and none is empty, or `DataError` is raised."""
+    """Three groups of people; nobody is in two of them and none is empty, or `DataError` is raised.
+
+    Test people may stand alone: of people whom nobody trains on, none is needed for training and validation.
+    """
 
     train: list[Person]
     validation: list[Person]
@@ -60,7 +63,8 @@ class Split:
 
     def __post_init__(self) -> None:
         """Check that the sides are disjoint and that none is empty."""
-        for side in SIDES:
+        alone = not self.train and not self.validation
+        for side in SIDES[2:] if alone else SIDES:
             if not getattr(self, side):
                 sizes = ", ".join(f"{len(getattr(self, other))} {other}" for other in SIDES)
                 raise DataError(
@@ -85,10 +89,13 @@ def split_people(
     left out where both have one. Without a list, `test_fraction` of the people are drawn for test, and
     `validation_fraction` of the train side for validation. The order of `people` does not matter.
 
+    A `test_fraction` of 1 makes test people of everyone, whatever the source or lists say: people whom a finished run
+    is scored on.
+
     Args:
         people: whom to split; see `select_people`.
         seed: of the draws.
-        test_fraction: share of the people that is for test, in (0, 1); the paper's 2:1 is 1/3.
+        test_fraction: share of the people that is for test, in (0, 1); the paper's 2:1 is 1/3. Or 1, for everyone.
         validation_fraction: share of the train side that is for validation, in (0, 1).
         train_names: file with one name a line, or one of LFW's own (`peopleDevTrain.txt`), as are the next two.
         test_names: the same for test, such as LFW's `peopleDevTest.txt`.
@@ -99,10 +106,13 @@ def split_people(
             for a source that fixes its own split.
     """
     for name, fraction in (("test_fraction", test_fraction), ("validation_fraction", validation_fraction)):
-        if not 0 < fraction < 1:
-            raise DataError(f"{name} is {fraction}: it must lie between 0 and 1, both excluded")
+        if not 0 < fraction < 1 and (name, fraction) != ("test_fraction", 1):
+            also = "; 1 makes test people of everyone" if name == "test_fraction" else ""
+            raise DataError(f"{name} is {fraction}: it must lie between 0 and 1, both excluded{also}")
     people = sorted(people, key=lambda person: natural_key(person.name))
     check_names_differ(people)
+    if test_fraction == 1:
+        return Split([], [], people)
     given = {"train": train_names, "validation": validation_names, "test": test_names}
     lists = {side: path for side, path in given.items() if path is not None}
     if any(person.split for person in people):

@@ -20,7 +20,7 @@ from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.console import blame_config
 from lit_multiip.datamodule import MultiPhotoData, PredictArgs
-from lit_multiip.evaluation import faces, vision  # noqa: F401  so that a config may call their extractors by name
+from lit_multiip.evaluation import faces, onnx, vision  # noqa: F401  so that a config may call their extractors by name
 from lit_multiip.evaluation.callback import ScoreTest
 from lit_multiip.files import UsageError, only_writer
 from lit_multiip.finite import RequireFinite

@@ -232,10 +232,8 @@ class MultiPhotoData(L.LightningDataModule):
         sides = {"fit": ["train", "validation"], "validate": ["validation"], "test": [self.tested]}.get(stage, [])
         for side in [] if self.per_person else sides:
             if not getattr(self.split, side):
-                raise DataError(
-                    f"data.test_fraction={self.test_fraction} makes test people of everyone, and there are no {side} "
-                    f"people for {stage}: lower it, or set data.tested to test"
-                )
+                remedy = "set data.tested to test" if stage == "test" else "lower it"
+                raise DataError(f"data.test_fraction=1 makes test people of everyone, no {side} people: {remedy}")
 
     def read_references(self, folder: str) -> tuple[Person, tuple[Photo, ...]]:
         """Read a folder with photos of one person, any number, and draw `references` of them."""

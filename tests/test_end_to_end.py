@@ -166,6 +166,41 @@ def test_a_test_person_on_the_checkpoints_record_is_refused_in_one_line(fitted, 
     assert message.startswith("error: 1 of 3 test people were trained or validated on, such as 'test_000001'")
 
 
+def test_a_finished_run_is_scored_on_another_folder_of_people_all_of_them_test_people(
+    fitted, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for person in ("Ann", "Bo"):
+        for number in range(10):
+            file = tmp_path / "people" / person / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), (25 * number, 99, ord(person[0]))).save(file)
+    others = ["--data.source", "Folder", "--data.source.init_args.path", str(tmp_path / "people")]
+    others += ["--data.test_fraction", "1", "--score.output", str(tmp_path / "others")]
+    before = (run_of(fitted) / "test" / "metrics.json").read_bytes() if (run_of(fitted) / "test").exists() else b""
+    main(["test", "--run", str(run_of(fitted)), *others])
+    results = json.loads((tmp_path / "others" / "metrics.json").read_text())
+    assert results["protocol"]["people"] == 2 and results["protocol"]["tasks"] == 2
+    training = results["audit"]["training"]
+    assert (training["status"], training["people"], training["people_seen"], training["photos_seen"]) == (
+        *("recorded", 5, 0, 0),
+    )
+    assert {"SelfAttention", "other_person", "vae_round_trip"} <= {name.split("(")[0] for name in results["rows"]}
+    assert "real_vs_real" not in results["rows"]  # which takes photos of training people
+    assert not before or (run_of(fitted) / "test" / "metrics.json").read_bytes() == before
+
+    # somebody whom it was trained on is refused by name, and so is everything but a test
+    (tmp_path / "people" / "Bo").rename(tmp_path / "people" / "train_000001")
+    message = refusal(capsys, "test", "--run", str(run_of(fitted)), *others)
+    assert message.startswith("error: 1 of 2 test people were trained or validated on, such as 'train_000001'")
+    for command, options in (("test", ["--data.tested", "validation"]), ("validate", [])):
+        message = refusal(capsys, command, "--run", str(run_of(fitted)), *others, *options)
+        remedy = "set data.tested to test" if command == "test" else "lower it"
+        assert message.endswith(f"data.test_fraction=1 makes test people of everyone, no validation people: {remedy}")
+    message = refusal(capsys, "fit", "--config", str(run_of(fitted) / "config.yaml"), *others)
+    assert message.endswith("no train people: lower it")
+
+
 def validations(run: Path) -> list[int]:
     """The steps after which a fit validated."""
     events = EventAccumulator(str(run))

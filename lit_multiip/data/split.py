@@ -54,17 +54,18 @@ def select_people(
 class Split:
     """Three groups of people; nobody is in two of them and none is empty, or `DataError` is raised.
 
-    Test people may stand alone: of people whom nobody trains on, none is needed for training and validation.
+    Attributes:
+        test_alone: whether there are test people alone, and nobody to train on.
     """
 
     train: list[Person]
     validation: list[Person]
     test: list[Person]
+    test_alone: bool = False
 
     def __post_init__(self) -> None:
         """Check that the sides are disjoint and that none is empty."""
-        alone = not self.train and not self.validation
-        for side in SIDES[2:] if alone else SIDES:
+        for side in SIDES[2:] if self.test_alone else SIDES:
             if not getattr(self, side):
                 sizes = ", ".join(f"{len(getattr(self, other))} {other}" for other in SIDES)
                 raise DataError(
@@ -112,7 +113,7 @@ def split_people(
     people = sorted(people, key=lambda person: natural_key(person.name))
     check_names_differ(people)
     if test_fraction == 1:
-        return Split([], [], people)
+        return Split([], [], people, test_alone=True)
     given = {"train": train_names, "validation": validation_names, "test": test_names}
     lists = {side: path for side, path in given.items() if path is not None}
     if any(person.split for person in people):

@@ -27,7 +27,7 @@ from lit_multiip.backbone.faces import (
 from lit_multiip.backbone.onnx import IMAGENET_MEAN, IMAGENET_STD, Pixels, import_faces, weights_file
 from lit_multiip.evaluation.extractors import Extraction, Extractor
 from lit_multiip.evaluation.reading import FaceReader
-from lit_multiip.files import LitMultiIPError, hash_file, hash_text, package_file
+from lit_multiip.files import LitMultiIPError, first_line, hash_file, hash_text, package_file
 
 SFACE = "opencv/face_recognition_sface/face_recognition_sface_2021dec.onnx"
 
@@ -179,7 +179,6 @@ def read_mean(file: Path) -> npt.NDArray[np.float32]:
         if values.shape != (128,) or not np.isfinite(values).all():
             raise ValueError(f"it holds {values.dtype} of shape {values.shape}")
     except (OSError, ValueError, TypeError) as error:
-        raise LitMultiIPError(
-            f"'{file}' is no mean of dlib's descriptors ({error}): give .npy of 128 numbers"
-        ) from error
+        reason = first_line(error)
+        raise LitMultiIPError(f"'{file}' is no mean of dlib's descriptors ({reason}): give a .npy of 128") from error
     return np.asarray(values, dtype=np.float32)

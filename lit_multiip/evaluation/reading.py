@@ -50,21 +50,21 @@ class Attribute:
 # The one table. Left and right are the viewer's. The order is that of a prompt's words.
 ATTRIBUTES: dict[str, Attribute] = {
     "expression": Attribute(  # width of the mouth by the distance of the outer corners of the eyes
-        {"serious": (-INF, 0.56), "smiling": (0.74, INF)}, {"serious": "with a serious look", "smiling": "smiling"}
+        {"serious": (-INF, 0.57), "smiling": (0.72, INF)}, {"serious": "with a serious look", "smiling": "smiling"}
     ),
     "mouth": Attribute(  # gap between the lips by the width of the mouth
-        {"closed": (-INF, 0.03), "open": (0.14, INF)}, {"closed": "with a closed mouth", "open": "with an open mouth"}
+        {"closed": (-INF, 0.04), "open": (0.12, INF)}, {"closed": "with a closed mouth", "open": "with an open mouth"}
     ),
     "turn": Attribute(  # the nose's way from the middle of the eyes, along their line, by their distance
-        {"left": (-INF, -0.2), "front": (-0.07, 0.07), "right": (0.2, INF)},
+        {"left": (-INF, -0.17), "front": (-0.08, 0.08), "right": (0.17, INF)},
         {"left": "looking to the left", "front": "facing the camera", "right": "looking to the right"},
     ),
     "tilt": Attribute(  # degrees of the eyes' line
-        {"left": (-INF, -9), "upright": (-4, 4), "right": (9, INF)},
+        {"left": (-INF, -7), "upright": (-3, 3), "right": (7, INF)},
         {"left": "with the head tilted to the left", "right": "with the head tilted to the right"},
     ),
     "background": Attribute(  # grey level of the upper corners
-        {"dark": (-INF, 60), "bright": (150, INF)},
+        {"dark": (-INF, 70), "bright": (140, INF)},
         {"dark": "in front of a dark background", "bright": "in front of a bright background"},
     ),
     "colours": Attribute(  # mean of the largest less the smallest channel, of 1

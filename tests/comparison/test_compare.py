@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from commands import refusal
 from onnx_file import write_pooling
@@ -17,7 +18,7 @@ from PIL import Image
 from lit_multiip.__main__ import main
 from lit_multiip.comparison import compare as module
 from lit_multiip.comparison.compare import Inputs, make_steps
-from lit_multiip.comparison.plan import Contrast, Plan, Row
+from lit_multiip.comparison.plan import CompareError, Contrast, Plan, Row
 from lit_multiip.comparison.steps import Step, run_steps
 from lit_multiip.files import hash_file
 
@@ -167,6 +168,40 @@ def test_rows_that_are_trained_alike_share_a_training(config, tmp_path):
     assert [(s.row, s.command) for s in steps] == [("a", "fit"), ("a", "test"), ("b", "test")]
     assert steps[2].arguments[:2] == ["--run", str(steps[0].run)] and steps[2].run == tmp_path / "b" / "version_0"
     assert steps[1].key != steps[2].key
+
+
+def test_another_folder_of_people_is_scored_by_the_runs_of_a_finished_comparison(config, tmp_path):
+    rows = {
+        "one": Row([config], "One", fit=True, seeds=True),
+        "alike": Row([config], "Alike", fit=True, seeds=True, test_options={"model.sampling.steps": 3}),
+        "published": Row([config], "Published"),
+    }
+    first, second = tmp_path / "first", tmp_path / "second"
+    others = {"test_options": {"data.test_fraction": 1}, "trained": str(first), "seeds": (0, 1)}
+    with pytest.raises(CompareError, match=r"is no comparison: give --trained a folder"):
+        Plan(rows, "one", output=str(second), **others).check()
+    for step in steps_of(rows, first, seeds=(0, 1)):
+        step.run.mkdir(parents=True, exist_ok=True)
+        if step.command == "fit":
+            (step.run / "config.yaml").write_text("trainer: {max_steps: 5}\n")
+            (step.run / "checkpoints").mkdir()
+            torch.save({"global_step": 5, "callbacks": {}}, step.run / "checkpoints" / "last.ckpt")
+        else:
+            step.stamp.write_text(json.dumps({"command": ["test", *step.arguments]}))
+    (first / "plan.json").write_text("{}")
+    steps = steps_of(rows, second, **others)
+    assert {step.command for step in steps} == {"test"}
+    tested = {(step.row, step.seed): step.arguments[1] for step in steps if step.row != "published"}
+    own = {seed: str(first / "one" / f"version_{seed}") for seed in (0, 1)}
+    assert tested == {(name, seed): own[seed] for name in ("one", "alike") for seed in (0, 1)}  # they shared one
+    assert all("--data.test_fraction=1" in step.arguments for step in steps)
+    assert all(step.run.is_relative_to(second) for step in steps)
+
+    shutil.rmtree(first / "one" / "version_1")
+    with pytest.raises(CompareError, match=r"version_1' holds no finished run: finish the comparison"):
+        steps_of({"one": rows["one"]}, second, **others)
+    with pytest.raises(CompareError, match=r"--trained and --output are both"):
+        Plan(rows, "one", output=str(first), trained=str(first)).check()
 
 
 def test_a_grid_is_a_row_for_every_combination_and_its_first_is_the_default(config, tmp_path):

@@ -229,8 +229,8 @@ class MultiPhotoData(L.LightningDataModule):
     def _refuse_empty_sides(self, stage: str) -> None:
         """Refuse to train, validate or score people of whom `test_fraction` = 1 leaves none."""
         assert self.split is not None
-        sides = {"fit": ["train", "validation"], "validate": ["validation"], "test": [self.tested]}.get(stage, [])
-        for side in [] if self.per_person else sides:
+        sides = {"fit": ("train", "validation"), "validate": ("validation",), "test": (self.tested,)}.get(stage, ())
+        for side in () if self.per_person and stage != "test" else sides:
             if not getattr(self.split, side):
                 remedy = "set data.tested to test" if stage == "test" else "lower it"
                 raise DataError(f"data.test_fraction=1 makes test people of everyone, no {side} people: {remedy}")

@@ -145,7 +145,8 @@ def _split_by_source(people: Sequence[Person], lists: Mapping[str, str]) -> Spli
             f"the source fixes the split of some people only ({shorten(unknown)}): give everyone one of "
             f"{', '.join(SIDES)}, or nobody"
         )
-    return Split(*([person for person in people if person.split == side] for side in SIDES))
+    train, validation, test = ([person for person in people if person.split == side] for side in SIDES)
+    return Split(train, validation, test)
 
 
 def _split_by_lists(people: Sequence[Person], lists: Mapping[str, str]) -> dict[str, list[Person]]:

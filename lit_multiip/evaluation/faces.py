@@ -169,7 +169,7 @@ def mean_descriptor(images: Iterable[Pixels], side: int = 320) -> npt.NDArray[np
     found = [row for row in map(describe, images) if row is not None]
     if not found:
         raise LitMultiIPError("no face was found in any image: a mean descriptor needs photos of people")
-    return np.mean(found, axis=0, dtype=np.float64).astype(np.float32)
+    return np.asarray(np.stack(found).mean(axis=0, dtype=np.float64), dtype=np.float32)
 
 
 def read_mean(file: Path) -> npt.NDArray[np.float32]:

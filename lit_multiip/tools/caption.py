@@ -121,7 +121,7 @@ def caption(
     """
     if batch_size < 1 or (max_new_tokens is not None and max_new_tokens < 1):
         raise DataError(f"batch_size is {batch_size} and max_new_tokens {max_new_tokens}: give at least 1 of each")
-    options = {
+    options: dict[str, dict[str, Any]] = {
         "landmarks": {"detector": detector, "words": words},
         "model": {"model": model, "max_new_tokens": max_new_tokens, "device": device},
     }

@@ -217,7 +217,7 @@ def test_captions_by_landmarks_say_what_is_proven_and_name_photos_without_a_face
         (["--by", "landmarks", "--words", "absent.yaml"], "absent.yaml cannot be read"),
         (
             ["--by", "landmarks", "--words", "list.yaml"],
-            "words 'list.yaml' are ['a']: write attribute, class and words",
+            "words 'list.yaml' are ['a']: write",
         ),
         (["--by", "landmarks", "--detector", "absent.onnx"], "no file 'absent.onnx'"),
     ],

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from lit_multiip.backbone.face_crop import FaceCrop
+from lit_multiip.backbone.face_crop import FaceCrop, find_faces
+from lit_multiip.backbone.face_weight import FaceMaps, FaceWeight
 from lit_multiip.backbone.features import Features
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.checking import check_photos
@@ -98,6 +99,7 @@ class MultiPhotoData(L.LightningDataModule):
         predict: what `predict` draws.
         person: whom fit learns, where the method learns one person; whom predict draws.
         crop: cut every photo to a square at its face, for encoders and scores alike; None takes its central square.
+        face_weight: weigh the training loss more in the target's face; None weighs all places alike.
     """
 
     def __init__(
@@ -134,6 +136,7 @@ class MultiPhotoData(L.LightningDataModule):
         crop: FaceCrop | None = None,
         variants: int = 1,
         augment: Callable[[Any], Any] | None = None,
+        face_weight: FaceWeight | None = None,
     ) -> None:
         super().__init__()
         if variants < 1 or (variants > 1) != (augment is not None):
@@ -166,7 +169,8 @@ class MultiPhotoData(L.LightningDataModule):
         self.cache_dir, self.encode_batch_size, self.seed = cache_dir, encode_batch_size, seed
         self.training_seed = seed if training_seed is None else training_seed
         self.predict_args, self.person = predict or PredictArgs(), person
-        self.variants, self.augment = variants, augment
+        self.variants, self.augment, self.face_weight = variants, augment, face_weight
+        self.face_maps: FaceMaps | None = None
         self.per_person = False  # setup asks the trainer's module
         self.split: Split | None = None
         self.features: Features | None = None
@@ -183,7 +187,8 @@ class MultiPhotoData(L.LightningDataModule):
         if self.crop is not None:
             chosen = select_people(people, self.min_photos, self.max_people, self.seed)
             readable = check_photos(chosen, self.on_unreadable)
-            self.crop.find([photo for person in readable for photo in person.photos], self.cache_dir)
+            photos = [photo for person in readable for photo in person.photos]
+            find_faces(self.crop.detector, photos, self.cache_dir)
 
     def setup(self, stage: str) -> None:
         """Choose and split the people, then encode what this stage will need."""
@@ -193,6 +198,8 @@ class MultiPhotoData(L.LightningDataModule):
             raise DataError(f"data.person='{self.person}' is for methods that learn one person: leave it out of fit")
         if stage == "fit" and self.per_person and self.variants > 1:
             raise DataError("data.variants is for methods that train on held-out groups: leave it and augment out")
+        if stage != "predict" and self.per_person and self.face_weight is not None:
+            raise DataError("data.face_weight is for methods that train on held-out groups: leave it out")
         if stage == "predict" and self.predict_args.photos is not None:
             self._setup_predict(*self.read_references(self.predict_args.photos))
             return
@@ -223,6 +230,8 @@ class MultiPhotoData(L.LightningDataModule):
         prompts = [photo.prompt for photo in (*training, *held_out)]
         varied = [vary(photo, v, self.augment) for photo in training for v in range(self.variants)]
         self._build([*varied, *references], [*varied, *held_out], prompts)
+        if stage == "fit" and self.face_weight is not None:
+            self.face_maps = self._find_maps(self.face_weight, varied)
 
     def read_references(self, folder: str) -> tuple[Person, tuple[Photo, ...]]:
         """Read a folder with photos of one person, any number, and draw `references` of them."""
@@ -302,6 +311,15 @@ class MultiPhotoData(L.LightningDataModule):
             strategy.barrier("features")
         self.features.refresh()
 
+    def _find_maps(self, face_weight: FaceWeight, targets: Sequence[Photo]) -> FaceMaps:
+        """Find the faces of the targets, on rank 0 first."""
+        rank, _ = self._rank_and_world()
+        if rank == 0:
+            maps = face_weight.maps(targets, self.backbone, self.cache_dir)
+        if self.trainer is not None:
+            self.trainer.strategy.barrier("faces")
+        return maps if rank == 0 else face_weight.maps(targets, self.backbone, self.cache_dir)
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of `HeldOutGroups` items; its own sampler serves all ranks (`use_distributed_sampler: false`)."""
         assert self.split is not None and self.features is not None
@@ -309,7 +327,7 @@ class MultiPhotoData(L.LightningDataModule):
             item = reference_set(self.tuning.person, self.tuning.references, self.features)
             return DataLoader(OnePerson(item), batch_size=1)
         references = 1 if self.target == "reference" else self.references
-        choices = (self.balance, self.target, self.drop, self.variants, self.augment)
+        choices = (self.balance, self.target, self.drop, self.variants, self.augment, self.face_maps)
         groups = HeldOutGroups(self.split.train, self.features, self.training_seed, references, *choices)
         rank, world = self._rank_and_world()
         sampler = EpochSampler(len(groups), self.training_seed, rank, world, self._start(len(groups) // world))

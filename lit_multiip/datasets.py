@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, default_collate
 
 from lit_multiip.backbone.encoders import replace_missing
+from lit_multiip.backbone.face_weight import FaceMaps
 from lit_multiip.backbone.features import Features
 from lit_multiip.data.groups import Balance, Group, Target, draw_references, held_out_group, stable_hash
 from lit_multiip.data.people import Person
@@ -35,6 +36,7 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         drop: probabilities to drop the image condition, the text, and both (published: 5 % each).
         variants: of a photo, one of which is drawn each time that it is a target or a reference.
         augment: makes variants 1 .. `variants` - 1; variant 0 is the photo itself.
+        face_maps: of all targets; None makes no `loss_map`.
     """
 
     def __init__(
@@ -48,8 +50,9 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         drop: tuple[float, float, float] = (0.05, 0.05, 0.05),
         variants: int = 1,
         augment: Augment | None = None,
+        face_maps: FaceMaps | None = None,
     ) -> None:
-        self.variants, self.augment = variants, augment
+        self.variants, self.augment, self.face_maps = variants, augment, face_maps
         self.people, self.features, self.seed = people, features, seed
         self.references, self.target, self.drop = references, target, drop
         counts = [references + 1 if balance == "person" else len(person.photos) for person in people]
@@ -86,6 +89,7 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
             drop_image: whether the image condition is dropped, () bool.
             time: t / T in [0, 1), () float64.
             latent_noise, eps: standard normal, (C, h, w); the posterior's and the diffusion's.
+            loss_map: with `face_maps`, weights of the places of the loss, (h, w) of mean 1.
         """
         epoch, index = key
         target, references = self.draw(epoch, index)
@@ -110,7 +114,7 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
             "time": torch.tensor(rng.random(), dtype=torch.float64),
             "latent_noise": torch.randn(shape, generator=generator),
             "eps": torch.randn(shape, generator=generator),
-        }
+        } | ({} if self.face_maps is None else {"loss_map": self.face_maps(target)})
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

@@ -294,6 +294,7 @@ def identity_by_seconds(comparison: Comparison, extractor: str) -> Figure | None
             style: dict[str, Any] = {"fmt": "os^Dv"[repeats % 5], "color": PALETTE[place], "label": title, "capsize": 2}
             axes.errorbar([seconds], [score.value], yerr=bars, **style)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")  # its own writes powers as formulas
         axes.set(xlabel="seconds to personalise, a person", ylabel=f"identity by {extractor} (higher is better)")
         figure.legend(loc="outside lower left", frameon=False)
     return figure

@@ -133,7 +133,7 @@ def test_identity_stands_against_the_seconds_a_person_takes(loaded, tmp_path):
     people = comparison.protocol["people"]
     expected = [comparison.scores[row]["identity_held_out/critic"].value for row in ("ip_adapter", "avg_pool")]
     assert np.allclose(points, [(0.6 / people, expected[0]), (600 / people, expected[1])])
-    assert axes.get_xscale() == "log"
+    assert axes.get_xscale() == "log" and "100" in [label.get_text() for label in axes.get_xticklabels()]
     score = comparison.scores["avg_pool"]["identity_held_out/critic"]
     [bar] = axes.containers[1].lines[2][0].get_segments()
     assert np.allclose(bar[:, 1], (score.low, score.high))

@@ -28,7 +28,7 @@ class IdentityNetwork(nn.Module, ABC):
             images: RGB in 0..255, not rounded, (B, 3, H, W) float32.
         """
 
-    def train(self, mode: bool = True) -> IdentityNetwork:
+    def train(self, mode: bool = True) -> Any:
         """Stay in evaluation mode, also inside a module that is put into training mode."""
         return super().train(False)
 

@@ -267,7 +267,10 @@ class Method(L.LightningModule):
         alpha_bar = self.noise.alphas_cumprod.to(x.device)[t][:, None, None, None]
         alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         noised = self.noise.add_noise(x, eps, t)
-        return alpha * noised - sigma * predicted if self.predicts_velocity else (noised - sigma * predicted) / alpha
+        x0: Tensor = (
+            alpha * noised - sigma * predicted if self.predicts_velocity else (noised - sigma * predicted) / alpha
+        )
+        return x0
 
     def loss_weights(self, t: Tensor) -> Tensor:
         """Return the weight of a sample's loss at its timestep, Min-SNR of arXiv 2303.09556 with gamma = `snr_gamma`.
@@ -283,7 +286,7 @@ class Method(L.LightningModule):
         """
         if self.snr_gamma is None:
             return torch.ones(len(t), device=t.device)
-        snr = compute_snr(self.noise, t)  # (B,)
+        snr: Tensor = compute_snr(self.noise, t)  # type: ignore[no-untyped-call]  # (B,)
         if self.predicts_velocity:
             return snr.clamp(max=self.snr_gamma) / (snr + 1)
         return (self.snr_gamma / snr).clamp(max=1)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from lit_multiip.backbone.face_crop import FaceCrop
+from lit_multiip.backbone.face_crop import FaceCrop, find_faces
+from lit_multiip.backbone.face_weight import FaceMaps, FaceWeight
 from lit_multiip.backbone.features import Features
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.checking import check_photos
@@ -21,7 +22,7 @@ from lit_multiip.data.groups import Balance, Target, draw_references, stable_has
 from lit_multiip.data.people import MiniFaces, PeopleSource, Person, read_person
 from lit_multiip.data.photos import DataError, Photo, distinct_photos
 from lit_multiip.data.split import Split, select_people, split_people
-from lit_multiip.data.tasks import Task, make_tasks
+from lit_multiip.data.tasks import Task, add_intruders, make_tasks
 from lit_multiip.data.variants import describe_augment, vary
 from lit_multiip.datasets import (
     EpochSampler,
@@ -73,8 +74,7 @@ class MultiPhotoData(L.LightningDataModule):
         balance: `person` (every person gives N targets an epoch) or `photo` (every photo is a target once).
         target: `held_out`, or `reference` to train as the published single-photo IP-Adapter (references = 1).
         drop: probabilities of dropping image, text and both in training.
-        test_fraction: of the people, where neither the source nor a list decides; 1 makes test people of everyone,
-            whatever these say, to score a finished run on other people.
+        test_fraction: of the people, where neither source nor list decides; 1 makes test people of all in any case.
         validation_fraction: of the training side.
         train_names: file with the names of training people, one a line (LFW's people files, too).
         validation_names: likewise.
@@ -94,11 +94,13 @@ class MultiPhotoData(L.LightningDataModule):
         variants: of every training photo, encoded once like any photo; 1 takes the photos alone.
         augment: makes a photo's variants but the first, which is the photo itself; such as
             `torchvision.transforms.v2.RandomHorizontalFlip`.
+        intruders: so many of a person's references are photos of other people, in tests; in training 0 to so many.
         seed: of the split, the groups and the tasks.
         training_seed: of the training groups alone, for several trainings on one protocol; None takes `seed`.
         predict: what `predict` draws.
         person: whom fit learns, where the method learns one person; whom predict draws.
         crop: cut every photo to a square at its face, for encoders and scores alike; None takes its central square.
+        face_weight: weigh the training loss more in the target's face; None weighs all places alike.
     """
 
     def __init__(
@@ -135,6 +137,8 @@ class MultiPhotoData(L.LightningDataModule):
         crop: FaceCrop | None = None,
         variants: int = 1,
         augment: Callable[[Any], Any] | None = None,
+        intruders: int = 0,
+        face_weight: FaceWeight | None = None,
     ) -> None:
         super().__init__()
         if variants < 1 or (variants > 1) != (augment is not None):
@@ -167,7 +171,9 @@ class MultiPhotoData(L.LightningDataModule):
         self.cache_dir, self.encode_batch_size, self.seed = cache_dir, encode_batch_size, seed
         self.training_seed = seed if training_seed is None else training_seed
         self.predict_args, self.person = predict or PredictArgs(), person
-        self.variants, self.augment = variants, augment
+        self.variants, self.augment, self.intruders = variants, augment, intruders
+        self.face_weight = face_weight
+        self.face_maps: FaceMaps | None = None  # of the training photos, once fit is set up
         self.per_person = False  # setup asks the trainer's module
         self.split: Split | None = None
         self.features: Features | None = None
@@ -184,7 +190,8 @@ class MultiPhotoData(L.LightningDataModule):
         if self.crop is not None:
             chosen = select_people(people, self.min_photos, self.max_people, self.seed)
             readable = check_photos(chosen, self.on_unreadable)
-            self.crop.find([photo for person in readable for photo in person.photos], self.cache_dir)
+            photos = [photo for person in readable for photo in person.photos]
+            find_faces(self.crop.detector, photos, self.cache_dir)
 
     def setup(self, stage: str) -> None:
         """Choose and split the people, then encode what this stage will need."""
@@ -194,6 +201,10 @@ class MultiPhotoData(L.LightningDataModule):
             raise DataError(f"data.person='{self.person}' is for methods that learn one person: leave it out of fit")
         if stage == "fit" and self.per_person and self.variants > 1:
             raise DataError("data.variants is for methods that train on held-out groups: leave it and augment out")
+        if stage == "fit" and self.per_person and self.intruders:
+            raise DataError("data.intruders is for methods that train on held-out groups, and for tests: leave it out")
+        if stage != "predict" and self.per_person and self.face_weight is not None:
+            raise DataError("data.face_weight is for methods that train on held-out groups: leave it out")
         if stage == "predict" and self.predict_args.photos is not None:
             self._setup_predict(*self.read_references(self.predict_args.photos))
             return
@@ -217,6 +228,7 @@ class MultiPhotoData(L.LightningDataModule):
         if stage == "test":
             people = select_people(getattr(self.split, self.tested), 2, self.tested_people, self.seed)
             self.tasks = make_tasks(people, self.references, self.held_out, self.seeds, self.seed)
+            self.tasks = add_intruders(self.tasks, self.intruders, self.seed)
         tasks = [*self.validation_tasks, *self.tasks]
         self.strangers = self._find_stranger(self.validation_tasks) | self._find_stranger(self.tasks)
         references = [photo for task in tasks for photo in task.references]
@@ -225,10 +237,11 @@ class MultiPhotoData(L.LightningDataModule):
         prompts = [photo.prompt for photo in (*training, *held_out)]
         varied = [vary(photo, v, self.augment) for photo in training for v in range(self.variants)]
         self._build([*varied, *references], [*varied, *held_out], prompts)
+        if stage == "fit" and self.face_weight is not None:
+            self.face_maps = self.face_weight.maps(varied, self.backbone, self.cache_dir)
 
     def _refuse_empty_sides(self, stage: str) -> None:
         """Refuse to train, validate or score people of whom `test_fraction` = 1 leaves none."""
-        assert self.split is not None
         sides = {"fit": ("train", "validation"), "validate": ("validation",), "test": (self.tested,)}.get(stage, ())
         for side in () if self.per_person and stage != "test" else sides:
             if not getattr(self.split, side):
@@ -320,7 +333,7 @@ class MultiPhotoData(L.LightningDataModule):
             item = reference_set(self.tuning.person, self.tuning.references, self.features)
             return DataLoader(OnePerson(item), batch_size=1)
         references = 1 if self.target == "reference" else self.references
-        choices = (self.balance, self.target, self.drop, self.variants, self.augment)
+        choices = (self.balance, self.target, self.drop, self.variants, self.augment, self.intruders, self.face_maps)
         groups = HeldOutGroups(self.split.train, self.features, self.training_seed, references, *choices)
         rank, world = self._rank_and_world()
         sampler = EpochSampler(len(groups), self.training_seed, rank, world, self._start(len(groups) // world))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -129,10 +129,10 @@ class FaceReader:
         points = self.detector.points(pixels)
         return None if points is None else measure(pixels, points)
 
-    def caption(self, image: Image.Image) -> str | None:
-        """Return what is proven of an RGB image, such as "smiling, facing the camera"; None where no face is found."""
-        values = self.measure(np.asarray(image))
-        return None if values is None else self.describe(values)
+    def __call__(self, images: Sequence[Image.Image]) -> list[str | None]:
+        """Return what is proven of RGB images, such as "smiling, facing the camera"; None where no face is found."""
+        measured = [self.measure(np.asarray(image)) for image in images]
+        return [None if values is None else self.describe(values) for values in measured]
 
     def describe(self, values: Measures) -> str:
         """Return the words for what values prove; it is empty if they prove nothing."""

@@ -135,10 +135,7 @@ def caption(
         return
     captioner: Captioner
     if by == "landmarks":
-        reader = FaceReader(load_detector(detector or DLIB), read_words(words))
-
-        def captioner(images: Sequence[Image.Image]) -> list[str | None]:
-            return [reader.caption(image) for image in images]
+        captioner = FaceReader(load_detector(detector or DLIB), read_words(words))
     else:
         captioner = ImageToText(model or MODEL, prefix, max_new_tokens or MAX_NEW_TOKENS, device)
     outcome = caption_photos(people, captioner, prefix, batch_size, overwrite)

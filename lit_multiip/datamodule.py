@@ -213,8 +213,7 @@ class MultiPhotoData(L.LightningDataModule):
                 self.split.validation, self.references, self.validation_held_out, 1, self.seed
             )
         if stage == "test":
-            people = select_people(getattr(self.split, self.tested), 2, self.tested_people, self.seed)
-            self.tasks = make_tasks(people, self.references, self.held_out, self.seeds, self.seed)
+            self.draw_tasks()
         tasks = [*self.validation_tasks, *self.tasks]
         self.strangers = self._find_stranger(self.validation_tasks) | self._find_stranger(self.tasks)
         references = [photo for task in tasks for photo in task.references]
@@ -223,6 +222,14 @@ class MultiPhotoData(L.LightningDataModule):
         prompts = [photo.prompt for photo in (*training, *held_out)]
         varied = [vary(photo, v, self.augment) for photo in training for v in range(self.variants)]
         self._build([*varied, *references], [*varied, *held_out], prompts)
+
+    def draw_tasks(self) -> list[Task]:
+        """Draw the tasks of a test, and encode nothing."""
+        if self.split is None:
+            self.split = self._split()
+        people = select_people(getattr(self.split, self.tested), 2, self.tested_people, self.seed)
+        self.tasks = make_tasks(people, self.references, self.held_out, self.seeds, self.seed)
+        return self.tasks
 
     def read_references(self, folder: str) -> tuple[Person, tuple[Photo, ...]]:
         """Read a folder with photos of one person, any number, and draw `references` of them."""

@@ -15,7 +15,7 @@ from lit_multiip.cli import CLI
 from lit_multiip.console import errors_in_one_line, set_up_logging
 from lit_multiip.tools.export import export
 from lit_multiip.tools.inspection import inspect
-from lit_multiip.tools.outside import score, tasks
+from lit_multiip.tools.outside import score_images, write_tasks
 
 PROGRAM = "python -m lit_multiip"
 PLAIN = {  # functions that need no model and no data: where they are, and what they do
@@ -40,7 +40,8 @@ class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 class CommandTrainer(Trainer):
     """The Trainer, with the commands that look at a run or take it away."""
 
-    inspect, export, tasks, score = inspect, export, tasks, score
+    inspect, export = inspect, export
+    tasks, score = write_tasks, score_images  # a function called score would clash with the options of `score`
 
 
 class Commands(CLI):

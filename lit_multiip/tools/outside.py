@@ -38,7 +38,7 @@ class ImagesError(LitMultiIPError):
 # ---- what is to be drawn ------------------------------------------------------------------------------------------
 
 
-def tasks(
+def write_tasks(
     trainer: Trainer,
     model: Any,
     datamodule: Any,
@@ -113,7 +113,7 @@ def write_references(folder: Path, tasks: Sequence[Task]) -> dict[str, list[str]
 # ---- what was drawn -----------------------------------------------------------------------------------------------
 
 
-def score(
+def score_images(
     trainer: Trainer,
     model: Any,
     datamodule: Any,

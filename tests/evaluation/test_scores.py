@@ -67,7 +67,7 @@ def test_of_several_references_the_published_score_takes_the_one_that_is_copied(
     ]
     expected = [published_copy_paste(*triplet) for triplet in zip(g, t, closest, strict=True)]
     assert copy_paste(g, t, references) == pytest.approx(expected, abs=1e-9)
-    assert copy_paste(g, t, references[:, ::-1]) == pytest.approx(expected, abs=1e-9)
+    assert copy_paste(g, t, references[:, ::-1].copy()) == pytest.approx(expected, abs=1e-9)
     references[:, 1:] = np.nan  # faces that were not found
     alone = [published_copy_paste(*triplet) for triplet in zip(g, t, references[:, 0], strict=True)]
     assert copy_paste(g, t, references) == pytest.approx(alone, abs=1e-9)

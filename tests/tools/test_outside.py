@@ -48,7 +48,7 @@ def wanted(folder: Path) -> list[dict]:
 
 def copy_out(folder: Path, target: Path) -> tuple[Path, str]:
     """The images of the test in `folder` under the names that `tasks` gave them, and the method's name."""
-    [test] = folder.glob("runs/*/version_0/test")
+    test = folder / "runs" / "avg_pool" / "version_0" / "test"
     metrics, lines = read(test)
     method = metrics["describe"]["method"]
     own = [line for line in lines if line["row"] == method]

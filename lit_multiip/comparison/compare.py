@@ -157,7 +157,8 @@ def make_steps(plan: Plan, inputs: Inputs) -> list[Step]:
             command: Literal["test", "score"] = "test" if row.images is None else "score"
             if row.images is not None:
                 depends = inputs.hash_images(row.images)
-            key = inputs.key("test", [*configs, *_as_arguments(options | tested)], depends)
+            untrained = row.run is None and row.images is None and not row.fit
+            key = inputs.key("test", [*configs, *_as_arguments(options | tested)], depends, untrained)
             tested["score.output"] = str(run / "test")
             tested |= {} if row.images is None else {"images": row.images, "name": row.title}
             steps.append(Step(name, seed, command, run, [*begin, *_as_arguments(tested)], key))
@@ -180,22 +181,27 @@ class Inputs:
         self._backbones: dict[str, list[str]] = {}
         self._runs: dict[str, tuple[list[str], str]] = {}
 
-    def key(self, command: Literal["fit", "test"], arguments: Sequence[str], depends: str = "") -> str:
+    def key(
+        self, command: Literal["fit", "test"], arguments: Sequence[str], depends: str = "", untrained: bool = False
+    ) -> str:
         """Return a hash of what the result of a command depends on.
 
         Args:
             command: how scores are made matters to `test` alone.
             arguments: configs and options.
             depends: hash of what it tests.
+            untrained: whether a test is of the method as it is.
         """
         try:
             config = self.parser.parse_args(list(arguments), with_meta=False)
-        except ArgumentError as error:
+            values = config.as_dict()
+            config.score.extractors = None  # which would read their weights
+            built = self.parser.instantiate_classes(config)
+            if untrained:
+                built.model.check_untrained()
+        except (ArgumentError, BackboneError) as error:
             said = f"{command} {shlex.join(arguments)}: {' '.join(str(error).split())}"
             raise CompareError(f"the plan cannot be carried out, {said}") from error
-        values = config.as_dict()
-        config.score.extractors = None  # which would read their weights
-        built = self.parser.instantiate_classes(config)
         facts = [depends, *self._fingerprint_backbone(config, built.data.backbone)]
         facts.append(self._fingerprint_people(config, built.data))
         facts.append(repr(built.model.sampling))  # in a config null stands for its defaults

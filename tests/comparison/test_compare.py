@@ -201,6 +201,7 @@ def test_a_grid_is_a_row_for_every_combination_and_its_first_is_the_default(conf
             {"rows": {"a": {"configs": [], "title": "A", "images": ".", "fit": True}}},
             r"not trained here: leave out fit",
         ),
+        ({"options": {"model.ip_adapter": "text"}}, r"the adapter is made at random and was never trained"),
     ],
 )
 def test_a_plan_that_cannot_work_is_refused_before_anything_runs(change, message, config, tmp_path, capsys):

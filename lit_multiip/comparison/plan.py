@@ -102,8 +102,10 @@ class Plan:
                     raise CompareError(f"row '{key}' names the config '{config}', which is not a file")
             if row.images is not None and not Path(row.images).expanduser().is_dir():
                 raise CompareError(f"row '{key}' has images in '{row.images}', which is not a folder: draw them first")
-            if row.images is not None and (row.fit or row.seeds or row.run is not None):
-                raise CompareError(f"row '{key}' has images, which are not trained here: leave out fit, seeds and run")
+            if row.images is not None and (row.fit or row.seeds or row.run is not None or row.grid):
+                raise CompareError(
+                    f"row '{key}' has images, which nothing here draws: leave out fit, seeds, run and grid"
+                )
             for option, values in row.grid.items():
                 if not values:
                     raise CompareError(f"row '{key}' has no value for '{option}' in its grid: give one or more")

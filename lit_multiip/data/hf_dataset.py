@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,6 @@ from lit_multiip.data.names import natural_key, normalise_name
 from lit_multiip.data.people import PeopleSource, Person
 from lit_multiip.data.photos import DataError, Photo, decode
 from lit_multiip.files import first_line, shorten
-
-logger = logging.getLogger(__name__)
 
 TABLES = (".parquet", ".arrow")
 
@@ -139,14 +136,17 @@ class HFDataset(PeopleSource):
         """Refuse columns that are not there or hold something else."""
         for role, column in self.columns.items():
             if column is not None and column not in table.column_names:
-                otherwise = {"text": ", or to null for one prompt for all", "person": ", or use Folder: one a person"}
+                otherwise = {
+                    "text": ", or to null for one prompt for all",
+                    "person": ", or lay a folder a person and use Folder",
+                }
                 raise DataError(
                     f"data set '{self.path}' has no column '{column}', but {shorten(table.column_names, 10)}: set "
                     f"data.source.init_args.{role} to the one of the {role}{otherwise.get(role, '')}"
                 )
         kinds: Sequence[tuple[str, tuple[str, ...]]] = (
             ("image", ("Image", "binary", "large_binary")),
-            ("person", ("ClassLabel", "string", "large_string", "int")),
+            ("person", ("ClassLabel", "string", "large_string", "int", "uint")),
             ("text", ("string", "large_string", "null")),
         )
         for role, allowed in kinds:
@@ -165,7 +165,9 @@ class HFDataset(PeopleSource):
 
     def _name_of(self, given: object, row: int, labels: Sequence[str] | None) -> str:
         """Return a person's name, which names a folder of results, too."""
-        name = "" if given is None else labels[int(str(given))] if labels and int(str(given)) >= 0 else str(given)
+        name = "" if given is None else str(given)
+        if labels and name:  # -1 is the class label of nobody
+            name = labels[int(name)] if int(name) >= 0 else ""
         name = normalise_name(name.strip())
         if not name or name in (".", "..") or any(letter in "/\\\0" for letter in name):
             raise DataError(

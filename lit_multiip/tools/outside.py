@@ -203,5 +203,5 @@ def _check_names(folder: Path, wanted: Mapping[str, str], found: Mapping[str, Pa
         )
     if surplus:
         raise ImagesError(
-            f"'{folder}' has {len(surplus)} images that no task asks for, such as '{surplus[0]}': move them elsewhere"
+            f"'{folder}' has images that no task asks for ({len(surplus)}), such as '{surplus[0]}': move them elsewhere"
         )

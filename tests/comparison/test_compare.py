@@ -199,7 +199,7 @@ def test_a_grid_is_a_row_for_every_combination_and_its_first_is_the_default(conf
         ({"rows": {"a": {"configs": [], "title": "A", "images": "gone"}}}, r"images in 'gone', which is not a folder"),
         (
             {"rows": {"a": {"configs": [], "title": "A", "images": ".", "fit": True}}},
-            r"not trained here: leave out fit",
+            r"nothing here draws: leave out fit",
         ),
         ({"options": {"model.ip_adapter": "text"}}, r"the adapter is made at random and was never trained"),
     ],

@@ -120,7 +120,7 @@ def test_ten_thousand_rows_are_read_without_a_picture(tmp_path, monkeypatch):
         (
             {"person": None},
             {},
-            "has no column 'person', but image, text: set .*person to the one of the person, or use",
+            "has no column 'person', but image, text: set .*person to the one of the person, or lay a",
         ),
         ({"image": None}, {}, "has no column 'image', but person, text: set .*image to the one of the image"),
         ({}, {"text": "caption"}, "has no column 'caption', but image, person, text: set .*text .*, or to null"),

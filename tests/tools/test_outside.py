@@ -140,7 +140,10 @@ def rename_to_jpg(files):
     [
         (lambda files: files[1].unlink(), "lacks 1 of 3 images, such as '{1}': draw"),
         (rename_to_jpg, "lacks 1 of 3 images, such as '{0}', and has 1 of other names, such as '{0:.jpg}': draw"),
-        (lambda files: shutil.copy(files[0], files[0].parent / "more.png"), "has 1 images that no task asks for, such"),
+        (
+            lambda files: shutil.copy(files[0], files[0].parent / "more.png"),
+            r"has images that no task asks for \(1\), such as '.*more.png': move",
+        ),
         (
             lambda files: Image.new("RGB", (65, 64)).save(files[2]),
             "1 of 3 images .* such as '{2}' with 65 x 64 px, .* 64 x",

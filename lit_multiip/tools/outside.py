@@ -145,7 +145,7 @@ def score_images(
     pixels = read_images(folder, drawn, side)
     slug = re.sub(r"[^\w.-]+", "_", name).strip("._") or "images"
     trainer.run_folder = next_run(run_folder(trainer).parent.parent / slug)
-    [callback] = [callback for callback in trainer.callbacks if isinstance(callback, ScoreTest)]  # type: ignore[attr-defined]
+    *_, callback = (callback for callback in trainer.callbacks if isinstance(callback, ScoreTest))  # type: ignore[attr-defined]
     describe = {"method": name, "images": images, "image_side": side}
     callback.score_images(trainer, datamodule, pixels, name_images(drawn), describe)
 

@@ -1,4 +1,4 @@
-"""Photos cut to a square at the face, where a centred square would cut it off or leave it small."""
+"""Photos cut to a square at the face, where the largest centred square would cut it off or leave it small."""
 
 from __future__ import annotations
 
@@ -39,6 +39,53 @@ class CroppedPhoto(Photo):
     def original(self) -> Photo:
         """Return the whole photo."""
         return self.photo
+
+
+@dataclass(frozen=True)
+class CentralPhoto(Photo):
+    """The central square of another photo; `share` is its side by the photo's shorter side."""
+
+    photo: Photo
+    share: float
+
+    def image(self) -> Image.Image:
+        """Decode the photo and cut the square out."""
+        whole = self.photo.image()
+        side = max(round(self.share * min(whole.size)), MIN_SIDE)
+        left, top = (whole.width - side) // 2, (whole.height - side) // 2
+        return whole.crop((left, top, left + side, top + side))
+
+    def content_key(self) -> str:
+        """Return the SHA-256 of the photo's key and the share."""
+        return hash_text(f"{self.photo.content_key()} centre {self.share}")
+
+    def original(self) -> Photo:
+        """Return the whole photo."""
+        return self.photo
+
+
+@dataclass
+class CentralCrop:
+    """Cuts every photo to a fixed share of its middle: of photos whose faces are aligned already, as LFW deep-funneled.
+
+    Args:
+        share: side of the square by the photo's shorter side, above 0 and at most 1. 0.6 of LFW's 250 px holds head
+            and collar.
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise DataError(f"data.crop.share={self.share} is no share of a photo: give more than 0 and at most 1")
+
+    def __call__(self, people: Sequence[Person], cache_dir: str | Path) -> list[Person]:
+        """Return people with their photos cut; no photo is read."""
+
+        def cut(photo: Photo) -> Photo:
+            return CentralPhoto(photo.person, photo.name, photo.prompt, photo, self.share)
+
+        return [replace(person, photos=tuple(cut(photo) for photo in person.photos)) for person in people]
 
 
 @dataclass

@@ -1,24 +1,25 @@
-"""`python -m lit_multiip make-mini`: draw the portraits, train every network of the miniature, write its folder.
+"""`python -m lit_multiip make-mini`: make a small backbone by a recipe, one network after another.
 
-The stages run in the order of `STAGES`; each reads what earlier ones wrote to `--out`, so that one can be remade
-alone. Measured on one thread of a 2-core CPU; see `measure.py` for what the result can do.
+Every stage reads what earlier ones wrote to `--out`, goes on from its own checkpoint in `--work`, and writes what it
+measured to `<out>/made/<stage>.json`. A stage that is made is passed over.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
-import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
     CLIPImageProcessor,
@@ -30,96 +31,203 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from lit_multiip.backbone.ip_adapter import ip_adapter_state
-from lit_multiip.cli import CLI
-from lit_multiip.mini import stages
+from lit_multiip.backbone.ip_adapter import install_ip_adapter, ip_adapter_from_text, ip_adapter_state
+from lit_multiip.backbone.pipeline import TRAINED_ON
+from lit_multiip.data import mini_faces
+from lit_multiip.data.record import read_record, training_record
+from lit_multiip.evaluation.results import write_json
+from lit_multiip.files import hash_text, only_writer, package_file, write_durably
+from lit_multiip.mini import measured, stages
+from lit_multiip.mini.photos import PhotoSet, Pictures, TrainingPhotos
 from lit_multiip.mini.portraits import Portraits
+from lit_multiip.mini.recipe import (
+    AdapterTraining,
+    CLIPTraining,
+    CriticTraining,
+    Training,
+    UNetTraining,
+    VAETraining,
+)
+from lit_multiip.mini.start import Start
 from lit_multiip.mini.tokenizer import MAX_LENGTH, make_tokenizer
+from lit_multiip.mini.training import RecipeError, train
 from lit_multiip.pixels import to_signal
 
-CRITIC_PEOPLE, CRITIC_PHOTOS = 500, 40
-BACKBONE_PEOPLE, BACKBONE_PHOTOS = 8000, 5
+logger = logging.getLogger(__name__)
+
+Stage = Literal["critic", "critic_b", "clip", "vae", "vae_decoder", "unet", "ip_adapter"]
+# In the order in which they are made; the number is added to the seed.
+STAGES = {"critic": 0, "critic_b": 1, "clip": 2, "vae": 3, "vae_decoder": 6, "unet": 4, "ip_adapter": 5}
+NEEDS = {"vae_decoder": ("clip", "vae"), "unet": ("clip", "vae"), "ip_adapter": ("clip", "vae", "unet")}
+PIPELINE = {
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+Settings = Training | AdapterTraining
+Measured = dict[str, Any]
 
 
 class Maker:
-    """Makes the miniature's folder stage by stage.
+    """Makes a backbone's folder stage by stage.
 
     Args:
-        out: the folder to write; a diffusers pipeline folder, plus `critic/` and `critic_b/`.
-        work: where portraits and training states are kept between calls.
-        seed: decides every portrait, every initial weight and every draw.
-        scale: multiplies every stage's number of steps; below 1 for a trial.
+        photos: what trains it.
+        out: the folder to write; a diffusers pipeline folder, plus `made/` and, of drawn portraits, the critics.
+        work: where pictures and training states are kept between calls.
+        seed: decides every drawn portrait, every initial weight and every draw.
+        side: of a picture in px.
+        start: the backbone to begin at.
+        recipe: settings of the stages that the recipe has.
     """
 
-    def __init__(self, out: Path, work: Path, seed: int, scale: float) -> None:
-        self.out, self.work, self.seed, self.scale = out, work, seed, scale
+    def __init__(
+        self,
+        photos: TrainingPhotos,
+        out: Path,
+        work: Path,
+        seed: int,
+        side: int,
+        start: Start,
+        recipe: Mapping[str, Settings],
+    ) -> None:
+        self.photos, self.out, self.work, self.seed, self.side = photos, out, work, seed, side
+        self.start, self.recipe = start, recipe
 
-    def _portraits(self) -> Portraits:
-        return Portraits(self.work, "backbone", BACKBONE_PEOPLE, BACKBONE_PHOTOS, self.seed)
+    @cached_property
+    def pictures(self) -> PhotoSet:
+        """The pictures, read or drawn once."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        with only_writer(self.work):
+            return self.photos.read(self.work, self.side, self.seed)
 
-    def _fit(self, stage: L.LightningModule, data: Dataset[Any], steps: int, batch: int, ema: float | None) -> None:
-        """Train `stage`; an interrupted training goes on from its last checkpoint."""
-        steps, folder = max(10, int(steps * self.scale)), self.work / type(stage).__name__
-        name = getattr(getattr(stage, "critic", None), "config", {}).get("architecture", "stage")
-        checkpoints = ModelCheckpoint(folder, name, every_n_train_steps=100, enable_version_counter=False)
-        callbacks: list[L.Callback] = [checkpoints]
-        if ema is not None:
-            callbacks.append(EMAWeightAveraging(decay=ema))
-        loader = DataLoader(data, batch, shuffle=True, drop_last=True)
-        trainer = L.Trainer(
-            accelerator="auto",
-            devices=1,
-            precision="bf16-mixed",
-            max_steps=steps,
-            logger=CSVLogger(folder, name),
-            callbacks=callbacks,
-            enable_model_summary=False,
-            log_every_n_steps=25,
-            gradient_clip_val=1.0,
-        )
-        resume = folder / f"{name}.ckpt"
-        trainer.fit(stage, loader, ckpt_path=str(resume) if resume.exists() else None, weights_only=True)
+    # ---- one stage after another ------------------------------------------------------------------------------------
 
-    def critic(self, role: str = "critic", architecture: str = "convnet", steps: int = 1000) -> None:
-        """Train one critic on its own people. After 1400 steps it knew 76 % from one photo: too many, see gate.py."""
-        data = Portraits(self.work, role, CRITIC_PEOPLE, CRITIC_PHOTOS, self.seed)
-        stage = stages.CriticStage(architecture, CRITIC_PEOPLE, CRITIC_PHOTOS)
-        self._fit(stage, data, steps, 128, ema=None)
+    def make(self, name: str) -> None:
+        """Make one stage, unless it is made by the same settings already."""
+        self._require(name)
+        facts, report = self._facts(name), self.out / "made" / f"{name}.json"
+        if (made := _read_json(report)) is not None and made["facts"] == facts:
+            logger.info("%s: made already, see %s", name, report)
+            return
+        self._record_people()
+        with only_writer(self.work / name):
+            L.seed_everything(self.seed + STAGES[name])
+            settings: Any = self.recipe[name]
+            stage: Callable[[Any, Mapping[str, Any]], Measured] = getattr(self, name)
+            found = stage(settings, facts)
+        write_json(report, {"measured": found, "facts": facts})
+        logger.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
+
+    def _require(self, name: str) -> None:
+        """Refuse a stage whose earlier ones are not made."""
+        for earlier in NEEDS.get(name, ()):
+            if not (self.out / "made" / f"{earlier}.json").exists():
+                raise RecipeError(f"stage {name} needs {earlier}, which '{self.out}' lacks: first --stage {earlier}")
+
+    def _facts(self, name: str) -> dict[str, Any]:
+        """Return all that decides a stage's result, and the earlier stages by a digest of their own facts."""
+        settings = asdict(self.recipe[name])
+        if isinstance(training := self.recipe[name], CLIPTraining) and training.face is not None:
+            settings["face"] = training.face.fingerprint()
+        earlier = {one: _read_json(self.out / "made" / f"{one}.json") for one in NEEDS.get(name, ())}
+        facts = {
+            "settings": settings,
+            "seed": self.seed,
+            "side": self.side,
+            "pictures": self.pictures.training.fingerprint("captions" in settings),
+            "start_from": self.start.path,
+            "earlier": {one: hash_text(json.dumps(made))[:16] for one, made in earlier.items()},
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(facts))  # as it is read again
+        return plain
+
+    def _record_people(self) -> None:
+        """Write down whom the backbone is trained on, so that nobody is tested on them; see `evaluation.audit`."""
+        known = self.out / TRAINED_ON
+        earlier = read_record(load_file(known)) if known.exists() else None
+        if not self.pictures.people and earlier is None and self.start.record() is None:
+            return
+        record = training_record(self.pictures.people, earlier, self.start.record())
+        write_durably(known, lambda file: file.write(save(record)))
+
+    def _train(
+        self, stage: str, module: Any, data: Any, settings: Training, facts: Mapping[str, Any], name: str | None = None
+    ) -> Measured:
+        file = self.work / stage / f"{name or stage}.ckpt"
+        return dict(train(module, data, len(data), settings, file, {**facts, "steps": settings.steps}))
+
+    # ---- the stages -------------------------------------------------------------------------------------------------
+
+    def critic(self, settings: CriticTraining, facts: Mapping[str, Any], role: str = "critic") -> Measured:
+        """Train one critic on its own drawn people. After 1400 steps it knew 76 % from one photo, see gate.py."""
+        if not isinstance(self.pictures.training, Portraits):
+            raise RecipeError(f"stage {role} learns the classes of drawn portraits, and photos have none: leave it out")
+        people = mini_faces.ROLES[role][: settings.people]
+        data = Portraits(self.work, role, people, settings.photos, self.seed)
+        stage = stages.CriticStage(settings.architecture, settings.people, settings.photos, settings.learning_rate)
+        done = self._train(role, stage, data, settings, facts)
         stage.critic.save(self.out / role)
+        return done
 
-    def critic_b(self) -> None:
+    def critic_b(self, settings: CriticTraining, facts: Mapping[str, Any]) -> Measured:
         """Train the second critic: another architecture, other people."""
-        self.critic("critic_b", "patchnet", 1400)
+        return self.critic(settings, facts, "critic_b")
 
-    def clip(self) -> None:
+    def clip(self, settings: CLIPTraining, facts: Mapping[str, Any]) -> Measured:
         """Train tokenizer, text encoder and image encoder."""
-        data = self._portraits()
-        tokenizer = make_tokenizer(self.out / "tokenizer")
-        text_config = CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            max_position_embeddings=MAX_LENGTH,
-            projection_dim=128,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+        data, unseen, _ = self.pictures
+        _check_kinds("clip", settings.captions, data)
+        tokenizer = make_tokenizer(self.out / "tokenizer", data.phrases())
+        network = None if settings.face is None else settings.face.load()
+        faces = None if network is None else measured.face_embeds(network, data, self.work, settings.face)
+        width = {} if faces is None else {"projection_dim": faces.shape[1]}
+        text_config = CLIPTextConfig.from_dict(
+            self.start.config("text_encoder", settings.text)
+            | {
+                "vocab_size": len(tokenizer),
+                "max_position_embeddings": MAX_LENGTH,
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id,
+            }
+            | width
         )
-        vision_config = CLIPVisionConfig(
-            hidden_size=160,
-            intermediate_size=480,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=64,
-            patch_size=8,
-            projection_dim=128,
+        vision_config = CLIPVisionConfig.from_dict(
+            self.start.config("image_encoder", settings.vision) | {"image_size": self.side} | width
         )
         text, vision = CLIPTextModelWithProjection(text_config), CLIPVisionModelWithProjection(vision_config)
-        stage = stages.CLIPStage(vision, text, tokenizer, data)
-        self._fit(stage, data, 1600, 128, ema=None)
-        self._fit(stages.CLIPImageStage(stage), data, 5000, 128, ema=None)
+        self.start.fill(text.text_model, "text_encoder")
+        self.start.fill(vision, "image_encoder")
+        stage = stages.CLIPStage(
+            vision,
+            text,
+            tokenizer,
+            data,
+            settings.captions,
+            settings.learning_rate,
+            faces,
+            settings.face_weight,
+            settings.skip_equal,
+            settings.varied,
+        )
+        done = self._train("clip", stage, data, settings, facts, "pair")
+        if settings.image_steps:
+            further = Training(settings.image_steps, settings.batch_size, settings.learning_rate, settings.ema)
+            image = self._train("clip", stages.CLIPImageStage(stage), data, further, facts, "image")
+            done |= {f"image_{key}": value for key, value in image.items()}
+        self._save_clip(vision, text, text_config)
+        return done | measured.know_people(vision, unseen)
+
+    def _save_clip(self, vision: Any, text: Any, text_config: Any) -> None:
         _save_for_float32(vision, self.out / "image_encoder")
         plain = CLIPTextModel(text_config)
         plain.load_state_dict({key.removeprefix("text_model."): v for key, v in text.text_model.state_dict().items()})
@@ -127,112 +235,131 @@ class Maker:
         weights = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in plain.state_dict().items()}
         save_file(weights, self.out / "text_encoder" / "model.safetensors", {"format": "pt"})  # all versions read these
         CLIPImageProcessor(
-            size={"shortest_edge": 64},
-            crop_size={"height": 64, "width": 64},
+            size={"shortest_edge": self.side},
+            crop_size={"height": self.side, "width": self.side},
             image_mean=stages.MEAN,
             image_std=stages.STD,
         ).save_pretrained(self.out / "feature_extractor")
 
-    def vae(self) -> None:
+    def vae(self, settings: VAETraining, facts: Mapping[str, Any]) -> Measured:
         """Train the autoencoder, then set its scaling factor so that latents have unit variance."""
-        data = self._portraits()
-        vae: Any = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(32, 64, 128),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=16,
-            sample_size=64,
-        )
-        self._fit(stages.VAEStage(vae), data, 8000, 8, ema=0.999)
+        data, unseen, _ = self.pictures
+        vae: Any = AutoencoderKL(**self.start.config("vae", settings.network) | {"sample_size": self.side})
+        self.start.fill(vae, "vae")
+        stage = stages.VAEStage(vae, settings.learning_rate, settings.kl_weight)
+        done = self._train("vae", stage, data, settings, facts)
         vae.eval()
         with torch.no_grad():
-            images = torch.stack([data[i]["image"] for i in range(0, len(data), len(data) // 512)])
+            images = torch.stack([data[i]["image"] for i in range(0, len(data), max(1, len(data) // 512))])
             latents = torch.cat([vae.encode(to_signal(part)).latent_dist.mean for part in images.split(64)])
         vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
         vae.half().save_pretrained(self.out / "vae")
+        return done | measured.round_trips(vae.float(), unseen)
 
-    def vae_decoder(self) -> None:
-        """Train the autoencoder's decoder further; latents, and with them the UNet, stay as they are."""
+    def vae_decoder(self, settings: Training, facts: Mapping[str, Any]) -> Measured:
+        """Train the autoencoder's decoder further; latents stay as they are."""
         vae: Any = AutoencoderKL.from_config(AutoencoderKL.load_config(self.out / "vae"))  # keeps no path in its config
         vae.load_state_dict(load_file(self.out / "vae" / "diffusion_pytorch_model.safetensors"))
         vision = CLIPVisionModelWithProjection.from_pretrained(self.out / "image_encoder").float()
-        self._fit(stages.VAEDecoderStage(vae, vision), self._portraits(), 3000, 8, ema=0.999)
+        stage = stages.VAEDecoderStage(vae, vision, settings.learning_rate)
+        done = self._train("vae_decoder", stage, self.pictures.training, settings, facts)
         vae.half().save_pretrained(self.out / "vae")
+        return done | measured.round_trips(vae.float().eval(), self.pictures.unseen)
 
-    def unet(self) -> None:
-        """Train the UNet on latents of the backbone's people."""
-        data = self._portraits()
+    def unet(self, settings: UNetTraining, facts: Mapping[str, Any]) -> Measured:
+        """Train the UNet on latents, and an IP-Adapter with it where the recipe says so."""
+        data, unseen, _ = self.pictures
+        _check_kinds("unet", settings.captions, data)
         vae: Any = AutoencoderKL.from_pretrained(self.out / "vae").float().eval()
-        path = self.work / "moments.pt"
-        if not path.exists():
-            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-                batches = tqdm(DataLoader(data, 64), "encoding portraits")
-                moments = [vae.encode(to_signal(b["image"])).latent_dist.parameters.half() for b in batches]
-            torch.save(torch.cat(moments), path)
-        scheduler: Any = DDPMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
-        )
-        unet: Any = UNet2DConditionModel(
-            sample_size=16,
-            block_out_channels=(96, 160),
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            mid_block_type="UNetMidBlock2DCrossAttn",
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            layers_per_block=1,
-            cross_attention_dim=128,
-            attention_head_dim=2,  # the number of heads: few and wide ones are several times faster on CPU
-        )
+        text = CLIPTextModel.from_pretrained(self.out / "text_encoder").float()
+        vision = CLIPVisionModelWithProjection.from_pretrained(self.out / "image_encoder").float().eval()
+        scheduler: Any = DDPMScheduler(**self.start.scheduler())
+        sizes = {
+            "sample_size": self.side // 2 ** (len(vae.config.block_out_channels) - 1),
+            "in_channels": vae.config.latent_channels,
+            "out_channels": vae.config.latent_channels,
+            "cross_attention_dim": text.config.hidden_size,
+        }
+        config = self.start.config("unet", settings.network) | sizes
+        unet: Any = UNet2DConditionModel(**config)
+        self.start.fill(unet, "unet")
+        embeds = measured.image_embeds(vision, data) if settings.adapter else None
+        if embeds is not None:
+            install_ip_adapter(unet, ip_adapter_from_text(unet, embeds.shape[1], seed=self.seed))
+            unet.requires_grad_(True)
         stage = stages.UNetStage(
             unet,
             scheduler,
-            torch.load(path),
+            self._moments(vae, data, facts),
             vae.config.scaling_factor,
-            CLIPTextModel.from_pretrained(self.out / "text_encoder").float(),
+            text,
             CLIPTokenizer.from_pretrained(self.out / "tokenizer"),
             data,
+            settings.captions,
+            settings.learning_rate,
+            embeds,
         )
-        self._fit(stage, torch.arange(len(data)), 5000, 32, ema=0.999)  # type: ignore[arg-type]
-        unet.half().save_pretrained(self.out / "unet")
+        done = self._train("unet", stage, torch.arange(len(data)), settings, facts)
+        seen = measured.image_embeds(vision, unseen) if settings.adapter else None
+        done |= measured.denoising(stage, _encode(vae, unseen), unseen, seen)
+        plain: Any = UNet2DConditionModel(**config)
+        state = unet.state_dict()
+        plain.load_state_dict({key: state[key] for key in plain.state_dict()})
+        plain.half().save_pretrained(self.out / "unet")
+        if settings.adapter:
+            self._save_adapter(unet)
         DDIMScheduler.from_config(scheduler.config, steps_offset=1, set_alpha_to_one=False).save_pretrained(
             self.out / "scheduler"
         )
-        index = {
-            "_class_name": "StableDiffusionPipeline",
-            "feature_extractor": ["transformers", "CLIPImageProcessor"],
-            "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
-            "scheduler": ["diffusers", "DDIMScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        }
-        (self.out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (self.out / "model_index.json").write_text(json.dumps(PIPELINE, indent=2) + "\n")
+        return done
 
-    def ip_adapter(self) -> None:
+    def _moments(self, vae: Any, data: Pictures, facts: Mapping[str, Any]) -> Tensor:
+        """Return mean and logvar of all latents, (P, 2C, h, w); they are kept as long as the VAE stays."""
+        key = hash_text(json.dumps([facts["earlier"]["vae"], facts["pictures"]]))[:16]
+        path = self.work / "unet" / f"moments_{key}.pt"
+        if not path.exists():
+            moments = _encode(vae, data)
+            write_durably(path, lambda file: torch.save(moments, file))
+        found: Tensor = torch.load(path, weights_only=True)
+        return found
+
+    def ip_adapter(self, settings: AdapterTraining, facts: Mapping[str, Any]) -> Measured:
         """Train the single-photo IP-Adapter as the published one was, by the project's own `fit`."""
-        config = Path(__file__).with_name("ip_adapter.yaml")
-        steps = yaml.safe_load(config.read_text())["trainer"]["max_steps"]
+        from lit_multiip.cli import CLI
+
         options = {
-            "config": config,
+            "config": package_file("mini/ip_adapter.yaml"),
             "backbone.path": self.out,
             "seed_everything": self.seed,
             "data.cache_dir": self.work / "features",
-            "trainer.max_steps": max(10, int(steps * self.scale)),
+            "trainer.max_steps": settings.steps,
             "trainer.logger.init_args.save_dir": self.work,
+            "trainer.logger.init_args.version": 0,
+            **settings.options,
         }
-        shutil.rmtree(self.out / "ip_adapter", ignore_errors=True)
-        fit = CLI(["fit", *(f"--{key}={value}" for key, value in options.items())])
-        state = ip_adapter_state(fit.model.unet)
-        (self.out / "ip_adapter").mkdir()
+        cli = CLI([f"--{key}={value}" for key, value in options.items()], run=False)
+        if self.photos.source is not None:
+            cli.datamodule.source, cli.datamodule.crop = self.photos.source, self.photos.crop
+        last = cli.run_folder / "checkpoints" / "last.ckpt"
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+        self._save_adapter(cli.model.unet)
+        logged = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+        return {"steps": cli.trainer.global_step, **logged}
+
+    def _save_adapter(self, unet: Any) -> None:
+        state = ip_adapter_state(unet)
         flat = {f"{part}.{key}": value.half() for part, values in state.items() for key, value in values.items()}
-        save_file(flat, self.out / "ip_adapter" / "ip-adapter_mini.safetensors")
+        file = self.out / "ip_adapter" / "ip-adapter_mini.safetensors"
+        write_durably(file, lambda opened: opened.write(save(flat)))
 
 
-STAGES = ["critic", "critic_b", "clip", "vae", "unet", "ip_adapter", "vae_decoder"]
+@torch.inference_mode()
+def _encode(vae: Any, data: Pictures) -> Tensor:
+    """Return mean and logvar of the latents of all pictures, (P, 2C, h, w) float16."""
+    with torch.autocast("cpu", torch.bfloat16):
+        batches = tqdm(DataLoader(data, 64), "encoding pictures")
+        return torch.cat([vae.encode(to_signal(b["image"])).latent_dist.parameters.half() for b in batches])
 
 
 def _save_for_float32(module: Any, folder: Path) -> None:
@@ -243,28 +370,54 @@ def _save_for_float32(module: Any, folder: Path) -> None:
     config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _check_kinds(stage: str, captions: Mapping[str, float], data: Pictures) -> None:
+    if unknown := sorted(set(captions) - set(data.kinds)):
+        raise RecipeError(f"{stage}.captions has {', '.join(unknown)}: these pictures have {', '.join(data.kinds)}")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def make_mini(
-    out: str = "runs/mini/weights",
-    work: str = "runs/mini/work",
+    photos: TrainingPhotos,
+    out: str,
+    work: str,
+    stage: Stage | None = None,
     seed: int = 0,
-    stages: list[str] | None = None,
-    scale: float = 1.0,
+    side: int = 64,
+    start_from: str | None = None,
+    critic: CriticTraining | None = None,
+    critic_b: CriticTraining | None = None,
+    clip: CLIPTraining | None = None,
+    vae: VAETraining | None = None,
+    vae_decoder: Training | None = None,
+    unet: UNetTraining | None = None,
+    ip_adapter: AdapterTraining | None = None,
 ) -> None:
-    """Make the miniature backbone from a seed.
+    """Make a small backbone by a recipe: --config lit_multiip/mini/portraits.yaml, or faces.yaml.
 
     Args:
-        out: folder to write; copy it over `lit_multiip/mini/weights` to ship it.
-        work: folder for portraits and training states, so that an interrupted training goes on.
-        seed: decides portraits, initial weights and draws.
-        stages: which to make, of critic, critic_b, clip, vae, unet, ip_adapter and vae_decoder; all by default, in
-            this order.
-        scale: multiplies every number of training steps.
+        photos: what it is trained on: DrawnPeople, or RealPeople of any source.
+        out: folder to write; `--backbone.path` takes it.
+        work: folder for pictures and training states, so that an interrupted training goes on.
+        stage: the one to make; all of the recipe's by default. A stage that is made is passed over.
+        seed: decides drawn portraits, initial weights and draws.
+        side: of a picture in px.
+        start_from: a backbone whose weights the networks begin at; those of other sizes are named and begin anew.
+        critic: scores drawn portraits.
+        critic_b: a second one.
+        clip: tokenizer, text encoder and image encoder.
+        vae: the autoencoder.
+        vae_decoder: its decoder once more, with a perceptual loss by the image encoder.
+        unet: the UNet.
+        ip_adapter: the single-photo IP-Adapter.
     """
-    unknown = set(stages or []) - set(STAGES)
-    if unknown:
-        raise SystemExit(f"unknown stages {sorted(unknown)}: choose from {STAGES}")
-    maker = Maker(Path(out), Path(work), seed, scale)
-    for number, stage in enumerate(STAGES):
-        if stages is None or stage in stages:
-            L.seed_everything(seed + number)
-            getattr(maker, stage)()
+    given = (critic, critic_b, clip, vae, vae_decoder, unet, ip_adapter)
+    recipe: dict[str, Settings] = {n: s for n, s in zip(STAGES, given, strict=True) if s is not None}
+    if not recipe or (stage is not None and stage not in recipe):
+        wanted = "no stage" if stage is None else f"no stage {stage}"
+        raise RecipeError(f"the recipe has {wanted}: it has {', '.join(recipe) or 'none'}; --config takes a recipe")
+    maker = Maker(photos, Path(out), Path(work), seed, side, Start(start_from), recipe)
+    for name in recipe if stage is None else [stage]:
+        maker.make(name)

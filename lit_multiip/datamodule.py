@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from lit_multiip.backbone.face_crop import CentralCrop, FaceCrop
+from lit_multiip.backbone.face_crop import FaceCrop
 from lit_multiip.backbone.features import Features
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.checking import check_photos
@@ -97,8 +97,8 @@ class MultiPhotoData(L.LightningDataModule):
         training_seed: of the training groups alone, for several trainings on one protocol; None takes `seed`.
         predict: what `predict` draws.
         person: whom fit learns, where the method learns one person; whom predict draws.
-        crop: cut every photo to a square, for encoders and scores alike: at its face (`detector`, `size`), or a fixed
-            `share` of its middle where faces are aligned already; None takes the largest central square.
+        crop: cut every photo to a square at its face, or to a fixed share of its middle, for encoders and scores alike;
+            None takes its central square.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class MultiPhotoData(L.LightningDataModule):
         training_seed: int | None = None,
         predict: PredictArgs | None = None,
         person: str | None = None,
-        crop: FaceCrop | CentralCrop | None = None,
+        crop: FaceCrop | None = None,
         variants: int = 1,
         augment: Callable[[Any], Any] | None = None,
     ) -> None:
@@ -181,7 +181,7 @@ class MultiPhotoData(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Fetch or extract the source once, on one process, and find the faces where photos are cut at them."""
         people = self.source.people()
-        if isinstance(self.crop, FaceCrop):
+        if self.crop is not None:
             chosen = select_people(people, self.min_photos, self.max_people, self.seed)
             readable = check_photos(chosen, self.on_unreadable)
             self.crop.find([photo for person in readable for photo in person.photos], self.cache_dir)

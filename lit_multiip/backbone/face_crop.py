@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -65,30 +66,6 @@ class CentralPhoto(Photo):
 
 
 @dataclass
-class CentralCrop:
-    """Cuts every photo to a fixed share of its middle: of photos whose faces are aligned already, as LFW deep-funneled.
-
-    Args:
-        share: side of the square by the photo's shorter side, above 0 and at most 1. 0.6 of LFW's 250 px holds head
-            and collar.
-    """
-
-    share: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise DataError(f"data.crop.share={self.share} is no share of a photo: give more than 0 and at most 1")
-
-    def __call__(self, people: Sequence[Person], cache_dir: str | Path) -> list[Person]:
-        """Return people with their photos cut; no photo is read."""
-
-        def cut(photo: Photo) -> Photo:
-            return CentralPhoto(photo.person, photo.name, photo.prompt, photo, self.share)
-
-        return [replace(person, photos=tuple(cut(photo) for photo in person.photos)) for person in people]
-
-
-@dataclass
 class FaceCrop:
     """Cuts every photo to a square with its largest face as near the middle as the photo's borders allow.
 
@@ -98,17 +75,26 @@ class FaceCrop:
     Args:
         detector: of YuNet, a file or `org/repository/file.onnx` on the hub.
         size: side of the square by the longer side of the face's box; None takes the largest square of the photo.
+        share: take the central square of this share of the photo's shorter side, above 0 and at most 1, and look for no
+            face: for faces that are aligned already. 0.6 of LFW deep-funneled's 250 px holds head and collar.
     """
 
     detector: str = YUNET
     size: float | None = None
+    share: float | None = None
 
     def __post_init__(self) -> None:
         if self.size is not None and not self.size >= 1:
             raise DataError(f"data.crop.size={self.size} would cut into the face: give at least 1, or null")
+        if self.share is not None and not 0 < self.share <= 1:
+            raise DataError(f"data.crop.share={self.share} is no share of a photo: give more than 0 and at most 1")
+        if self.share is not None and (self.size is not None or self.detector != YUNET):
+            raise DataError(f"data.crop.share={self.share} looks for no face: leave data.crop.size and detector out")
 
     def __call__(self, people: Sequence[Person], cache_dir: str | Path) -> list[Person]:
         """Return people with their photos cut; all photos must be readable."""
+        if self.share is not None:
+            return _with_photos(people, partial(_cut_centre, share=self.share))
         photos = [photo for person in people for photo in person.photos]
         rows = self.find(photos, cache_dir)
         for what, bad, done in (
@@ -122,7 +108,7 @@ class FaceCrop:
         def cut(photo: Photo) -> Photo:
             return CroppedPhoto(photo.person, photo.name, photo.prompt, photo, self.box(rows[photo]))
 
-        return [replace(person, photos=tuple(cut(photo) for photo in person.photos)) for person in people]
+        return _with_photos(people, cut)
 
     def box(self, row: np.ndarray) -> tuple[int, int, int]:
         """Return left, top and side of the square, in px.
@@ -141,7 +127,12 @@ class FaceCrop:
         return int(left), int(top), int(side)
 
     def find(self, photos: Sequence[Photo], cache_dir: str | Path) -> dict[Photo, np.ndarray]:
-        """Return the row of every photo, as `box` takes it; find the faces that the store lacks, and keep them."""
+        """Return the row of every photo, as `box` takes it; find the faces that the store lacks, and keep them.
+
+        Where a fixed share is taken there is nothing to find.
+        """
+        if self.share is not None:
+            return {}
         digest = hash_file(weights_file(self.detector))[:16]
         store = Shards(Path(cache_dir) / f"faces-{digest}")
         store.refresh()
@@ -160,3 +151,11 @@ class FaceCrop:
             store.refresh()
         table = store.get([photo.content_key() for photo in photos]).numpy()
         return dict(zip(photos, table, strict=True))
+
+
+def _cut_centre(photo: Photo, share: float) -> CentralPhoto:
+    return CentralPhoto(photo.person, photo.name, photo.prompt, photo, share)
+
+
+def _with_photos(people: Sequence[Person], cut: Callable[[Photo], Photo]) -> list[Person]:
+    return [replace(person, photos=tuple(cut(photo) for photo in person.photos)) for person in people]

@@ -125,7 +125,7 @@ class Maker:
             stage: Callable[[Any, Mapping[str, Any]], Measured] = getattr(self, name)
             found = stage(settings, facts)
         write_json(report, {"measured": found, "facts": facts})
-        logger.info("%s: %s", name, ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
+        logger.info("%s: %s", name, ", ".join(f"{key} {value:.6g}" for key, value in found.items()))
 
     def _require(self, name: str) -> None:
         """Refuse a stage whose earlier ones are not made."""
@@ -187,8 +187,7 @@ class Maker:
         data, unseen, _ = self.pictures
         _check_kinds("clip", settings.captions, data)
         tokenizer = make_tokenizer(self.out / "tokenizer", data.phrases())
-        network = None if settings.face is None else settings.face.load()
-        faces = None if network is None else measured.face_embeds(network, data, self.work, settings.face)
+        faces = None if settings.face is None else measured.face_embeds(settings.face, data, self.work)
         width = {} if faces is None else {"projection_dim": faces.shape[1]}
         text_config = CLIPTextConfig.from_dict(
             self.start.config("text_encoder", settings.text)

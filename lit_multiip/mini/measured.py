@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import normalize
 from tqdm.auto import tqdm
 
-from lit_multiip.backbone.faces import FaceEncoder, FaceNetwork
+from lit_multiip.backbone.faces import FaceEncoder
 from lit_multiip.files import hash_text, write_durably
 from lit_multiip.mini.photos import Pictures
 from lit_multiip.mini.stages import MEAN, STD, UNetStage
@@ -35,11 +36,12 @@ def image_embeds(vision: Any, data: Pictures) -> Tensor:
     return torch.cat([vision(pixel_values=normalize(b["image"].float() / 255, MEAN, STD)).image_embeds for b in parts])
 
 
-def face_embeds(network: FaceNetwork, data: Pictures, work: Path, encoder: FaceEncoder) -> Tensor:
+def face_embeds(encoder: FaceEncoder, data: Pictures, work: Path) -> Tensor:
     """Return a face network's embeddings of all pictures, (P, E), NaN where no face is found; kept in `work`."""
     key = hash_text(json.dumps([encoder.fingerprint(), data.fingerprint()]))[:16]
     path = work / f"faces_{key}.pt"
     if not path.exists():
+        network = encoder.load()
         rows = torch.cat([network.embed(b["image"]) for b in _batches(data, "face embeddings")])
         write_durably(path, lambda file: torch.save(rows, file))
     found: Tensor = torch.load(path, weights_only=True)
@@ -59,24 +61,39 @@ def round_trips(vae: Any, unseen: Pictures) -> dict[str, float]:
 
 
 def know_people(vision: Any, unseen: Pictures) -> dict[str, float]:
-    """Return how often a picture's nearest other one, by the cosine of embeddings, is of the same person.
+    """Return `identify` of an image encoder's embeddings, from one picture, and the cosines that it goes by."""
+    embeds = image_embeds(vision.float().eval(), unseen)
+    return {f"unseen_{name}": value for name, value in identify(embeds, unseen.person, 1).items()}
 
-    A probe is the last picture of everyone who has two or more; the gallery holds everyone's first picture.
+
+def identify(embeds: Tensor, person: npt.NDArray[Any], count: int) -> dict[str, float]:
+    """Find people again by the cosine of embeddings: rank-1, from the mean of a person's first `count` pictures.
+
+    A probe is the last picture of everyone who has more than `count`; the gallery holds the same people.
+
+    Args:
+        embeds: of pictures, (P, D); those that are not finite stand for no face, and are left out.
+        person: whom each shows, (P,).
+        count: pictures a person in the gallery.
+
+    Returns:
+        `people`; `rank_one`, the share of probes whose nearest in the gallery is their person; `same_cosine` and
+        `other_cosine`, the mean cosines of probes to their own person and to others.
     """
-    embeds = F.normalize(image_embeds(vision.float().eval(), unseen), dim=-1)
-    everyone = np.unique(unseen.person)
-    first = np.array([np.flatnonzero(unseen.person == person)[0] for person in everyone])
-    last = np.array([np.flatnonzero(unseen.person == person)[-1] for person in everyone])
-    probes = np.flatnonzero(first != last)
-    cosine = embeds[last[probes]] @ embeds[first].T  # (probes, people)
-    hits = cosine.argmax(1).numpy() == probes
-    same = cosine[torch.arange(len(probes)), torch.from_numpy(probes)].mean() if len(probes) else float("nan")
+    there = embeds.isfinite().all(1).numpy()
+    units = F.normalize(embeds, dim=-1)
+    rows = [np.flatnonzero((person == one) & there) for one in np.unique(person)]
+    rows = [row for row in rows if len(row) > count]
+    if len(rows) < 2:
+        return {"people": len(rows)}
+    gallery = F.normalize(torch.stack([units[row[:count]].mean(0) for row in rows]), dim=-1)
+    cosine = units[[row[-1] for row in rows]] @ gallery.T  # (people, people)
+    own = torch.eye(len(rows), dtype=torch.bool)
     return {
-        "unseen_people": len(everyone),
-        "unseen_probes": len(probes),
-        "unseen_rank_one": float(hits.mean()) if len(probes) else float("nan"),
-        "unseen_same_cosine": float(same),
-        "unseen_other_cosine": float(cosine.mean()),
+        "people": len(rows),
+        "rank_one": float((cosine.argmax(1) == torch.arange(len(rows))).float().mean()),
+        "same_cosine": float(cosine[own].mean()),
+        "other_cosine": float(cosine[~own].mean()),
     }
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from lit_multiip.backbone.face_crop import CentralCrop, FaceCrop
+from lit_multiip.backbone.face_crop import FaceCrop
 from lit_multiip.data.captions import TEMPLATE
 from lit_multiip.data.names import normalise_name
 from lit_multiip.data.people import PeopleSource, Person
@@ -101,7 +101,7 @@ class TrainingPhotos(ABC):
     """Where the pictures come from. Constructing one is cheap; `read` does the work."""
 
     source: PeopleSource | None = None  # of real people
-    crop: FaceCrop | CentralCrop | None = None
+    crop: FaceCrop | None = None
 
     @abstractmethod
     def read(self, work: Path, side: int, seed: int) -> PhotoSet:
@@ -168,7 +168,7 @@ class RealPeople(TrainingPhotos):
     def __init__(
         self,
         source: PeopleSource,
-        crop: FaceCrop | CentralCrop | None = None,
+        crop: FaceCrop | None = None,
         fewer_than: int | None = 10,
         experiment: PeopleSource | None = None,
         measured: int = 200,

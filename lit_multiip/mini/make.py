@@ -38,7 +38,7 @@ from lit_multiip.data.record import read_record, training_record
 from lit_multiip.evaluation.results import write_json
 from lit_multiip.files import hash_text, only_writer, package_file, write_durably
 from lit_multiip.mini import measured, stages
-from lit_multiip.mini.photos import PhotoSet, Pictures, TrainingPhotos
+from lit_multiip.mini.photos import ChosenPeople, PhotoSet, Pictures, TrainingPhotos
 from lit_multiip.mini.portraits import Portraits
 from lit_multiip.mini.recipe import (
     AdapterTraining,
@@ -50,7 +50,7 @@ from lit_multiip.mini.recipe import (
 )
 from lit_multiip.mini.start import Start
 from lit_multiip.mini.tokenizer import MAX_LENGTH, make_tokenizer
-from lit_multiip.mini.training import RecipeError, train
+from lit_multiip.mini.training import RecipeError, check_same, train
 from lit_multiip.pixels import to_signal
 
 logger = logging.getLogger(__name__)
@@ -154,9 +154,10 @@ class Maker:
         """Write down whom the backbone is trained on, so that nobody is tested on them; see `evaluation.audit`."""
         known = self.out / TRAINED_ON
         earlier = read_record(load_file(known)) if known.exists() else None
-        if not self.pictures.people and earlier is None and self.start.record() is None:
+        people = [*self.pictures.people, *self.pictures.measuring]
+        if not people and earlier is None and self.start.record() is None:
             return
-        record = training_record(self.pictures.people, earlier, self.start.record())
+        record = training_record(people, earlier, self.start.record())
         write_durably(known, lambda file: file.write(save(record)))
 
     def _train(
@@ -184,7 +185,7 @@ class Maker:
 
     def clip(self, settings: CLIPTraining, facts: Mapping[str, Any]) -> Measured:
         """Train tokenizer, text encoder and image encoder."""
-        data, unseen, _ = self.pictures
+        data, unseen = self.pictures.training, self.pictures.unseen
         _check_kinds("clip", settings.captions, data)
         tokenizer = make_tokenizer(self.out / "tokenizer", data.phrases())
         faces = None if settings.face is None else measured.face_embeds(settings.face, data, self.work)
@@ -242,7 +243,7 @@ class Maker:
 
     def vae(self, settings: VAETraining, facts: Mapping[str, Any]) -> Measured:
         """Train the autoencoder, then set its scaling factor so that latents have unit variance."""
-        data, unseen, _ = self.pictures
+        data, unseen = self.pictures.training, self.pictures.unseen
         vae: Any = AutoencoderKL(**self.start.config("vae", settings.network) | {"sample_size": self.side})
         self.start.fill(vae, "vae")
         stage = stages.VAEStage(vae, settings.learning_rate, settings.kl_weight)
@@ -267,7 +268,7 @@ class Maker:
 
     def unet(self, settings: UNetTraining, facts: Mapping[str, Any]) -> Measured:
         """Train the UNet on latents, and an IP-Adapter with it where the recipe says so."""
-        data, unseen, _ = self.pictures
+        data, unseen = self.pictures.training, self.pictures.unseen
         _check_kinds("unet", settings.captions, data)
         vae: Any = AutoencoderKL.from_pretrained(self.out / "vae").float().eval()
         text = CLIPTextModel.from_pretrained(self.out / "text_encoder").float()
@@ -338,9 +339,12 @@ class Maker:
             **settings.options,
         }
         cli = CLI([f"--{key}={value}" for key, value in options.items()], run=False)
-        if self.photos.source is not None:
-            cli.datamodule.source, cli.datamodule.crop = self.photos.source, self.photos.crop
-        last = cli.run_folder / "checkpoints" / "last.ckpt"
+        if self.pictures.people:  # cut already, and nobody of the experiment is among them
+            cli.datamodule.source, cli.datamodule.crop = ChosenPeople(self.pictures.people), None
+        last, known = cli.run_folder / "checkpoints" / "last.ckpt", cli.run_folder / "facts.json"
+        if last.exists() and (then := _read_json(known)) is not None:
+            check_same(last, then, facts)
+        write_json(known, facts)
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(last) if last.exists() else None, weights_only=True)
         self._save_adapter(cli.model.unet)
         logged = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}

@@ -94,14 +94,27 @@ class PhotoSet(NamedTuple):
 
     training: Pictures
     unseen: Pictures  # of people whom no part is trained on
-    people: Sequence[Person]  # real ones, in either; they go on the backbone's record
+    people: Sequence[Person]  # of `training`, their photos cut; none of drawn portraits
+    measuring: Sequence[Person]  # of `unseen`, likewise
+
+
+class ChosenPeople(PeopleSource):
+    """People that are there already, for `fit`.
+
+    Args:
+        chosen: in natural order of their names.
+    """
+
+    def __init__(self, chosen: Sequence[Person]) -> None:
+        self.chosen = chosen
+
+    def people(self) -> list[Person]:
+        """Return them."""
+        return list(self.chosen)
 
 
 class TrainingPhotos(ABC):
     """Where the pictures come from. Constructing one is cheap; `read` does the work."""
-
-    source: PeopleSource | None = None  # of real people
-    crop: FaceCrop | None = None
 
     @abstractmethod
     def read(self, work: Path, side: int, seed: int) -> PhotoSet:
@@ -188,12 +201,14 @@ class RealPeople(TrainingPhotos):
         if self.crop is not None:
             people = self.crop(people, work / "features")
         names = self._draw_unseen(people, seed)
-        training = [photo for person in people if person.name not in names for photo in person.photos]
-        unseen = [photo for person in people if person.name in names for photo in person.photos]
+        training = [person for person in people if person.name not in names]
+        measuring = [person for person in people if person.name in names]
+        seen, unseen = ([photo for person in one for photo in person.photos] for one in (training, measuring))
         return PhotoSet(
-            Prompted(training, read_pixels(training, side, work), self.mirrored),
+            Prompted(seen, read_pixels(seen, side, work), self.mirrored),
             Prompted(unseen, read_pixels(unseen, side, work)),
-            people,
+            training,
+            measuring,
         )
 
     def _choose(self, people: Sequence[Person]) -> list[Person]:

@@ -133,4 +133,4 @@ class DrawnPeople(TrainingPhotos):
             raise DataError(f"side is {side}: portraits are drawn at {SIDE} px; leave it out")
         training = Portraits(work, "backbone", mini_faces.ROLES["backbone"][: self.people], self.photos, seed)
         unseen = Portraits(work, "measured", GATE_PEOPLE[: self.measured], self.photos, seed)
-        return PhotoSet(training, unseen, [])
+        return PhotoSet(training, unseen, [], [])

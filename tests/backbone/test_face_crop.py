@@ -151,7 +151,7 @@ def test_a_size_that_cuts_into_the_face_is_refused():
 
 
 def test_a_fixed_share_cuts_the_middle_out_and_needs_no_detector(tmp_path):
-    wide = FilePhoto("p", "a.png", "a photo", save(tmp_path / "a.png", (100, 50), (0, 0, 0)))
+    wide = FilePhoto("p", "a.png", "a photo", tmp_path / "a.png")
     [person] = FaceCrop(share=0.6)([Person("p", (wide,))], tmp_path / "cache")
     [photo] = person.photos
     whole = Image.new("RGB", (100, 50))

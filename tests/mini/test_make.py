@@ -25,7 +25,8 @@ from lit_multiip.data.tasks import make_tasks
 from lit_multiip.evaluation.audit import LeakError, audit_tasks
 from lit_multiip.files import package_file
 from lit_multiip.mini import stages, training
-from lit_multiip.mini.make import STAGES, Maker, make_mini
+from lit_multiip.mini.make import make_mini
+from lit_multiip.mini.maker import STAGES, Maker
 from lit_multiip.mini.measure import check_unseen
 from lit_multiip.mini.measured import identify
 from lit_multiip.mini.photos import Prompted, RealPeople, check_apart, swap_sides

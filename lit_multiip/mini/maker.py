@@ -157,7 +157,8 @@ class Maker:
         if not people and earlier is None and self.start.record() is None:
             return
         record = training_record(people, earlier, self.start.record())
-        write_durably(known, lambda file: file.write(save(record)))
+        with only_writer(self.work):
+            write_durably(known, lambda file: file.write(save(record)))
 
     def _train(
         self, stage: str, module: Any, data: Any, settings: Training, facts: Mapping[str, Any], name: str | None = None

@@ -195,7 +195,7 @@ class CLIPStage(Stage):
         """Match a batch of pictures with a caption each."""
         rng = np.random.default_rng([3, self.global_step])
         captions = [self.pictures.caption(int(i), rng, self.captions) for i in batch["index"]]
-        tokens = self.tokenizer(captions, padding=True, return_tensors="pt").to(self.device)
+        tokens = self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt").to(self.device)
         images = vary(batch["image"]) if self.varied else batch["image"]
         pixels = normalize(images.float() / 255, MEAN, STD)
         image = F.normalize(self.vision(pixel_values=pixels).image_embeds.float(), dim=-1)  # (B, D)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from lit_multiip.cli import choose_precision
 from lit_multiip.mini.maker import STAGES, Maker, Settings
 from lit_multiip.mini.photos import RealPeople, TrainingPhotos  # noqa: F401  so that a recipe may call it by name
 from lit_multiip.mini.portraits import DrawnPeople  # noqa: F401  likewise
@@ -30,6 +31,7 @@ def make_mini(
     seed: int = 0,
     side: int = 64,
     start_from: str | None = None,
+    precision: str | None = None,
     critic: CriticTraining | None = None,
     critic_b: CriticTraining | None = None,
     clip: CLIPTraining | None = None,
@@ -48,6 +50,7 @@ def make_mini(
         seed: decides drawn portraits, initial weights and draws.
         side: of a picture in px.
         start_from: a backbone whose weights the networks begin at; those of other sizes are named and begin anew.
+        precision: of Lightning's Trainer, such as bf16-mixed or 32-true; None takes what the machine has a unit for.
         critic: scores drawn portraits.
         critic_b: a second one.
         clip: tokenizer, text encoder and image encoder.
@@ -61,6 +64,6 @@ def make_mini(
     if not recipe or (stage is not None and stage not in recipe):
         wanted = "no stage" if stage is None else f"no stage {stage}"
         raise RecipeError(f"the recipe has {wanted}: it has {', '.join(recipe) or 'none'}; --config takes a recipe")
-    maker = Maker(photos, Path(out), Path(work), seed, side, Start(start_from), recipe)
+    maker = Maker(photos, Path(out), Path(work), seed, side, Start(start_from), recipe, precision or choose_precision())
     for name in recipe if stage is None else [stage]:
         maker.make(name)

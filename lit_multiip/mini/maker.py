@@ -33,6 +33,7 @@ from transformers import (
 
 from lit_multiip.backbone.ip_adapter import install_ip_adapter, ip_adapter_from_text, ip_adapter_state
 from lit_multiip.backbone.pipeline import TRAINED_ON
+from lit_multiip.cli import CLI
 from lit_multiip.data import mini_faces
 from lit_multiip.data.record import read_record, training_record
 from lit_multiip.evaluation.results import write_json
@@ -86,6 +87,7 @@ class Maker:
         side: of a picture in px.
         start: the backbone to begin at.
         recipe: settings of the stages that the recipe has.
+        precision: of Lightning's Trainer.
     """
 
     def __init__(
@@ -97,9 +99,10 @@ class Maker:
         side: int,
         start: Start,
         recipe: Mapping[str, Settings],
+        precision: str,
     ) -> None:
         self.photos, self.out, self.work, self.seed, self.side = photos, out, work, seed, side
-        self.start, self.recipe = start, recipe
+        self.start, self.recipe, self.precision = start, recipe, precision
 
     @cached_property
     def pictures(self) -> PhotoSet:
@@ -164,7 +167,8 @@ class Maker:
         self, stage: str, module: Any, data: Any, settings: Training, facts: Mapping[str, Any], name: str | None = None
     ) -> Measured:
         file = self.work / stage / f"{name or stage}.ckpt"
-        return dict(train(module, data, len(data), settings, file, {**facts, "steps": settings.steps}))
+        facts = {**facts, "steps": settings.steps}
+        return dict(train(module, data, len(data), settings, file, facts, self.precision))
 
     # ---- the stages -------------------------------------------------------------------------------------------------
 
@@ -301,7 +305,7 @@ class Maker:
         )
         done = self._train("unet", stage, torch.arange(len(data)), settings, facts)
         seen = measured.image_embeds(vision, unseen) if settings.adapter else None
-        done |= measured.denoising(stage, _encode(vae, unseen), unseen, seen)
+        done |= measured.denoising(stage, _encode(vae, unseen, self.precision), unseen, seen)
         plain: Any = UNet2DConditionModel(**config)
         state = unet.state_dict()
         plain.load_state_dict({key: state[key] for key in plain.state_dict()})
@@ -319,21 +323,20 @@ class Maker:
         key = hash_text(json.dumps([facts["earlier"]["vae"], facts["pictures"]]))[:16]
         path = self.work / "unet" / f"moments_{key}.pt"
         if not path.exists():
-            moments = _encode(vae, data)
+            moments = _encode(vae, data, self.precision)
             write_durably(path, lambda file: torch.save(moments, file))
         found: Tensor = torch.load(path, weights_only=True)
         return found
 
     def ip_adapter(self, settings: AdapterTraining, facts: Mapping[str, Any]) -> Measured:
         """Train the single-photo IP-Adapter as the published one was, by the project's own `fit`."""
-        from lit_multiip.cli import CLI
-
         options = {
             "config": package_file("mini/ip_adapter.yaml"),
             "backbone.path": self.out,
             "seed_everything": self.seed,
             "data.cache_dir": self.work / "features",
             "trainer.max_steps": settings.steps,
+            "trainer.precision": self.precision,
             "trainer.logger.init_args.save_dir": self.work,
             "trainer.logger.init_args.version": 0,
             **settings.options,
@@ -358,9 +361,9 @@ class Maker:
 
 
 @torch.inference_mode()
-def _encode(vae: Any, data: Pictures) -> Tensor:
+def _encode(vae: Any, data: Pictures, precision: str) -> Tensor:
     """Return mean and logvar of the latents of all pictures, (P, 2C, h, w) float16."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
         batches = tqdm(DataLoader(data, 64), "encoding pictures")
         return torch.cat([vae.encode(to_signal(b["image"])).latent_dist.parameters.half() for b in batches])
 

@@ -122,6 +122,7 @@ def train(
     settings: Training,
     file: Path,
     facts: Mapping[str, Any],
+    precision: str,
 ) -> dict[str, float]:
     """Train `module`; an interrupted training goes on, and one that is done is read.
 
@@ -132,6 +133,7 @@ def train(
         settings: steps, batch size and average of the weights.
         file: the checkpoint; the loss goes to `metrics.csv` in folders beside it, one of each start.
         facts: what the training is of; a checkpoint of other facts is refused.
+        precision: of Lightning's Trainer.
 
     Returns:
         `steps`, `seconds`, and what was logged last.
@@ -154,7 +156,7 @@ def train(
     trainer = L.Trainer(
         accelerator="auto",
         devices=1,
-        precision="bf16-mixed",
+        precision=precision,  # type: ignore[arg-type]  # a plain str, as Lightning's own command line takes it
         max_steps=settings.steps,
         logger=CSVLogger(file.parent, file.stem),
         callbacks=callbacks,

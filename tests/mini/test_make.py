@@ -73,7 +73,7 @@ def photos_of(folder: Path, **options: object) -> RealPeople:
 
 
 def maker(photos: RealPeople, root: Path, start: str | None, **recipe: object) -> Maker:
-    return Maker(photos, root / "out", root / "work", 0, SIDE, Start(start), {**RECIPE, **recipe})
+    return Maker(photos, root / "out", root / "work", 0, SIDE, Start(start), {**RECIPE, **recipe}, "32-true")
 
 
 @pytest.fixture(scope="module")

@@ -194,19 +194,19 @@ class Maker:
         tokenizer = make_tokenizer(self.out / "tokenizer", data.phrases())
         faces = None if settings.face is None else measured.face_embeds(settings.face, data, self.work)
         width = {} if faces is None else {"projection_dim": faces.shape[1]}
+        vision_config = CLIPVisionConfig.from_dict(
+            self.start.config("image_encoder", settings.vision) | {"image_size": self.side} | width
+        )
         text_config = CLIPTextConfig.from_dict(
             self.start.config("text_encoder", settings.text)
             | {
                 "vocab_size": len(tokenizer),
                 "max_position_embeddings": MAX_LENGTH,
+                "projection_dim": vision_config.projection_dim,
                 "bos_token_id": tokenizer.bos_token_id,
                 "eos_token_id": tokenizer.eos_token_id,
                 "pad_token_id": tokenizer.pad_token_id,
             }
-            | width
-        )
-        vision_config = CLIPVisionConfig.from_dict(
-            self.start.config("image_encoder", settings.vision) | {"image_size": self.side} | width
         )
         text, vision = CLIPTextModelWithProjection(text_config), CLIPVisionModelWithProjection(vision_config)
         self.start.fill(text.text_model, "text_encoder")

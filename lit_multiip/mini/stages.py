@@ -37,7 +37,9 @@ class Stage(L.LightningModule):
         trained = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, self.learning_rate, weight_decay=self.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
-        warm_up = max(min(0.1, 300 / steps), 2 / steps)  # a share of the steps; two at least
+        warm_up = max(
+            min(0.1, 300 / steps), 1.5 / steps
+        )  # a share of the steps; OneCycleLR divides by that less one step
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, self.learning_rate, steps, pct_start=warm_up, cycle_momentum=False
         )

@@ -68,8 +68,7 @@ class CLIPTraining(Training):
     Args:
         image_steps: further steps of the image encoder, the text encoder locked.
         text: of the text encoder's configuration, what differs from that of `start_from`.
-        vision: of the image encoder's, likewise; `projection_dim` is both towers', and the face network's width where there
-            is one.
+        vision: of the image encoder's, likewise; `projection_dim` is both towers', and the face network's where one is.
         captions: probabilities of the kinds of captions.
         skip_equal: do not hold pictures apart whose captions are equal.
         varied: scale, shift and brighten the pictures a little.

@@ -22,7 +22,7 @@ from lit_multiip.pixels import to_signal
 Batch = dict[str, Tensor]
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's own
 SNR_GAMMA = 5  # of min-SNR weights
-PHOTO_DROP = 0.1  # share of the embeddings that are zeroed
+PHOTO_DROP = 0.05, 0.5  # share of the embeddings that are zeroed beside a caption, and beside none: as published
 
 
 class Stage(L.LightningModule):
@@ -312,14 +312,15 @@ class UNetStage(Stage):
         eps = torch.randn_like(x)
         t = torch.randint(self.scheduler.config.num_train_timesteps, (len(x),), device=self.device)
         noised = self.scheduler.add_noise(x, eps, t)  # eq. (8)
-        added = {} if self.embeds is None else {"added_cond_kwargs": {"image_embeds": [self._drop(index)]}}
+        added = {} if self.embeds is None else {"added_cond_kwargs": {"image_embeds": [self._drop(index, captions)]}}
         snr = compute_snr(self.scheduler, t)
         weight = (snr.clamp(max=SNR_GAMMA) / snr).view(-1, 1, 1, 1)
         return (weight * (self.unet(noised, t, states, **added).sample.float() - eps).square()).mean()
 
-    def _drop(self, index: Tensor) -> Tensor:
-        """Return the embeddings of some pictures, (B, 1, D), a tenth of them zeroed."""
+    def _drop(self, index: Tensor, captions: list[str]) -> Tensor:
+        """Return the embeddings of some pictures, (B, 1, D), some of them zeroed."""
         assert self.embeds is not None
         embeds = self.embeds[index.cpu()].to(self.device)  # (B, D)
-        kept = torch.rand(len(embeds), 1, device=self.device) >= PHOTO_DROP
-        return (embeds * kept)[:, None]
+        share = torch.tensor([PHOTO_DROP[not caption] for caption in captions], device=self.device)
+        kept = torch.rand(len(embeds), device=self.device) >= share
+        return (embeds * kept[:, None])[:, None]

@@ -303,7 +303,7 @@ class Maker:
             settings.learning_rate,
             embeds,
         )
-        done = self._train("unet", stage, torch.arange(len(data)), settings, facts)
+        done = self._train("unet", stage, [{"index": i} for i in range(len(data))], settings, facts)
         seen = measured.image_embeds(vision, unseen) if settings.adapter else None
         done |= measured.denoising(stage, _encode(vae, unseen, self.precision), unseen, seen)
         plain: Any = UNet2DConditionModel(**config)

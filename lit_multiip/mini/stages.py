@@ -294,12 +294,12 @@ class UNetStage(Stage):
         self.moments, self.scaling_factor, self.embeds = moments, scaling_factor, embeds
         self.tokenizer, self.pictures, self.captions = tokenizer, pictures, captions
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Denoise the latents of a batch of pictures, given by their indices, (B,)."""
-        rng = np.random.default_rng([4, self.global_step])
-        captions = [self.pictures.caption(int(i), rng, self.captions) for i in batch]
-        loss = self.denoise(captions, self.moments[batch.cpu()].to(self.device), batch)
-        self.log("loss", loss, prog_bar=True)
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Denoise the latents of a batch of pictures, given by their `index` (B,)."""
+        rng, index = np.random.default_rng([4, self.global_step]), batch["index"]
+        captions = [self.pictures.caption(int(i), rng, self.captions) for i in index]
+        loss = self.denoise(captions, self.moments[index.cpu()].to(self.device), index)
+        self.log("loss", loss, prog_bar=True, batch_size=len(index))
         return loss
 
     def denoise(self, captions: list[str], moments: Tensor, index: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ def train(
     trainer.strategy.checkpoint_io = DurableCheckpointIO()
     loader = DataLoader(data, batch_sampler=batches)
     trainer.fit(module, loader, ckpt_path=str(file) if file.exists() else None, weights_only=True)
-    trainer.save_checkpoint(file)
+    trainer.save_checkpoint(file, False)  # not the weights alone; left out, Lightning announces it
     return keep.done
 
 

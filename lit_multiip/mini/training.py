@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lit_multiip.files import LitMultiIPError
+from lit_multiip.files import LitMultiIPError, shorten
 from lit_multiip.finite import RequireFinite
 from lit_multiip.mini.recipe import Training
 from lit_multiip.resume import DurableCheckpointIO
@@ -173,9 +173,18 @@ def train(
 
 def check_same(file: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to go on with a training of other facts; name those that differ."""
-    changed = [f"{key} {then.get(key)} => {now.get(key)}" for key in {**then, **now} if then.get(key) != now.get(key)]
+    old, new = _flat(then), _flat(now)
+    changed = [f"{key} {old.get(key)} => {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
     if changed:
         raise RecipeError(
-            f"'{file}' is of a training with other settings ({'; '.join(changed)}): give them again, delete the file "
-            "to begin anew, or give another --work"
+            f"'{file}' is of a training with other settings ({shorten(changed)}): give them again, delete the file to "
+            "begin anew, or give another --work"
         )
+
+
+def _flat(facts: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Return nested facts by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in facts.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+    return flat

@@ -365,7 +365,8 @@ def _encode(vae: Any, data: Pictures, precision: str) -> Tensor:
     """Return mean and logvar of the latents of all pictures, (P, 2C, h, w) float16."""
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
         batches = tqdm(DataLoader(data, 64), "encoding pictures")
-        return torch.cat([vae.encode(to_signal(b["image"])).latent_dist.parameters.half() for b in batches])
+        parts = [vae.encode(to_signal(b["image"])).latent_dist.parameters.half() for b in batches]
+    return torch.cat(parts)  # which autocast refuses of float16
 
 
 def _save_for_float32(module: Any, folder: Path) -> None:

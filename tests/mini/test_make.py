@@ -27,7 +27,7 @@ from lit_multiip.files import package_file
 from lit_multiip.mini import stages, training
 from lit_multiip.mini.make import make_mini
 from lit_multiip.mini.maker import STAGES, Maker
-from lit_multiip.mini.measure import check_unseen
+from lit_multiip.mini.measure import check_unseen, measure_people
 from lit_multiip.mini.measured import identify
 from lit_multiip.mini.photos import Prompted, RealPeople, check_apart, swap_sides
 from lit_multiip.mini.recipe import AdapterTraining, CLIPTraining, CriticTraining, Training, UNetTraining, VAETraining
@@ -116,6 +116,13 @@ def test_the_folder_says_whom_it_was_trained_on_and_an_audit_refuses_them(made):
         audit_tasks(make_tasks(people[:2], 2, 1), "recorded", record)
     with pytest.raises(DataError, match=r"was trained on 9 of 9 people: p00, p01"):
         check_unseen(Backbone(str(made / "out")), people)
+
+
+def test_unseen_people_measure_it_from_one_and_from_nine_photos(made, tmp_path):
+    people = Folder(str(write_people(tmp_path / "photos", people=3, photos=10, first=60))).people()
+    found = measure_people(str(made / "out"), people, FaceCrop(share=0.9), None, tmp_path)
+    assert found["photos"] == 30 and found["vae"]["unseen_psnr_db"] > 3
+    assert [found["identify"]["image_encoder"][n]["people"] for n in (1, 9)] == [3, 3]
 
 
 def test_a_stage_that_is_made_is_passed_over(made, caplog):

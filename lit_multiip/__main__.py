@@ -23,8 +23,8 @@ PLAIN = {  # functions that need no model and no data: where they are, and what 
     "sweep": ("lit_multiip.comparison.sweep", "score settings, numbers of photos and of training people"),
     "report": ("lit_multiip.comparison.report", "write the report of a comparison again"),
     "caption": ("lit_multiip.tools.caption", "write a prompt beside every photo that has none"),
-    "make-mini": ("lit_multiip.mini.make", "make the miniature backbone from a seed"),
-    "measure-mini": ("lit_multiip.mini.measure", "print the miniature's figures"),
+    "make-mini": ("lit_multiip.mini.make", "make a small backbone by a recipe, from photos or drawn portraits"),
+    "measure-mini": ("lit_multiip.mini.measure", "print a small backbone's figures"),
 }
 DESCRIPTION = """Personalised images from several photos of a person.
 

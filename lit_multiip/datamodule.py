@@ -99,7 +99,8 @@ class MultiPhotoData(L.LightningDataModule):
         training_seed: of the training groups alone, for several trainings on one protocol; None takes `seed`.
         predict: what `predict` draws.
         person: whom fit learns, where the method learns one person; whom predict draws.
-        crop: cut every photo to a square at its face, for encoders and scores alike; None takes its central square.
+        crop: cut every photo to a square at its face, or to a fixed share of its middle, for encoders and scores alike;
+            None takes its central square.
         face_weight: weigh the training loss more in the target's face; None weighs all places alike.
     """
 
@@ -187,7 +188,7 @@ class MultiPhotoData(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Fetch or extract the source once, on one process, and find the faces where photos are cut at them."""
         people = self.source.people()
-        if self.crop is not None:
+        if self.crop is not None and self.crop.share is None:
             chosen = select_people(people, self.min_photos, self.max_people, self.seed)
             readable = check_photos(chosen, self.on_unreadable)
             photos = [photo for person in readable for photo in person.photos]

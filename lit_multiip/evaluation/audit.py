@@ -60,7 +60,7 @@ class LeakError(LitMultiIPError):
 
 
 def find_record(trainer: Any, method: Method) -> tuple[str, Record | None]:
-    """Find out what the tested weights were trained on: those of a checkpoint, and those that its method started from.
+    """Find out what tested weights were trained on: a checkpoint's, the method's first ones, and the backbone's.
 
     Returns:
         `recorded`, `nothing` where this project trained nothing, or `unknown` where some weights carry no record; and
@@ -75,7 +75,7 @@ def find_record(trainer: Any, method: Method) -> tuple[str, Record | None]:
         own = unknown_record() if "://" in str(path) else read_checkpoint(Path(path)).get(RECORD, unknown_record())
     elif trainer.global_step > 0:  # fit and test of one Trainer
         own = training_record([*trainer.datamodule.split.train, *trainer.datamodule.split.validation])
-    record = merge_records(own, method.trained_on)
+    record = merge_records(own, method.trained_on, method.backbone.trained_on())
     if record is None:
         return "nothing", None
     return "unknown" if is_incomplete(record) else "recorded", record if len(record["people"]) else None
@@ -152,7 +152,7 @@ def _check_training(
         if seen := [name for name, digest in names.items() if digest in people]:
             raise LeakError(
                 f"{len(seen)} of {len(names)} test people were trained or validated on, such as '{seen[0]}': test with "
-                "the split, seed and source that the weights were trained with, or leave them out"
+                "the split, seed and source that the weights and their backbone were trained with, or leave them out"
             )
         if copies := [photo for photo, key in keys.items() if bytes.fromhex(key) in photos]:
             raise LeakError(

@@ -82,6 +82,7 @@ class CLI(LightningCLI):
     """
 
     commands = LightningCLI.subcommands()  # by name, the arguments of the Trainer's method that are no options
+    without_run: tuple[str, ...] = ()  # commands that take the newest run where there is one, and need none
     trainer: callbacks.Trainer
     run_folder: Path  # into which all is written, whatever the logger
     continued: Path | None = None  # the run that fit goes on with, in its own folder
@@ -97,7 +98,7 @@ class CLI(LightningCLI):
         if typed and typed[0] in self.commands:  # a parser takes 0.3 s, so no other one is built
             self.commands = {typed[0]: self.commands[typed[0]]}
         kwargs: dict[str, Any] = parser_kwargs | {name: {"command": name} for name in self.commands}
-        self.chosen = runs.choose_run(typed, self.commands) if run else None
+        self.chosen = runs.choose_run(typed, self.commands, self.without_run) if run else None
         if self.chosen is not None:
             command, folder, _ = self.chosen
             kwargs[command]["default_config_files"] = [glob.escape(str(folder / "config.yaml"))]
@@ -261,8 +262,8 @@ def choose_precision() -> str:
     """
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    find = getattr(torch.cpu, "get_capabilities", dict)  # of newer versions of torch
-    return "bf16-mixed" if find().get("amx_bf16") else "32-true"
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of newer versions of torch
+    return "bf16-mixed" if capabilities.get("amx_bf16") else "32-true"
 
 
 def trainer_defaults() -> dict[str, Any]:

@@ -74,6 +74,14 @@ class Split:
                 )
         check_names_differ([*self.train, *self.validation, *self.test])
 
+    def people_of(self, side: str) -> list[Person]:
+        """Return the people of a side, whom something needs; refuse where `test_fraction` = 1 left none there."""
+        people: list[Person] = getattr(self, side)
+        if not people:
+            remedy = "lower it, or set data.tested to test"
+            raise DataError(f"data.test_fraction=1 makes test people of everyone, no {side} people: {remedy}")
+        return people
+
 
 def split_people(
     people: Sequence[Person],

@@ -17,6 +17,8 @@ from torch import Tensor
 from lit_multiip.backbone.components import BackboneError
 from lit_multiip.backbone.encoders import PhotoEncoder
 from lit_multiip.backbone.ip_adapter import (
+    Scale,
+    check_ip_scale,
     find_adapter_file,
     install_ip_adapter,
     ip_adapter_from_text,
@@ -27,10 +29,11 @@ from lit_multiip.backbone.ip_adapter import (
 from lit_multiip.backbone.lora import LORA_FILE, add_lora, lora_disabled, read_lora, require_peft
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.record import RECORD, read_record
-from lit_multiip.files import hash_file
+from lit_multiip.files import LitMultiIPError, hash_file
 from lit_multiip.methods.aggregators import Aggregator, SelfAttention
 from lit_multiip.methods.method import Batch, Method, References
 
+_NO = torch.zeros(1, dtype=torch.bool)
 VALIDATION_TIMES = (0.125, 0.375, 0.625, 0.875)  # t / T, the centres of four bins
 
 
@@ -104,6 +107,7 @@ class MultiIPAdapter(Method):
             self._load_lora(path)
         for parameter in ip_adapter_parameters(self.unet).values():
             parameter.requires_grad_(self.trained == "adapter")
+        check_ip_scale(self.sampling.ip_scale, self.unet)
 
     def _adapter_path(self) -> str | None:
         """Return where the adapter's weights are; None where it is made from the text K and V, at random in part."""
@@ -194,11 +198,11 @@ class MultiIPAdapter(Method):
 
     # ---- drawing ------------------------------------------------------------------------------------------------
 
-    def generate(self, batch: Batch, references: References = "right", ip_scale: float | None = None) -> Tensor:
+    def generate(self, batch: Batch, references: References = "right", ip_scale: Scale | None = None) -> Tensor:
         """Draw the images of a batch of tasks: RGB, (B, 3, H, W) uint8.
 
         Args:
-            batch: of `TaskDataset` items.
+            batch: of `TaskDataset` items; masks of the first are those of all.
             references: the task's own, none (scale 0 and no LoRA), another person's, or zeros for the aggregated
                 embedding.
             ip_scale: overrides `sampling.ip_scale`.
@@ -206,15 +210,30 @@ class MultiIPAdapter(Method):
         embeds = self.condition(batch["other_references" if references == "other" else "references"])
         if references == "zero":
             embeds = torch.zeros_like(embeds)
+        if batch.get("weighted", _NO).any() and not self.aggregator.counts_repeats:
+            raise LitMultiIPError(
+                f"{type(self.aggregator).__name__} gives photos no weights: leave out weights other than 0 and 1, or "
+                "take another model.aggregator, such as AvgPool"
+            )
+        people = [embeds, *(self.condition(rows) for rows in batch.get("beside", ()))]  # (B, M, D) each
+        negative, masks = None, None
+        if "negatives" in batch:
+            negative = torch.cat([self.condition(rows) for rows in batch["negatives"]], dim=1)
+        if "masks" in batch:  # (B, P, H, W); each person's embeddings share the weight
+            counts = [rows.shape[1] for rows in people]
+            pairs = zip(batch["masks"][0], counts, strict=True)
+            masks = torch.cat([(mask / count).expand(count, -1, -1) for mask, count in pairs])  # (M, H, W)
         alone = references == "none" and self.lora_rank is not None
         with lora_disabled(self.unet) if alone else nullcontext():
             return self.sampler(
                 batch["text"],
                 batch["negative_text"],
-                embeds,
+                torch.cat(people, dim=1),
                 [int(seed) for seed in batch["seed"]],
                 self.image_side,
                 0.0 if references == "none" else ip_scale,
+                negative,
+                masks,
             )
 
     def on_test_start(self) -> None:

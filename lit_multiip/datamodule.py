@@ -19,7 +19,7 @@ from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.checking import check_photos
 from lit_multiip.data.drawing import NOTHING, Drawing, draw_person, draw_together, read_masks, without_copies
 from lit_multiip.data.groups import Balance, Target
-from lit_multiip.data.people import MiniFaces, PeopleSource, Person, read_person
+from lit_multiip.data.people import MiniFaces, PeopleSource, Person, check_names_differ, read_person
 from lit_multiip.data.photos import DataError, Photo
 from lit_multiip.data.split import Split, select_people, split_people
 from lit_multiip.data.tasks import Task, add_intruders, make_tasks
@@ -253,6 +253,7 @@ class MultiPhotoData(L.LightningDataModule):
         negatives = [] if args.negatives is None else read([read_person(args.negatives)])
         if not people:
             raise DataError("data.predict.photos names no folder: give one a person")
+        check_names_differ(people)
         people, masks = self._cut(read(people)), read_masks(args.masks or ())
         options = {"weights": args.weights, "negatives": self._cut(negatives), "masks": masks}
         return people[0], *self.draw_together(people, **options)

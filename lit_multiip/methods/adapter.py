@@ -18,13 +18,13 @@ from lit_multiip.backbone.components import BackboneError
 from lit_multiip.backbone.encoders import PhotoEncoder
 from lit_multiip.backbone.ip_adapter import (
     Scale,
-    check_ip_scale,
     find_adapter_file,
     install_ip_adapter,
     ip_adapter_from_text,
     ip_adapter_parameters,
     read_adapter_record,
     read_ip_adapter,
+    set_ip_scale,
 )
 from lit_multiip.backbone.lora import LORA_FILE, add_lora, lora_disabled, read_lora, require_peft
 from lit_multiip.backbone.pipeline import Backbone
@@ -107,7 +107,8 @@ class MultiIPAdapter(Method):
             self._load_lora(path)
         for parameter in ip_adapter_parameters(self.unet).values():
             parameter.requires_grad_(self.trained == "adapter")
-        check_ip_scale(self.sampling.ip_scale, self.unet)
+        set_ip_scale(self.unet, self.sampling.ip_scale)  # refuses blocks that the UNet lacks
+        set_ip_scale(self.unet, 1.0)
 
     def _adapter_path(self) -> str | None:
         """Return where the adapter's weights are; None where it is made from the text K and V, at random in part."""

@@ -42,6 +42,7 @@ class CriticExtractor(Extractor):
     """
 
     can_identify = True
+    same_person = 0.67  # of drawn people whom it was not trained on, see tools/README.md
 
     def __init__(self, folder: str | None = None) -> None:
         super().__init__()

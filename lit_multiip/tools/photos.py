@@ -54,4 +54,4 @@ def render(result: PhotoCheck, take: int) -> str:
     return "\n".join(lines)
 
 
-photos = {"_help": "Look at one person's photos.", "check": check}
+photos = {"check": check}  # the command's own commands

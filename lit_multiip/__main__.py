@@ -82,8 +82,8 @@ def main(args: list[str] | None = None) -> None:
             name = given[0]
             function = getattr(importlib.import_module(PLAIN[name][0]), name.replace("-", "_"))
             # a command of several, such as `photos check`, takes what it needs by its place
-            options = {"as_positional": isinstance(function, dict), "prog": f"{PROGRAM} {name}"}
-            auto_cli(function, args=given[1:], exit_on_error=False, **options)
+            by_place = isinstance(function, dict)
+            auto_cli(function, args=given[1:], as_positional=by_place, prog=f"{PROGRAM} {name}", exit_on_error=False)
         else:
             Commands(
                 args, trainer_class=CommandTrainer, prog=PROGRAM, description=DESCRIPTION, formatter_class=Formatter

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lit_multiip.backbone.faces import FaceDetector
 from lit_multiip.data.people import read_person
 from lit_multiip.evaluation import faces, vision  # noqa: F401  so that `--extractor` may call their classes by name
-from lit_multiip.evaluation.critic import CriticExtractor
+from lit_multiip.evaluation.critic import Resemblance
 from lit_multiip.evaluation.extractors import Extractor
 from lit_multiip.evaluation.photo_check import PhotoCheck, check_person
 from lit_multiip.files import LitMultiIPError
@@ -26,7 +26,7 @@ def check(
 
     Args:
         folder: with photos of one person.
-        extractor: tells people apart; null is the critic of drawn portraits. Of real people take a face network, such
+        extractor: tells people apart; null is `Resemblance`, of drawn portraits. Of real people take a face network, such
             as `SFace`, or `FaceRecognition` with its `path`.
         detector: finds faces: YuNet's file, or `org/repository/file.onnx` on the hub; null counts no faces.
         same_person: cosine from which two photos show one person; null takes the extractor's own.
@@ -37,7 +37,7 @@ def check(
         raise LitMultiIPError(f"take={take}: give at least 1")
     person = read_person(folder)
     finder = None if detector is None else FaceDetector(detector)
-    result = check_person(person, extractor or CriticExtractor(), finder, same_person, side)
+    result = check_person(person, extractor or Resemblance(), finder, same_person, side)
     print(render(result, take))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_multiip.__main__ import main
 from lit_multiip.data.people import MiniFaces, Person, read_person
-from lit_multiip.evaluation.critic import CriticExtractor
+from lit_multiip.evaluation.critic import Resemblance
 from lit_multiip.evaluation.extractors import Extraction, Extractor
 from lit_multiip.evaluation.photo_check import check_person, sharpness
 from lit_multiip.files import LitMultiIPError
@@ -137,12 +137,13 @@ def test_a_stranger_among_drawn_portraits_is_found():
     people = [
         person for person in MiniFaces(train=1, validation=1, test=10, photos=10).people() if person.split == "test"
     ]
-    found, false = found_and_false(people, CriticExtractor())
+    found, false = found_and_false(people, Resemblance())
     assert found >= 8 and false <= 3
 
 
 def test_the_command_says_what_to_take(folder, capsys, random_critic):
-    main(["photos", "check", str(folder), "--extractor", "CriticExtractor", "--extractor.folder", str(random_critic)])
+    critic = ["--extractor", "CriticExtractor", "--extractor.folder", str(random_critic), "--same_person", "-1"]
+    main(["photos", "check", str(folder), *critic])
     text = capsys.readouterr().out
     assert text.startswith(f"{folder.name}: 13 photos, best first")
     assert "a copy of larger_copy.png" in text and "\ntake " in text and "text.jpg" in text.split("leave out: ")[1]

@@ -250,12 +250,12 @@ class MultiPhotoData(L.LightningDataModule):
         """Read what `predict` names, and refuse what does not fit before anything is encoded."""
         args, read = self.predict_args, partial(check_photos, on_unreadable=self.on_unreadable, progress=False)
         people = [read_person(folder) for folder in ([folders] if isinstance(folders, str) else folders)]
-        negatives = [] if args.negatives is None else read([read_person(args.negatives)])
+        negatives = [] if args.negatives is None else self._cut(read([read_person(args.negatives)]))
         if not people:
             raise DataError("data.predict.photos names no folder: give one a person")
         check_names_differ(people)
         people, masks = self._cut(read(people)), read_masks(args.masks or ())
-        options = {"weights": args.weights, "negatives": self._cut(negatives), "masks": masks}
+        options = {"weights": args.weights, "negatives": negatives, "masks": masks}
         return people[0], *self.draw_together(people, **options)
 
     def draw_together(self, people: Sequence[Person], **options: Any) -> tuple[tuple[Photo, ...], Drawing]:

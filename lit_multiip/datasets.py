@@ -253,9 +253,9 @@ class TaskDataset(Dataset[dict[str, Any]]):
         if self.per_person:
             item |= reference_set(task.person, task.references, self.features)
         else:
-            item["references"] = self._embeds(task.references)
+            item["references"] = replace_missing(self.features.embeds(task.references), task.person)
             if others := self.others.get(task.person):
-                item["other_references"] = self._embeds(others)
+                item["other_references"] = replace_missing(self.features.embeds(others), others[0].person)
         if isinstance(task, Request):
             item |= self._draw_by(task)
         else:

@@ -86,7 +86,7 @@ class Resemblance(Extractor):
     """
 
     name, can_identify = "resemblance", True
-    same_person = 0.5  # see tools/README.md
+    same_person = 0.35  # see tools/README.md
 
     def __init__(self) -> None:
         super().__init__()

@@ -26,8 +26,8 @@ def check(
 
     Args:
         folder: with photos of one person.
-        extractor: tells people apart; null is `Resemblance`, of drawn portraits. Of real people take a face network, such
-            as `SFace`, or `FaceRecognition` with its `path`.
+        extractor: tells people apart; null is `Resemblance`, of drawn portraits. Of real people take a face network,
+            such as `SFace`, or `FaceRecognition` with its `path`.
         detector: finds faces: YuNet's file, or `org/repository/file.onnx` on the hub; null counts no faces.
         same_person: cosine from which two photos show one person; null takes the extractor's own.
         side: px that a photo's shorter side should have: that of the backbone's images.

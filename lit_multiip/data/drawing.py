@@ -118,11 +118,12 @@ def draw_person(person: Person, count: int, seed: int, weights: Sequence[float] 
 
     By weights all photos are taken whose weight is above 0, each as often as `repeats_of` says.
     """
-    photos = without_copies(person).photos
     if weights is not None:
         check_weights(person.photos, weights)
         repeats = dict(zip(person.photos, repeats_of(weights), strict=True))
-        photos = tuple(photo for photo in photos if repeats[photo])
+        person = replace(person, photos=tuple(photo for photo in person.photos if repeats[photo]))
+    photos = without_copies(person).photos
+    if weights is not None:
         count = len(photos)
     elif len(photos) != count:
         what = "the surplus is dropped" if len(photos) > count else "missing ones are drawn again"

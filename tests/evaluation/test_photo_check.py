@@ -1,6 +1,7 @@
 """What is wrong with a person's photos is found, and the best come first."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest

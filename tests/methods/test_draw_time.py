@@ -252,6 +252,15 @@ def test_options_off_add_nothing_to_a_request(tiny_backbone, data):
     assert draw_together([ANN], 9, 0)[1] == NOTHING
 
 
+def test_a_method_that_tunes_on_one_person_refuses_options_of_photos(tiny_backbone):
+    data = MultiPhotoData(Backbone(str(tiny_backbone)))
+    data.per_person = True
+    data.draw_together([ANN], weights=None, negatives=[], masks=())
+    for people, options in (([ANN], {"weights": [1.0] * 9}), ([ANN], {"negatives": [BOB]}), ([ANN, BOB], {})):
+        with pytest.raises(LitMultiIPError, match="takes no weights, negatives or masks"):
+            data.draw_together(people, **options)
+
+
 def test_options_of_photos_go_with_a_folder():
     for option in ({"weights": [1.0]}, {"negatives": "folder"}, {"masks": ["a.png"]}):
         with pytest.raises(LitMultiIPError, match="give --photos <folder>"):

@@ -267,8 +267,8 @@ def choose_precision() -> str:
     """
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    find = getattr(torch.cpu, "get_capabilities", dict)  # of newer versions of torch
-    return "bf16-mixed" if find().get("amx_bf16") else "32-true"
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of newer versions of torch
+    return "bf16-mixed" if capabilities.get("amx_bf16") else "32-true"
 
 
 def trainer_defaults() -> dict[str, Any]:

@@ -13,7 +13,8 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from lit_multiip.backbone.face_crop import FaceCrop
+from lit_multiip.backbone.face_crop import FaceCrop, find_faces
+from lit_multiip.backbone.face_weight import FaceMaps, FaceWeight
 from lit_multiip.backbone.features import Features
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.checking import check_photos
@@ -111,6 +112,7 @@ class MultiPhotoData(L.LightningDataModule):
         predict: what `predict` draws.
         person: whom fit learns, where the method learns one person; whom predict draws.
         crop: cut every photo to a square at its face, for encoders and scores alike; None takes its central square.
+        face_weight: weigh the training loss more in the target's face; None weighs all places alike.
     """
 
     def __init__(
@@ -148,6 +150,7 @@ class MultiPhotoData(L.LightningDataModule):
         variants: int = 1,
         augment: Callable[[Any], Any] | None = None,
         intruders: int = 0,
+        face_weight: FaceWeight | None = None,
     ) -> None:
         super().__init__()
         if variants < 1 or (variants > 1) != (augment is not None):
@@ -181,6 +184,8 @@ class MultiPhotoData(L.LightningDataModule):
         self.training_seed = seed if training_seed is None else training_seed
         self.predict_args, self.person = predict or PredictArgs(), person
         self.variants, self.augment, self.intruders = variants, augment, intruders
+        self.face_weight = face_weight
+        self.face_maps: FaceMaps | None = None  # of the training photos, once fit is set up
         self.per_person = False  # setup asks the trainer's module
         self.split: Split | None = None
         self.features: Features | None = None
@@ -197,7 +202,8 @@ class MultiPhotoData(L.LightningDataModule):
         if self.crop is not None:
             chosen = select_people(people, self.min_photos, self.max_people, self.seed)
             readable = check_photos(chosen, self.on_unreadable)
-            self.crop.find([photo for person in readable for photo in person.photos], self.cache_dir)
+            photos = [photo for person in readable for photo in person.photos]
+            find_faces(self.crop.detector, photos, self.cache_dir)
 
     def setup(self, stage: str) -> None:
         """Choose and split the people, then encode what this stage will need."""
@@ -209,6 +215,8 @@ class MultiPhotoData(L.LightningDataModule):
             raise DataError("data.variants is for methods that train on held-out groups: leave it and augment out")
         if stage == "fit" and self.per_person and self.intruders:
             raise DataError("data.intruders is for methods that train on held-out groups, and for tests: leave it out")
+        if stage != "predict" and self.per_person and self.face_weight is not None:
+            raise DataError("data.face_weight is for methods that train on held-out groups: leave it out")
         if stage == "predict" and self.predict_args.photos is not None:
             self._setup_predict(*self._read_drawing(self.predict_args.photos))
             return
@@ -240,6 +248,8 @@ class MultiPhotoData(L.LightningDataModule):
         prompts = [photo.prompt for photo in (*training, *held_out)]
         varied = [vary(photo, v, self.augment) for photo in training for v in range(self.variants)]
         self._build([*varied, *references], [*varied, *held_out], prompts)
+        if stage == "fit" and self.face_weight is not None:
+            self.face_maps = self.face_weight.maps(varied, self.backbone, self.cache_dir)
 
     def read_references(self, folder: str) -> tuple[Person, tuple[Photo, ...]]:
         """Read a folder with photos of one person, any number, and draw `references` of them."""
@@ -343,7 +353,7 @@ class MultiPhotoData(L.LightningDataModule):
             item = reference_set(self.tuning.person, self.tuning.references, self.features)
             return DataLoader(OnePerson(item), batch_size=1)
         references = 1 if self.target == "reference" else self.references
-        choices = (self.balance, self.target, self.drop, self.variants, self.augment, self.intruders)
+        choices = (self.balance, self.target, self.drop, self.variants, self.augment, self.intruders, self.face_maps)
         groups = HeldOutGroups(self.split.train, self.features, self.training_seed, references, *choices)
         rank, world = self._rank_and_world()
         sampler = EpochSampler(len(groups), self.training_seed, rank, world, self._start(len(groups) // world))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, default_collate
 
 from lit_multiip.backbone.encoders import replace_missing
+from lit_multiip.backbone.face_weight import FaceMaps
 from lit_multiip.backbone.features import Features
 from lit_multiip.data.drawing import NOTHING, Drawing
 from lit_multiip.data.groups import Balance, Group, Target, draw_references, held_out_group, stable_hash
@@ -39,6 +40,7 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         variants: of a photo, one of which is drawn each time that it is a target or a reference.
         augment: makes variants 1 .. `variants` - 1; variant 0 is the photo itself.
         intruders: 0 to so many of a sample's references are photos of other people; every number is as likely.
+        face_maps: of all targets; None makes no `loss_map`.
     """
 
     def __init__(
@@ -53,12 +55,13 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         variants: int = 1,
         augment: Augment | None = None,
         intruders: int = 0,
+        face_maps: FaceMaps | None = None,
     ) -> None:
         if not 0 <= intruders <= references or (intruders and len(people) < 2):
             raise DataError(
                 f"data.intruders is {intruders}: give 0 to {references} (data.references), and two people or more"
             )
-        self.intruders = intruders
+        self.intruders, self.face_maps = intruders, face_maps
         self.variants, self.augment = variants, augment
         self.people, self.features, self.seed = people, features, seed
         self.references, self.target, self.drop = references, target, drop
@@ -103,6 +106,7 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
             drop_image: whether the image condition is dropped, () bool.
             time: t / T in [0, 1), () float64.
             latent_noise, eps: standard normal, (C, h, w); the posterior's and the diffusion's.
+            loss_map: with `face_maps`, weights of the places of the loss, (h, w) of mean 1.
         """
         epoch, index = key
         target, references = self.draw(epoch, index)
@@ -127,7 +131,7 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
             "time": torch.tensor(rng.random(), dtype=torch.float64),
             "latent_noise": torch.randn(shape, generator=generator),
             "eps": torch.randn(shape, generator=generator),
-        }
+        } | ({} if self.face_maps is None else {"loss_map": self.face_maps(target)})
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

@@ -63,7 +63,7 @@ class FaceCrop:
     def __call__(self, people: Sequence[Person], cache_dir: str | Path) -> list[Person]:
         """Return people with their photos cut; all photos must be readable."""
         photos = [photo for person in people for photo in person.photos]
-        rows = self.find(photos, cache_dir)
+        rows = find_faces(self.detector, photos, cache_dir)
         for what, bad, done in (
             ("no face", [p for p in photos if rows[p][4] == 0], "their central squares are taken"),
             ("several faces", [p for p in photos if rows[p][4] > 1], "the largest is taken"),
@@ -81,7 +81,7 @@ class FaceCrop:
         """Return left, top and side of the square, in px.
 
         Args:
-            row: x, y, width and height of the largest face, number of faces, width and height of the photo, (7,).
+            row: of `find_faces`, (7,).
         """
         x, y, face_width, face_height, count, width, height = (float(value) for value in row)
         side = min(width, height)
@@ -93,23 +93,34 @@ class FaceCrop:
         top = min(max(y + face_height / 2 - side / 2, 0), height - side)
         return int(left), int(top), int(side)
 
-    def find(self, photos: Sequence[Photo], cache_dir: str | Path) -> dict[Photo, np.ndarray]:
-        """Return the row of every photo, as `box` takes it; find the faces that the store lacks, and keep them."""
-        digest = hash_file(weights_file(self.detector))[:16]
-        store = Shards(Path(cache_dir) / f"faces-{digest}")
+
+def find_faces(detector: str, photos: Sequence[Photo], cache_dir: str | Path) -> dict[Photo, np.ndarray]:
+    """Find the faces of photos that the store lacks, and keep them there.
+
+    Args:
+        detector: of YuNet, a file or `org/repository/file.onnx` on the hub.
+        photos: all readable.
+        cache_dir: of the feature store.
+
+    Returns:
+        A row of every photo, (7,): x, y, width and height of the largest face, number of faces, width and height of
+        the photo.
+    """
+    digest = hash_file(weights_file(detector))[:16]
+    store = Shards(Path(cache_dir) / f"faces-{digest}")
+    store.refresh()
+    by_key = {photo.content_key(): photo for photo in photos}
+    if missing := store.missing(by_key):
+        network = FaceDetector(detector)
+        rows: list[list[float]] = []
+        for number, key in enumerate(tqdm(missing, "finding faces", unit="photo", delay=3), 1):
+            pixels = np.asarray(by_key[key].image())
+            found = network.faces(pixels)  # (F, 15), the largest first
+            largest = found[0, :4] if len(found) else np.zeros(4)
+            rows.append([*largest, len(found), pixels.shape[1], pixels.shape[0]])
+            if len(rows) == SHARD_ROWS or number == len(missing):
+                store.add(missing[number - len(rows) : number], np.array(rows, dtype=np.float32))
+                rows = []
         store.refresh()
-        by_key = {photo.content_key(): photo for photo in photos}
-        if missing := store.missing(by_key):
-            detector = FaceDetector(self.detector)
-            rows: list[list[float]] = []
-            for number, key in enumerate(tqdm(missing, "finding faces", unit="photo", delay=3), 1):
-                pixels = np.asarray(by_key[key].image())
-                found = detector.faces(pixels)  # (F, 15), the largest first
-                largest = found[0, :4] if len(found) else np.zeros(4)
-                rows.append([*largest, len(found), pixels.shape[1], pixels.shape[0]])
-                if len(rows) == SHARD_ROWS or number == len(missing):
-                    store.add(missing[number - len(rows) : number], np.array(rows, dtype=np.float32))
-                    rows = []
-            store.refresh()
-        table = store.get([photo.content_key() for photo in photos]).numpy()
-        return dict(zip(photos, table, strict=True))
+    table = store.get([photo.content_key() for photo in photos]).numpy()
+    return dict(zip(photos, table, strict=True))

@@ -185,8 +185,13 @@ class Sampler:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode unscaled latents (B, C, h, w) to RGB, (B, 3, H, W) uint8."""
+        return to_pixels(self.decode_signal(latents))
+
+    def decode_signal(self, latents: Tensor) -> Tensor:
+        """Decode unscaled latents (B, C, h, w) to RGB in about [-1, 1], (B, 3, H, W), with a gradient."""
         vae = self.pipe.vae.to(latents.device)
-        return to_pixels(vae.decode(latents).sample)
+        decoded: Tensor = vae.decode(latents).sample
+        return decoded
 
 
 def _with_negatives(image_embeds: Tensor | None, negative: Tensor | None, guided: bool) -> list[Tensor] | None:

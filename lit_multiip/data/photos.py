@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -19,6 +21,17 @@ MIN_SIDE = 16  # px
 
 class DataError(LitMultiIPError):
     """Photos, captions or lists of people that cannot be used; the message names the value and the remedy."""
+
+
+class FaceBox(NamedTuple):
+    """Where a face lies in a photo, and the photo's size, in px."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    photo_width: float
+    photo_height: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +63,10 @@ class Photo(ABC):
     def original(self) -> Photo:
         """Return the photo that this one was cut from, or itself."""
         return self
+
+    def face_box(self) -> FaceBox | None:
+        """Return where the face lies if the photo's source knows it; None leaves it to a detector."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +117,17 @@ class DrawnPhoto(Photo):
         """Return the SHA-256 (hex) of the recipe and the drawing code: an edited drawing is another picture."""
         recipe = f"mini_faces {_hash_of_drawing_code()} seed={self.seed} index={self.index} number={self.number}"
         return hash_text(recipe)
+
+    def face_box(self) -> FaceBox:
+        """Return the box around the head, without hair, hat and ears."""
+        traits = mini_faces.person(self.seed, self.index).values
+        shot = mini_faces.scene(self.seed, self.index, self.number)
+        half_width, half_height = 15.6 + 1.8 * traits["face_width"], 20.5  # of the ellipse in `mini_faces.draw`
+        cos, sin = math.cos(shot.tilt), math.sin(shot.tilt)
+        half_x = shot.scale * math.hypot(half_width * cos, half_height * sin)
+        half_y = shot.scale * math.hypot(half_width * sin, half_height * cos)
+        x, y = mini_faces.SIDE / 2 + shot.shift[0], 33 + shot.shift[1]
+        return FaceBox(x - half_x, y - half_y, 2 * half_x, 2 * half_y, mini_faces.SIDE, mini_faces.SIDE)
 
 
 @cache

@@ -21,8 +21,8 @@ from lit_multiip.data.tasks import Task, image_files, protocol
 from lit_multiip.datamodule import MultiPhotoData
 from lit_multiip.evaluation import audit
 from lit_multiip.evaluation import results as report
-from lit_multiip.evaluation.critic import CriticExtractor, shipped_critic
-from lit_multiip.evaluation.extractors import Extractor, refuse_conditioning_network
+from lit_multiip.evaluation.critic import SHIPPED, CriticExtractor, shipped_critic
+from lit_multiip.evaluation.extractors import Extractor, refuse_conditioning_network, refuse_training_network
 from lit_multiip.evaluation.intervals import Score
 from lit_multiip.evaluation.pictures import draw_tasks, first_tasks
 from lit_multiip.evaluation.scoring import RealPhotos, RowScores, Scorer, choose_other_photos, draw_strangers
@@ -63,7 +63,9 @@ class ScoreTest(L.Callback):
     pass over the references and the aggregator, measured on one person), `class_images` what drawing those took where
     they were not there yet, `method` and `anchors` drawing alone. `scoring` is rank 0's.
 
-    A network may not both condition and score: see `refuse_conditioning_network`.
+    A network may not both condition and score, nor both train, by `model.identity_loss`, and score: see
+    `refuse_conditioning_network` and `refuse_training_network`. Of the miniature's critics, where they are not named,
+    the one that trained is left out.
 
     A face that an extractor does not find leaves that image's scores undefined. It is in no mean. How many there are
     is printed and stands in metrics.json, `faces_not_found.<extractor>.<row>` = [missing, images], of rows and of
@@ -110,9 +112,11 @@ class ScoreTest(L.Callback):
         """Load the extractors."""
         if stage != "test":
             return
+        self._named = self.extractors is not None
         if self.extractors is None:
-            other = shipped_critic("critic_b")
-            self.extractors = [CriticExtractor(), *([CriticExtractor(str(other))] if other.is_dir() else [])]
+            first, *others = SHIPPED
+            shipped = [first, *(name for name in others if shipped_critic(name).is_dir())]
+            self.extractors = [CriticExtractor(name) for name in shipped]
         names = [extractor.name for extractor in self.extractors]
         if len(set(names)) < len(names):
             raise ValueError(f"extractors are called {', '.join(names)}: their scores would be mixed up; rename one")
@@ -120,8 +124,7 @@ class ScoreTest(L.Callback):
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check, before anything is drawn, that nothing leaks, results can be written, and no extractor conditions."""
         module, data = _parts_of(trainer, pl_module)
-        for extractor in self._loaded():
-            refuse_conditioning_network(extractor, module.backbone)
+        self.extractors = self._allowed(module)
         self._output = self._find_output(trainer)
         self._show_progress = trainer.is_global_zero and trainer.progress_bar_callback is not None
         self._audit = audit.audit_tasks(data.tasks, *audit.find_record(trainer, module), self._show_progress)
@@ -131,6 +134,22 @@ class ScoreTest(L.Callback):
         self._index: list[Tensor] = []
         self._rows: dict[str, list[Tensor]] = defaultdict(list)
         self._seconds = {"method": 0.0, "anchors": 0.0}
+
+    def _allowed(self, module: Method) -> list[Extractor]:
+        """Return the extractors that may score the module; those that were named are refused otherwise."""
+        allowed = []
+        for extractor in self._loaded():
+            refuse_conditioning_network(extractor, module.backbone)
+            try:
+                refuse_training_network(extractor, module.identity_networks)
+                allowed.append(extractor)
+            except ValueError as error:
+                if self._named:
+                    raise
+                logger.warning("%s is left out: %s", extractor.name, error)
+        if not allowed:
+            raise ValueError("both critics trained the model, so neither may score it: give others by score.extractors")
+        return allowed
 
     def _find_output(self, trainer: L.Trainer) -> Path:
         """Return the folder of the test; it can be written to."""

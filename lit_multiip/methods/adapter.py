@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -31,6 +32,7 @@ from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.record import RECORD, read_record
 from lit_multiip.files import LitMultiIPError, hash_file
 from lit_multiip.methods.aggregators import Aggregator, SelfAttention
+from lit_multiip.methods.identity_loss import IdentityLoss, digest_weights
 from lit_multiip.methods.method import Batch, Method, References
 
 _NO = torch.zeros(1, dtype=torch.bool)
@@ -49,6 +51,8 @@ class MultiIPAdapter(Method):
             zeros for the face.
         trained: `adapter`, or `aggregator` alone.
         lora_rank: of LoRA on all of the UNet's attention, trained with the adapter (needs peft); None adds none.
+        kv_lr_factor: K' and V' learn at the optimiser's rate times this; G, Linear, LayerNorm and LoRA at the rate.
+        identity_loss: added to the squared error in training; None adds none.
         lr_schedule: a schedule of `diffusers.optimization.get_scheduler`, stepped every optimiser step.
         kwargs: of `Method`.
     """
@@ -70,13 +74,23 @@ class MultiIPAdapter(Method):
         ip_adapter: str = "auto",
         trained: Literal["adapter", "aggregator"] = "adapter",
         lora_rank: int | None = None,
+        kv_lr_factor: float = 1.0,
+        identity_loss: IdentityLoss | None = None,
         lr_schedule: str = "cosine",
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, lr_schedule=lr_schedule, **kwargs)
         require_peft(lora_rank)
+        if not 0 < kv_lr_factor < math.inf:
+            raise LitMultiIPError(f"model.kv_lr_factor={kv_lr_factor} must be above 0: 1 is one rate for all")
+        if kv_lr_factor != 1 and trained != "adapter":
+            raise LitMultiIPError(
+                f"model.kv_lr_factor={kv_lr_factor} has no effect, as model.trained={trained} leaves K' and V' as they "
+                "are: leave it at 1"
+            )
         self.make_aggregator, self.ip_adapter, self.trained = aggregator, ip_adapter, trained
-        self.lora_rank = lora_rank
+        self.lora_rank, self.kv_lr_factor, self.identity_loss = lora_rank, kv_lr_factor, identity_loss
+        self.identity_network = None if identity_loss is None else identity_loss.network  # so that it moves along
         self.adapter_is_random = False  # made from the text K and V with a random projection, and not yet trained
         self._adapter_file: Path | None = None  # from which the adapter's weights were read
 
@@ -105,6 +119,7 @@ class MultiIPAdapter(Method):
             add_lora(self.unet, self.lora_rank)
         if path is not None:
             self._load_lora(path)
+            self.identity_networks |= read_adapter_record(path).get("identity_networks", {})
         for parameter in ip_adapter_parameters(self.unet).values():
             parameter.requires_grad_(self.trained == "adapter")
         set_ip_scale(self.unet, self.sampling.ip_scale)  # refuses blocks that the UNet lacks
@@ -137,6 +152,23 @@ class MultiIPAdapter(Method):
             )
         read_lora({"unet": self.unet}, find_adapter_file(str(Path(path).with_name(LORA_FILE))))
 
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimiser of what is trained; with `kv_lr_factor` K' and V' are a group of their own."""
+        if self.kv_lr_factor == 1:
+            return super().build_optimizer()
+        named = self.trained_parameters()
+        kv = [parameter for name, parameter in named.items() if ".to_k_ip." in name or ".to_v_ip." in name]
+        others = [parameter for parameter in named.values() if not any(parameter is one for one in kv)]
+        optimizer = self.make_optimizer([{"params": others, "name": "others"}, {"params": kv, "name": "kv"}])
+        *_, group = optimizer.param_groups
+        if group.get("lr") is None:
+            raise LitMultiIPError(
+                f"model.kv_lr_factor={self.kv_lr_factor} needs an optimiser with a learning rate, and "
+                f"{type(optimizer).__name__} has none: set its lr, or leave the factor at 1"
+            )
+        group["lr"] = group["lr"] * self.kv_lr_factor
+        return optimizer
+
     def configure_optimizers(self) -> Any:
         """Return the optimiser of what is trained, and its schedule by the step."""
         if not self.trained_parameters():
@@ -163,11 +195,36 @@ class MultiIPAdapter(Method):
         embeds = self.condition(batch["references"])  # (B, M, D)
         embeds = embeds * ~batch["drop_image"][:, None, None]  # zeros AFTER aggregation
         t = (batch["time"] * self.noise.config.num_train_timesteps).long()  # (B,)
-        error = self.denoising_loss(x, batch["eps"], t, batch["text"], embeds)  # (B,)
+        predicted = self.denoise(x, batch["eps"], t, batch["text"], embeds)
+        error = self.prediction_error(predicted, x, batch["eps"], t, batch.get("loss_map"))  # (B,)
         loss = (error * self.loss_weights(t)).mean()
         self.watch.loss(error, "loss", self.global_step, batch)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        if self.identity_loss is not None:
+            x0 = self.predicted_x0(predicted, x, batch["eps"], t)
+            distance = self._identity_distance(self.identity_loss, x0, batch)
+            self.watch.loss(distance, "identity loss", self.global_step, batch)
+            self.log("train/identity_loss", distance.mean(), sync_dist=True)
+            loss = loss + self.identity_loss.weight * distance.mean()
         return loss
+
+    def _identity_distance(self, identity_loss: IdentityLoss, x0: Tensor, batch: Batch) -> Tensor:
+        """Return the identity loss of each sample, (B,); 0 for those that are not decoded.
+
+        Args:
+            identity_loss: compares images.
+            x0: predicted, scaled latents (B, C, h, w).
+            batch: of `HeldOutGroups` items.
+        """
+        decoded = (batch["time"] < identity_loss.max_time) & ~batch["drop_image"]  # (B,)
+        distance = torch.zeros(len(x0), device=x0.device)
+        if decoded.any():
+            mean, _ = batch["moments"][decoded].chunk(2, dim=1)
+            with torch.no_grad():
+                held_out = self.sampler.decode_signal(mean)
+            made = self.sampler.decode_signal(x0[decoded] / self.backbone.scaling_factor)
+            distance[decoded] = identity_loss(made, held_out)
+        return distance
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss at fixed noise a timestep bin, and the reference gap: what shuffling or dropping the photos costs."""
@@ -272,8 +329,13 @@ class MultiIPAdapter(Method):
             )
 
     def on_train_start(self) -> None:
-        """Count the adapter as trained from here on."""
+        """Count the adapter as trained from here on, and by which network."""
         self.adapter_is_random = False
+        if self.identity_loss is not None:
+            network = self.identity_loss.network
+            self.identity_networks |= {digest_weights(network): network.name}
+            if self.gradient_checkpointing:
+                self.sampler.pipe.vae.enable_gradient_checkpointing()
 
     def photo_encoder(self) -> PhotoEncoder:
         """Load the encoder of photos, which is no part of the module."""
@@ -320,6 +382,8 @@ class MultiIPAdapter(Method):
         file = self.ip_adapter if self.ip_adapter in ("auto", "text") else "file"
         return super().describe() | {
             "aggregator": self.settings(),
+            "kv_lr_factor": self.kv_lr_factor,
+            "identity_loss": None if self.identity_loss is None else self.identity_loss.describe(),
             "ip_adapter": file,
             "ip_adapter_sha256": self._adapter_sha256,
             "image_encoder": self.backbone.image_encoder,

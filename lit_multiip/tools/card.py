@@ -74,6 +74,7 @@ def record_of(model: Method, step: int | None, run: str, dtype: str) -> dict[str
         record |= {
             "aggregator": model.settings(),
             "lora_rank": model.lora_rank,
+            "identity_networks": model.identity_networks,
             "image_encoder": public.photo_encoder_name(),
             "image_encoder_content": model.provenance()["image_encoder_content"],
             "embedding_width": model.aggregator.dim,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -18,7 +18,15 @@ from lit_multiip.backbone.face_weight import FaceMaps, FaceWeight
 from lit_multiip.backbone.features import Features
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.checking import check_photos
-from lit_multiip.data.drawing import NOTHING, Drawing, draw_person, draw_together, read_masks, without_copies
+from lit_multiip.data.drawing import (
+    NOTHING,
+    Drawing,
+    PredictArgs,
+    draw_person,
+    draw_together,
+    read_masks,
+    without_copies,
+)
 from lit_multiip.data.groups import Balance, Target
 from lit_multiip.data.people import MiniFaces, PeopleSource, Person, check_names_differ, read_person
 from lit_multiip.data.photos import DataError, Photo
@@ -40,33 +48,6 @@ from lit_multiip.datasets import (
 logger = logging.getLogger(__name__)
 
 MOST_WORKERS = 256  # of a loader; more are a slip
-
-
-@dataclass
-class PredictArgs:
-    """What `predict` draws: every prompt with every seed, of one person.
-
-    Args:
-        photos: folder with photos of the person, any number, or a folder each of several people in one picture; None
-            takes data.person, else the first test person, and the references that a test gives them.
-        prompts: what to draw; None takes a prompt a scene of the reference photos.
-        seeds: one image each per prompt.
-        weights: one a photo, in the order of the photos' names, folder after folder. A photo of weight 2 counts as two
-            of them, one of weight 0 is left out, and all others are used, whatever data.references.
-        negatives: folder with photos that guidance leads away from.
-        masks: pictures in black and white of an image's size, one a person, white where that person's photos act.
-    """
-
-    photos: str | list[str] | None = None
-    prompts: list[str] | None = None
-    seeds: list[int] = field(default_factory=lambda: [0, 1])
-    weights: list[float] | None = None
-    negatives: str | None = None
-    masks: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        if not self.photos and (self.weights or self.negatives or self.masks):
-            raise DataError("weights, negatives and masks go with a person's photos: give --photos <folder>")
 
 
 class MultiPhotoData(L.LightningDataModule):

@@ -159,7 +159,7 @@ def test_predict_takes_two_people_by_their_masks_with_weights_and_negatives(fitt
         ([*one, "--masks", "Bo/0.txt"], "mask 'Bo/0.txt' cannot be read"),
         ([*one, "--weights", "1", "2"], "2 weights for 3 photos: give one each, in the order 0.png, 1.png, 2.png"),
         ([*one, "--weights", "1", ".nan", "1"], "a photo's weight is nan"),
-        ([*one, "--negatives", "nobody"], "photo folder nobody does not exist"),
+        ([*one, "--negatives", "nobody"], "nobody does not exist"),
         ([*one, "--ip_start", "0.9", "--ip_end", "0.1"], "ip_start=0.9 and ip_end=0.1"),
         ([*one, "--ip_scale", "{up: .nan}"], "ip_scale.up=nan is not finite"),
         ([*one, "--ip_scale", "{up: {block_7: 1}}"], "'up.block_7', and in up this UNet attends in block_0"),

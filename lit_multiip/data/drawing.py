@@ -24,6 +24,33 @@ Mask = npt.NDArray[np.bool_]  # (H, W), true where a person's photos act
 FINEST = 20  # a photo of the largest weight is given at most so often; weights are rounded to a share of it
 
 
+@dataclass
+class PredictArgs:
+    """What `predict` draws: every prompt with every seed, of one person.
+
+    Args:
+        photos: folder with photos of the person, any number, or a folder each of several people in one picture; None
+            takes data.person, else the first test person, and the references that a test gives them.
+        prompts: what to draw; None takes a prompt a scene of the reference photos.
+        seeds: one image each per prompt.
+        weights: one a photo, in the order of the photos' names, folder after folder. A photo of weight 2 counts as two
+            of them, one of weight 0 is left out, and all others are used, whatever data.references.
+        negatives: folder with photos that guidance leads away from.
+        masks: pictures in black and white of an image's size, one a person, white where that person's photos act.
+    """
+
+    photos: str | list[str] | None = None
+    prompts: list[str] | None = None
+    seeds: list[int] = field(default_factory=lambda: [0, 1])
+    weights: list[float] | None = None
+    negatives: str | None = None
+    masks: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.photos and (self.weights or self.negatives or self.masks):
+            raise DataError("weights, negatives and masks go with a person's photos: give --photos <folder>")
+
+
 @dataclass(frozen=True)
 class Drawing:
     """What acts on a picture besides the references of its first person; nothing by default.

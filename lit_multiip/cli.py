@@ -88,6 +88,7 @@ class CLI(LightningCLI):
     """
 
     commands = LightningCLI.subcommands()  # by name, the arguments of the Trainer's method that are no options
+    without_run: tuple[str, ...] = ()  # commands that take the newest run where there is one, and need none
     trainer: callbacks.Trainer
     run_folder: Path  # into which all is written, whatever the logger
     continued: Path | None = None  # the run that fit goes on with, in its own folder
@@ -103,7 +104,7 @@ class CLI(LightningCLI):
         if typed and typed[0] in self.commands:  # a parser takes 0.3 s, so no other one is built
             self.commands = {typed[0]: self.commands[typed[0]]}
         kwargs: dict[str, Any] = parser_kwargs | {name: {"command": name} for name in self.commands}
-        self.chosen = runs.choose_run(typed, self.commands) if run else None
+        self.chosen = runs.choose_run(typed, self.commands, self.without_run) if run else None
         if self.chosen is not None:
             command, folder, _ = self.chosen
             kwargs[command]["default_config_files"] = [glob.escape(str(folder / "config.yaml"))]

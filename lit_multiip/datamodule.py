@@ -92,7 +92,8 @@ class MultiPhotoData(L.LightningDataModule):
         training_seed: of the training groups alone, for several trainings on one protocol; None takes `seed`.
         predict: what `predict` draws.
         person: whom fit learns, where the method learns one person; whom predict draws.
-        crop: cut every photo to a square at its face, for encoders and scores alike; None takes its central square.
+        crop: cut every photo to a square at its face, or to a fixed share of its middle, for encoders and scores alike;
+            None takes its central square.
         face_weight: weigh the training loss more in the target's face; None weighs all places alike.
     """
 
@@ -180,7 +181,7 @@ class MultiPhotoData(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Fetch or extract the source once, on one process, and find the faces where photos are cut at them."""
         people = self.source.people()
-        if self.crop is not None:
+        if self.crop is not None and self.crop.share is None:
             chosen = select_people(people, self.min_photos, self.max_people, self.seed)
             readable = check_photos(chosen, self.on_unreadable)
             photos = [photo for person in readable for photo in person.photos]
@@ -218,9 +219,7 @@ class MultiPhotoData(L.LightningDataModule):
                 self.split.validation, self.references, self.validation_held_out, 1, self.seed
             )
         if stage == "test":
-            people = select_people(getattr(self.split, self.tested), 2, self.tested_people, self.seed)
-            self.tasks = make_tasks(people, self.references, self.held_out, self.seeds, self.seed)
-            self.tasks = add_intruders(self.tasks, self.intruders, self.seed)
+            self.draw_tasks()
         tasks = [*self.validation_tasks, *self.tasks]
         self.strangers = self._find_stranger(self.validation_tasks) | self._find_stranger(self.tasks)
         references = [photo for task in tasks for photo in task.references]
@@ -231,6 +230,15 @@ class MultiPhotoData(L.LightningDataModule):
         self._build([*varied, *references], [*varied, *held_out], prompts)
         if stage == "fit" and self.face_weight is not None:
             self.face_maps = self.face_weight.maps(varied, self.backbone, self.cache_dir)
+
+    def draw_tasks(self) -> list[Task]:
+        """Draw the tasks of a test, and encode nothing."""
+        if self.split is None:
+            self.split = self._split()
+        people = select_people(getattr(self.split, self.tested), 2, self.tested_people, self.seed)
+        tasks = make_tasks(people, self.references, self.held_out, self.seeds, self.seed)
+        self.tasks = add_intruders(tasks, self.intruders, self.seed)
+        return self.tasks
 
     def read_references(self, folder: str) -> tuple[Person, tuple[Photo, ...]]:
         """Read a folder with photos of one person, any number, and draw `references` of them."""

@@ -48,7 +48,7 @@ def here(tmp_path, monkeypatch):
 # Which run
 
 
-COMMANDS = ("fit", "validate", "test", "predict", "inspect", "export")
+COMMANDS = ("fit", "validate", "test", "predict", "inspect", "export", "tasks", "score")
 
 
 def chosen(*args: str) -> tuple[str, Path, Path] | None:
@@ -88,6 +88,12 @@ def test_ranks_that_lightning_starts_take_the_run_of_the_process_that_started_th
     monkeypatch.setenv("LIT_MULTIIP_RUN", f"{os.getppid()}:runs/old/version_3")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert chosen("test") == choice
+
+
+def test_a_command_that_loads_no_weights_needs_no_run(here):
+    assert choose_run(("tasks", "--output", "a"), COMMANDS, ("tasks",)) is None
+    run = write_run(here, "a/version_0").relative_to(here)
+    assert choose_run(("tasks",), COMMANDS, ("tasks",)) == ("tasks", run, run / "checkpoints" / "last.ckpt")
 
 
 def test_without_a_run_it_is_said_what_to_run(here, capsys):

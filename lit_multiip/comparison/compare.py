@@ -151,13 +151,17 @@ def make_steps(plan: Plan, inputs: Inputs) -> list[Step]:
                     steps.append(Step(name, seed, "fit", run, [*begin, *logged], depends))
                 begin = ["--run", str(fitted.setdefault(depends, run))]
 
-            # what is tested
+            # what is tested, or scored as it is
             anchors = name == plan.reference and seed == plan.seeds[0]
             tested = {"score.anchors": anchors, **plan.test_options, **row.test_options}
-            untrained = row.run is None and not row.fit
+            command: Literal["test", "score"] = "test" if row.images is None else "score"
+            if row.images is not None:
+                depends = inputs.hash_images(row.images)
+            untrained = row.run is None and row.images is None and not row.fit
             key = inputs.key("test", [*configs, *_as_arguments(options | tested)], depends, untrained)
             tested["score.output"] = str(run / "test")
-            steps.append(Step(name, seed, "test", run, [*begin, *_as_arguments(tested)], key))
+            tested |= {} if row.images is None else {"images": row.images, "name": row.title}
+            steps.append(Step(name, seed, command, run, [*begin, *_as_arguments(tested)], key))
     return steps
 
 
@@ -223,6 +227,12 @@ class Inputs:
                 values.pop(of_fit, None)
             self._runs[run] = ["--config", json.dumps(values)], hash_file(checkpoint)
         return self._runs[run]
+
+    def hash_images(self, folder: str) -> str:
+        """Return a hash of the images that another program drew."""
+        root = Path(folder).expanduser()
+        files = sorted(file for file in root.rglob("*") if file.is_file())
+        return hash_text(json.dumps([[str(file.relative_to(root)), hash_file(file)] for file in files]))
 
     def _fingerprint_people(self, config: Namespace, data: MultiPhotoData) -> str:
         """Hash all people, photos, prompts and roles of a source."""

@@ -37,6 +37,7 @@ class Row:
         seeds: train it once per training seed; otherwise it has no training seed.
         seed_options: what a training seed is given to; data, split and test tasks have their own.
         run: a run that was trained before, to be tested in place of a fit of its own.
+        images: folder of images that another program drew for what `tasks` wrote, to be scored as they are.
         options: of both commands, such as `model.trained: aggregator`.
         paper: the paper's own figures.
         test_options: of its tests alone.
@@ -50,6 +51,7 @@ class Row:
     seeds: bool = False
     seed_options: list[str] = field(default_factory=lambda: ["seed_everything", "data.training_seed"])
     run: str | None = None
+    images: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     paper: dict[str, float] | None = None
     test_options: dict[str, Any] = field(default_factory=dict)
@@ -98,6 +100,12 @@ class Plan:
             for config in [*row.configs, *self.configs]:
                 if not Path(config).is_file():
                     raise CompareError(f"row '{key}' names the config '{config}', which is not a file")
+            if row.images is not None and not Path(row.images).expanduser().is_dir():
+                raise CompareError(f"row '{key}' has images in '{row.images}', which is not a folder: draw them first")
+            if row.images is not None and (row.fit or row.seeds or row.run is not None or row.grid):
+                raise CompareError(
+                    f"row '{key}' has images, which nothing here draws: leave out fit, seeds, run and grid"
+                )
             for option, values in row.grid.items():
                 if not values:
                     raise CompareError(f"row '{key}' has no value for '{option}' in its grid: give one or more")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -83,16 +83,9 @@ class FilePhoto(Photo):
                 raise DataError("it is not a file" if self.path.exists() else "it does not exist")
             if self.path.stat().st_size == 0:
                 raise DataError("the file is empty")
-            with Image.open(self.path, formats=("JPEG", "PNG", "WEBP", "BMP")) as file:
-                file.load()
-                image = _to_rgb(ImageOps.exif_transpose(file))
-            if min(image.size) < MIN_SIDE:
-                raise DataError(f"it has {image.width} x {image.height} px, and each side needs at least {MIN_SIDE} px")
-            return image
-        except UnidentifiedImageError:
-            raise DataError(f"{self.path}: not a JPEG, PNG, WebP or BMP picture") from None
-        except Exception as error:  # Pillow's decoders also raise SyntaxError, struct.error, zlib.error, ...
+        except (OSError, DataError) as error:
             raise DataError(f"{self.path}: {error}") from error
+        return decode(self.path, str(self.path))
 
     def content_key(self) -> str:
         """Return the SHA-256 (hex) of the file's bytes, which are read once."""
@@ -128,6 +121,26 @@ class DrawnPhoto(Photo):
         half_y = shot.scale * math.hypot(half_width * sin, half_height * cos)
         x, y = mini_faces.SIDE / 2 + shot.shift[0], 33 + shot.shift[1]
         return FaceBox(x - half_x, y - half_y, 2 * half_x, 2 * half_y, mini_faces.SIDE, mini_faces.SIDE)
+
+
+def decode(source: Path | IO[bytes], where: str) -> Image.Image:
+    """Decode a JPEG, PNG, WebP or BMP picture in full, as RGB; see `Photo.image`.
+
+    Args:
+        source: its file, or its bytes.
+        where: what messages call it.
+    """
+    try:
+        with Image.open(source, formats=("JPEG", "PNG", "WEBP", "BMP")) as file:
+            file.load()
+            image = _to_rgb(ImageOps.exif_transpose(file))
+        if min(image.size) < MIN_SIDE:
+            raise DataError(f"it has {image.width} x {image.height} px, and each side needs at least {MIN_SIDE} px")
+        return image
+    except UnidentifiedImageError:
+        raise DataError(f"{where}: not a JPEG, PNG, WebP or BMP picture") from None
+    except Exception as error:  # Pillow's decoders also raise SyntaxError, struct.error, zlib.error, ...
+        raise DataError(f"{where}: {error}") from error
 
 
 @cache

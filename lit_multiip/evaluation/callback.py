@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_multiip.data.record import Record
 from lit_multiip.data.tasks import Task, image_files, protocol
 from lit_multiip.datamodule import MultiPhotoData
 from lit_multiip.evaluation import audit
@@ -110,8 +111,10 @@ class ScoreTest(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Load the extractors."""
-        if stage != "test":
-            return
+        if stage == "test":
+            self._load_extractors()
+
+    def _load_extractors(self) -> None:
         self._named = self.extractors is not None
         if self.extractors is None:
             first, *others = SHIPPED
@@ -125,15 +128,19 @@ class ScoreTest(L.Callback):
         """Check, before anything is drawn, that nothing leaks, results can be written, and no extractor conditions."""
         module, data = _parts_of(trainer, pl_module)
         self.extractors = self._allowed(module)
-        self._output = self._find_output(trainer)
-        self._show_progress = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        self._audit = audit.audit_tasks(data.tasks, *audit.find_record(trainer, module), self._show_progress)
-        if trainer.is_global_zero:
-            audit.warn(self._audit)
-            self._lock.enter_context(only_writer(self._output))
+        self._begin(trainer, data.tasks, *audit.find_record(trainer, module))
         self._index: list[Tensor] = []
         self._rows: dict[str, list[Tensor]] = defaultdict(list)
         self._seconds = {"method": 0.0, "anchors": 0.0}
+
+    def _begin(self, trainer: L.Trainer, tasks: Sequence[Task], status: str, record: Record | None) -> None:
+        """Find the folder, audit the tasks, and keep other processes out of the folder."""
+        self._output = self._find_output(trainer)
+        self._show_progress = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        self._audit = audit.audit_tasks(tasks, status, record, self._show_progress)
+        if trainer.is_global_zero:
+            audit.warn(self._audit)
+            self._lock.enter_context(only_writer(self._output))
 
     def _allowed(self, module: Method) -> list[Extractor]:
         """Return the extractors that may score the module; those that were named are refused otherwise."""
@@ -234,11 +241,43 @@ class ScoreTest(L.Callback):
         index, rows = self._gather_rows(trainer)
         seconds = sum_over_ranks(trainer, module.spent | self._seconds)
         if trainer.is_global_zero:
-            scores = self._score_and_write(trainer, module, data, index, rows, seconds)
+            device = trainer.strategy.root_device
+            scores = self._score_and_write(data, index, rows, module.describe(), seconds, device)
             values = {f"test/{key}": score.value for key, score in scores.items()}
             pl_module.log_dict(values, rank_zero_only=True)
         trainer.strategy.barrier("scores")
         self._index, self._rows = [], defaultdict(list)
+
+    def score_images(
+        self,
+        trainer: L.Trainer,
+        data: MultiPhotoData,
+        images: Tensor,
+        names: Sequence[str],
+        describe: dict[str, Any],
+    ) -> None:
+        """Score images that were drawn elsewhere as `test` scores its own, and write the same files.
+
+        Rows that only a method of this project can draw are left out, and whom the network was trained on is unknown.
+
+        Args:
+            trainer: of one process.
+            data: whose tasks these are; they are drawn already.
+            images: one a task, (T, 3, H, W) uint8.
+            names: of their files, for messages.
+            describe: what is known of who drew them; `method` is the row's name.
+
+        Raises:
+            LeakError: a held-out photo is among its references or among the images.
+        """
+        self._load_extractors()
+        try:
+            self._begin(trainer, data.tasks, "unknown" if data.tested == "test" else data.tested, None)
+            self._audit["images"] = audit.audit_images(data.tasks, images, names, self._show_progress)
+            index, device = list(range(len(data.tasks))), trainer.strategy.root_device
+            self._score_and_write(data, index, {"method": images}, describe, {"method": None}, device)
+        finally:
+            self._lock.close()
 
     def _gather_rows(self, trainer: L.Trainer) -> tuple[list[int], dict[str, Tensor]]:
         """Return all ranks' tasks in order, and their images by row, (T, 3, H, W).
@@ -260,20 +299,19 @@ class ScoreTest(L.Callback):
 
     def _score_and_write(
         self,
-        trainer: L.Trainer,
-        module: Method,
         data: MultiPhotoData,
         index: list[int],
         rows: dict[str, Tensor],
-        seconds: dict[str, float],
+        describe: dict[str, Any],
+        seconds: dict[str, Any],
+        device: torch.device,
     ) -> dict[str, Score]:
-        """Write a new test folder, and return the method's scores."""
+        """Write a new test folder, and return the scores of the row `method`, which is called as `describe` says."""
         started = time.perf_counter()
         tasks = [data.tasks[i] for i in index]
         files = [image_files(data.tasks)[i] for i in index]
         if len(tasks) < len(data.tasks):
             logger.warning("%d of %d test tasks were drawn: scores are of these", len(tasks), len(data.tasks))
-        describe = module.describe()
         method = str(describe["method"])
         rows = {method if row == "method" else row: images for row, images in rows.items()}
 
@@ -285,9 +323,9 @@ class ScoreTest(L.Callback):
         at = first_tasks(tasks, self.grid_people)
         shown = {row.replace("_", " "): images[at] for row, images in rows.items()}
         title = f"{method}: made from the references and the held-out photo's prompt"
-        draw_tasks([tasks[i] for i in at], shown, module.image_side, title, 4).save(folder / "grid.png")
+        draw_tasks([tasks[i] for i in at], shown, rows[method].shape[-1], title, 4).save(folder / "grid.png")
 
-        photos, found = self._score(trainer, module, data, tasks, rows, method)
+        photos, found = self._score(data, tasks, rows, method, device)
 
         seconds["scoring"] = time.perf_counter() - started
         for name, (generated, held_out) in found.sets.items():
@@ -314,23 +352,16 @@ class ScoreTest(L.Callback):
         return found.rows[method]
 
     def _score(
-        self,
-        trainer: L.Trainer,
-        module: Method,
-        data: MultiPhotoData,
-        tasks: list[Task],
-        rows: dict[str, Tensor],
-        method: str,
+        self, data: MultiPhotoData, tasks: list[Task], rows: dict[str, Tensor], method: str, device: torch.device
     ) -> tuple[RealPhotos, RowScores]:
         """Score all rows by all extractors; the row real_other_photo is added to them."""
         assert data.split is not None  # after setup
         strangers = draw_strangers(tasks, data.split.train, data.seed) if self.anchors else []
         shown = [photo for task in tasks for photo in (task.held_out, *task.references)]
-        photos = RealPhotos([*shown, *strangers], module.image_side, self._show_progress)
+        photos = RealPhotos([*shown, *strangers], rows[method].shape[-1], self._show_progress)
         if self.anchors:
             rows = {**rows, "real_other_photo": photos.pixels[photos.find(choose_other_photos(tasks))]}
-        device, options = trainer.strategy.root_device, (self.groups, self.resamples)
-        scorer = Scorer(tasks, photos, strangers, *options, device, self._show_progress)
+        scorer = Scorer(tasks, photos, strangers, self.groups, self.resamples, device, self._show_progress)
         return photos, scorer.score(self._loaded(), rows, method, self.anchors)
 
 

@@ -39,7 +39,7 @@ def steps_of(rows: dict[str, Row], folder: Path, **changed: Any) -> list[Step]:
 def leave_results(step: Step) -> None:
     """What the step's command would leave."""
     step.run.mkdir(parents=True, exist_ok=True)
-    if step.command == "test":
+    if step.command != "fit":
         (step.run / "test").mkdir(exist_ok=True)
         (step.run / "test" / "metrics.json").write_text('{"protocol": {"sha256": "0"}}')
 
@@ -196,6 +196,11 @@ def test_a_grid_is_a_row_for_every_combination_and_its_first_is_the_default(conf
         ({"rows": {"a": {"configs": ["none.yaml"], "title": "A"}}}, r"'none.yaml', which is not a file"),
         ({"rows": {"a": {"configs": [], "title": "A", "grid": {"data.seed": []}}}}, r"no value for 'data.seed'"),
         ({"options": {"data.no_such": 1}}, r"no_such"),
+        ({"rows": {"a": {"configs": [], "title": "A", "images": "gone"}}}, r"images in 'gone', which is not a folder"),
+        (
+            {"rows": {"a": {"configs": [], "title": "A", "images": ".", "fit": True}}},
+            r"nothing here draws: leave out fit",
+        ),
         ({"options": {"model.ip_adapter": "text"}}, r"the adapter is made at random and was never trained"),
     ],
 )
@@ -205,6 +210,21 @@ def test_a_plan_that_cannot_work_is_refused_before_anything_runs(change, message
     path.write_text(yaml.safe_dump(plan | change))
     assert re.search(message, refusal(capsys, "compare", "--config", str(path)))
     assert not (tmp_path / "out").exists()
+
+
+def test_images_of_another_program_are_a_row_that_is_scored_anew_when_an_image_changes(config, tmp_path, monkeypatch):
+    image = tmp_path / "drawn" / "Ann" / "1_s0-00000000.png"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(b"a")
+    rows = {"a": Row([config], "A"), "b": Row([], "PhotoMaker", images=str(tmp_path / "drawn"))}
+    out = tmp_path / "out"
+    step = steps_of(rows, out)[1]
+    assert step.command == "score" and "--name=PhotoMaker" in step.arguments
+    assert {f"--images={tmp_path / 'drawn'}", f"--score.output={out / 'b/version_0/test'}"} <= set(step.arguments)
+    assert run_all(steps_of(rows, out), monkeypatch) == [("a", "test"), ("b", "score")]
+    assert run_all(steps_of(rows, out), monkeypatch) == []
+    image.write_bytes(b"b")
+    assert run_all(steps_of(rows, out), monkeypatch) == [("b", "score")]
 
 
 def test_another_critic_makes_tests_anew_but_no_fit(config, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ PLAIN = {  # functions that need no model and no data: where they are, and what 
     "compare": ("lit_multiip.comparison.compare", "train and test every method of a plan, and write the report"),
     "sweep": ("lit_multiip.comparison.sweep", "score settings, numbers of photos and of training people"),
     "report": ("lit_multiip.comparison.report", "write the report of a comparison again"),
+    "photos": ("lit_multiip.tools.photos", "check one person's photos: strangers, faces, copies, blur; which to take"),
     "caption": ("lit_multiip.tools.caption", "write a prompt beside every photo that has none"),
     "make-mini": ("lit_multiip.mini.make", "make a small backbone by a recipe, from photos or drawn portraits"),
     "measure-mini": ("lit_multiip.mini.measure", "print a small backbone's figures"),
@@ -86,7 +87,9 @@ def main(args: list[str] | None = None) -> None:
         if given and given[0] in PLAIN:
             name = given[0]
             function = getattr(importlib.import_module(PLAIN[name][0]), name.replace("-", "_"))
-            auto_cli(function, args=given[1:], as_positional=False, prog=f"{PROGRAM} {name}", exit_on_error=False)
+            # a command of several, such as `photos check`, takes what it needs by its place
+            by_place = isinstance(function, dict)
+            auto_cli(function, args=given[1:], as_positional=by_place, prog=f"{PROGRAM} {name}", exit_on_error=False)
         else:
             Commands(
                 args, trainer_class=CommandTrainer, prog=PROGRAM, description=DESCRIPTION, formatter_class=Formatter

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_multiip import callbacks, runs
+from lit_multiip.backbone.ip_adapter import Scale
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.console import blame_config
@@ -41,18 +42,23 @@ SHORT: dict[str, tuple[type[Any], tuple[str, ...], dict[str, dict[str, Any]]]] =
         Sampling,
         ("test", "predict"),
         {
-            "ip_scale": {"type": float, "help": "weight of the photos"},
+            "ip_scale": {"type": Scale, "help": "weight of the photos, or weights by block"},
             "guidance_scale": {"type": float, "help": "weight of the text"},
             "steps": {"type": int, "help": "denoising steps"},
+            "ip_start": {"type": float, "help": "share of the steps after which photos begin to act"},
+            "ip_end": {"type": float, "help": "share of the steps after which they no longer do"},
         },
     ),
     "data.predict": (
         PredictArgs,
         ("predict",),
         {
-            "photos": {"type": str, "help": "folder with photos of one person"},
+            "photos": {"type": str, "nargs": "+", "help": "folder with photos of one person, or several with masks"},
             "prompts": {"type": str, "nargs": "+", "help": "what to draw"},
             "seeds": {"type": int, "nargs": "+", "help": "an image each per prompt"},
+            "weights": {"type": float, "nargs": "+", "help": "one a photo, in the order of their names"},
+            "negatives": {"type": str, "help": "folder with photos to draw away from"},
+            "masks": {"type": str, "nargs": "+", "help": "a picture a person, white where their photos act"},
         },
     ),
 }

@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -18,9 +18,18 @@ from lit_multiip.backbone.face_weight import FaceMaps, FaceWeight
 from lit_multiip.backbone.features import Features
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.checking import check_photos
-from lit_multiip.data.groups import Balance, Target, draw_references, stable_hash
-from lit_multiip.data.people import MiniFaces, PeopleSource, Person, read_person
-from lit_multiip.data.photos import DataError, Photo, distinct_photos
+from lit_multiip.data.drawing import (
+    NOTHING,
+    Drawing,
+    PredictArgs,
+    draw_person,
+    draw_together,
+    read_masks,
+    without_copies,
+)
+from lit_multiip.data.groups import Balance, Target
+from lit_multiip.data.people import MiniFaces, PeopleSource, Person, check_names_differ, read_person
+from lit_multiip.data.photos import DataError, Photo
 from lit_multiip.data.split import Split, select_people, split_people
 from lit_multiip.data.tasks import Task, add_intruders, make_tasks
 from lit_multiip.data.variants import describe_augment, vary
@@ -39,22 +48,6 @@ from lit_multiip.datasets import (
 logger = logging.getLogger(__name__)
 
 MOST_WORKERS = 256  # of a loader; more are a slip
-
-
-@dataclass
-class PredictArgs:
-    """What `predict` draws: every prompt with every seed, of one person.
-
-    Args:
-        photos: folder with photos of the person, any number; None takes data.person, else the first test person, and
-            the references that a test gives them.
-        prompts: what to draw; None takes a prompt a scene of the reference photos.
-        seeds: one image each per prompt.
-    """
-
-    photos: str | None = None
-    prompts: list[str] | None = None
-    seeds: list[int] = field(default_factory=lambda: [0, 1])
 
 
 class MultiPhotoData(L.LightningDataModule):
@@ -207,7 +200,7 @@ class MultiPhotoData(L.LightningDataModule):
         if stage != "predict" and self.per_person and self.face_weight is not None:
             raise DataError("data.face_weight is for methods that train on held-out groups: leave it out")
         if stage == "predict" and self.predict_args.photos is not None:
-            self._setup_predict(*self.read_references(self.predict_args.photos))
+            self._setup_predict(*self._read_drawing(self.predict_args.photos))
             return
         if self.split is None:
             self.split = self._split()
@@ -250,7 +243,27 @@ class MultiPhotoData(L.LightningDataModule):
     def read_references(self, folder: str) -> tuple[Person, tuple[Photo, ...]]:
         """Read a folder with photos of one person, any number, and draw `references` of them."""
         [person] = self._cut(check_photos([read_person(folder)], self.on_unreadable, progress=False))
-        return person, self._draw_references(_distinct(person))
+        return person, self._draw_references(person)
+
+    def _read_drawing(self, folders: str | list[str]) -> tuple[Person, tuple[Photo, ...], Drawing]:
+        """Read what `predict` names, and refuse what does not fit before anything is encoded."""
+        args, read = self.predict_args, partial(check_photos, on_unreadable=self.on_unreadable, progress=False)
+        people = [read_person(folder) for folder in ([folders] if isinstance(folders, str) else folders)]
+        negatives = [] if args.negatives is None else self._cut(read([read_person(args.negatives)]))
+        if not people:
+            raise DataError("data.predict.photos names no folder: give one a person")
+        check_names_differ(people)
+        people, masks = self._cut(read(people)), read_masks(args.masks or ())
+        options = {"weights": args.weights, "negatives": negatives, "masks": masks}
+        return people[0], *self.draw_together(people, **options)
+
+    def draw_together(self, people: Sequence[Person], **options: Any) -> tuple[tuple[Photo, ...], Drawing]:
+        """Draw the references of people in one picture, by the options of `data.drawing.draw_together`."""
+        if self.per_person and (len(people) > 1 or any(options.values())):
+            raise DataError("a method that tunes on one person takes no weights, negatives or masks: leave them out")
+        first, drawing = draw_together(people, self.references, self.seed, **options)
+        drawing.check_side(self.backbone.image_side)
+        return first, drawing
 
     def _find(self, name: str | None) -> Person:
         """Return the person of that name, on whichever side of the split."""
@@ -289,7 +302,7 @@ class MultiPhotoData(L.LightningDataModule):
     def _split(self) -> Split:
         people = select_people(self.source.people(), self.min_photos, self.max_people, self.seed)
         people = check_photos(people, self.on_unreadable)
-        people = [_distinct(person) for person in people]
+        people = [without_copies(person) for person in people]
         people = self._cut(select_people(people, self.min_photos, None, self.seed))
         split = split_people(people, self.seed, self.test_fraction, self.validation_fraction, **self.names)
         if self.training_people is not None and split.train:
@@ -299,19 +312,16 @@ class MultiPhotoData(L.LightningDataModule):
         return split
 
     def _draw_references(self, person: Person) -> tuple[Photo, ...]:
-        photos, rng = person.photos, np.random.default_rng([self.seed, stable_hash(person.name)])
-        if len(photos) != self.references:
-            what = "the surplus is dropped" if len(photos) > self.references else "missing ones are drawn again"
-            logger.warning("%s has %d photos, %d are used: %s", person.name, len(photos), self.references, what)
-        return tuple(photos[i] for i in draw_references(range(len(photos)), self.references, rng))
+        return draw_person(person, self.references, self.seed)
 
-    def _setup_predict(self, person: Person, references: tuple[Photo, ...]) -> None:
-        prompts = self.predict_args.prompts or list(dict.fromkeys(photo.prompt for photo in person.photos))[:4]
-        seeds = self.predict_args.seeds
-        if not seeds or not all(prompts):
+    def _setup_predict(self, person: Person, references: tuple[Photo, ...], drawing: Drawing = NOTHING) -> None:
+        args = self.predict_args
+        prompts = args.prompts or list(dict.fromkeys(photo.prompt for photo in person.photos))[:4]
+        if not args.seeds or not all(prompts):
             raise DataError("data.predict needs at least one seed, and prompts that are not empty")
-        self.requests = [Request(person.name, references, prompt, seed) for prompt in prompts for seed in seeds]
-        self._build(list(references), [], prompts)
+        rest = (person.name, references)
+        self.requests = [Request(*rest, prompt, seed, drawing) for prompt in prompts for seed in args.seeds]
+        self._build([*references, *drawing.photos()], [], prompts)
 
     def _build(self, photos: Iterable[Photo], targets: Iterable[Photo], prompts: Iterable[str]) -> None:
         """Encode photos that condition, photos whose latents are needed, and prompts."""
@@ -409,11 +419,3 @@ class MultiPhotoData(L.LightningDataModule):
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-
-
-def _distinct(person: Person) -> Person:
-    """Keep one photo of those with equal content, so that a copy of a target is never among its references."""
-    kept = distinct_photos(person.photos)
-    if len(kept) < len(person.photos):
-        logger.warning("%s: %d photos are copies of others and left out", person.name, len(person.photos) - len(kept))
-    return replace(person, photos=kept)

@@ -6,16 +6,19 @@ import math
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, default_collate
 
 from lit_multiip.backbone.encoders import replace_missing
 from lit_multiip.backbone.face_weight import FaceMaps
 from lit_multiip.backbone.features import Features
+from lit_multiip.data.drawing import NOTHING, Drawing
 from lit_multiip.data.groups import Balance, Group, Target, draw_references, held_out_group, stable_hash
 from lit_multiip.data.people import Person
 from lit_multiip.data.photos import DataError, Photo
@@ -187,12 +190,13 @@ class ShareSampler(Sampler[int]):
 
 @dataclass(frozen=True)
 class Request:
-    """One image to draw: the references, the prompt and the seed."""
+    """One image to draw: the references, the prompt and the seed, and what else acts on it."""
 
     person: str
     references: tuple[Photo, ...]
     prompt: str
     seed: int
+    drawing: Drawing = NOTHING
 
 
 def reference_set(person: str, references: Sequence[Photo], features: Features) -> dict[str, Any]:
@@ -256,11 +260,30 @@ class TaskDataset(Dataset[dict[str, Any]]):
             item["references"] = replace_missing(self.features.embeds(task.references), task.person)
             if others := self.others.get(task.person):
                 item["other_references"] = replace_missing(self.features.embeds(others), others[0].person)
-        if not isinstance(task, Request):
+        if isinstance(task, Request):
+            item |= self._draw_by(task)
+        else:
             item["photo"] = f"{task.person}/{task.held_out.name}"
             item["moments"] = self.features.moments(task.held_out)
             item["text"] |= self.features.sizes(task.held_out)
         return item
+
+    def _draw_by(self, request: Request) -> dict[str, Any]:
+        """Return what `Drawing` adds: `beside` and `negatives`, (R, D) a person, `masks` (P, H, W) and `weighted`."""
+        drawing, item = request.drawing, dict[str, Any]()
+        if drawing.beside:
+            item["beside"] = [self._embeds(photos) for photos in drawing.beside]
+        if drawing.negatives:  # as many as the photos that they stand against, so that both make as many tokens
+            people = (request.references, *drawing.beside)
+            item["negatives"] = [self._embeds(list(islice(cycle(drawing.negatives), len(one)))) for one in people]
+        if drawing.masks:
+            item["masks"] = torch.from_numpy(np.stack(drawing.masks))
+        if drawing.weighted:
+            item["weighted"] = torch.tensor(True)
+        return item
+
+    def _embeds(self, photos: Sequence[Photo]) -> Tensor:
+        return replace_missing(self.features.embeds(photos), photos[0].person)
 
 
 class OnePerson(IterableDataset[dict[str, Any]]):

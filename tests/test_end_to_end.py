@@ -125,6 +125,51 @@ def test_bare_predict_writes_images_and_grid_into_a_new_folder(fitted, monkeypat
     assert (run_of(fitted) / "predict" / "Ann_Lee-3" / "003_in-a-scarf_seed1.png").read_bytes() != first
 
 
+def test_predict_takes_two_people_by_their_masks_with_weights_and_negatives(fitted, monkeypatch, capsys):
+    monkeypatch.chdir(fitted)
+    for name, count in (("Bo", 3), ("Cy", 2), ("unwanted", 1)):
+        Path(name).mkdir()
+        for number in range(count):
+            Image.new("RGB", (50, 40), (60 * number, len(name), 99 * count % 256)).save(f"{name}/{number}.png")
+    for name, box in (("left", (0, 0, 16, 32)), ("right", (16, 0, 32, 32))):
+        mask = Image.new("L", (32, 32))
+        mask.paste(255, box)
+        mask.save(f"{name}.png")
+    plain = ["predict", "--photos", "Bo", "Cy", "--prompts", "two people", "--seeds", "1"]
+    options = ["--masks", "left.png", "right.png", "--weights", "2", "1", "0", "1", "1", "--negatives", "unwanted"]
+    scales = ["--ip_scale", "{mid: 1, up: {block_0: [0.5, 1]}}", "--ip_end", "0.5"]
+    main([*plain, *options, *scales])
+    made = run_of(fitted) / "predict" / "Bo"
+    facts = json.loads((made / "predict.json").read_text())
+    assert sorted(facts["references"]) == ["0.png", "0.png", "1.png"]
+    beside = {name: sorted(photos) for name, photos in facts["beside"].items()}
+    assert beside == {"Cy": ["0.png", "1.png"], "drawn away from": ["0.png"]} and facts["masks"] == 2
+    sampling = facts["model"]["sampling"]
+    assert sampling["ip_scale"] == {"mid": 1, "up": {"block_0": [0.5, 1]}} and sampling["ip_end"] == 0.5
+    image = (made / "000_two-people_seed1.png").read_bytes()
+    main([*plain, *options])
+    assert (run_of(fitted) / "predict" / "Bo-2" / "000_two-people_seed1.png").read_bytes() != image
+
+    # what does not fit is refused before anything is drawn
+    Image.new("L", (64, 64), 255).save("large.png")
+    one = ["predict", "--photos", "Bo", "--prompts", "a person"]
+    for args, message in (
+        (plain, "0 masks and 2 people: give one mask a person"),
+        ([*one, "--masks", "large.png"], "mask 1 has 64 x 64 px, and pictures have 32 x 32"),
+        ([*one, "--masks", "Bo/0.txt"], "mask 'Bo/0.txt' cannot be read"),
+        ([*one, "--weights", "1", "2"], "2 weights for 3 photos: give one each, in the order 0.png, 1.png, 2.png"),
+        ([*one, "--weights", "1", ".nan", "1"], "a photo's weight is nan"),
+        ([*one, "--negatives", "nobody"], "nobody does not exist"),
+        ([*one, "--ip_start", "0.9", "--ip_end", "0.1"], "ip_start=0.9 and ip_end=0.1"),
+        ([*one, "--ip_scale", "{up: .nan}"], "ip_scale.up=nan is not finite"),
+        ([*one, "--ip_scale", "{up: {block_7: 1}}"], "'up.block_7', and in up this UNet attends in block_0"),
+        (["predict", "--weights", "1", "2"], "give --photos <folder>"),
+        ([*one, "--negatives", "unwanted", "--guidance_scale", "1"], "negative photos act through guidance"),
+    ):
+        assert message in refusal(capsys, *args, code=None)
+    assert not (run_of(fitted) / "predict" / "Bo-3").exists() or not list((run_of(fitted) / "predict").glob("Bo-3/0*"))
+
+
 def test_bare_inspect_looks_at_the_newest_run(fitted, monkeypatch, capsys):
     monkeypatch.chdir(fitted)
     main(["inspect", "--people", "2", "--data.held_out", "1"])

@@ -91,6 +91,28 @@ class CriticExtractor(Extractor, IdentityNetwork):
         return torch.tensor(shares)
 
 
+class Resemblance(Extractor):
+    """Whom of the people that both critics know a drawn portrait resembles; it tells a stranger by one photo.
+
+    The embedding is sqrt(softmax(logits / 2)) of each critic, side by side, so that a cosine is the mean of their
+    Bhattacharyya coefficients.
+    """
+
+    name, can_identify = "resemblance", True
+    same_person = 0.35  # see tools/README.md
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.critics = nn.ModuleList(Critic.load(shipped_critic(name)) for name in ("critic", "critic_b"))
+        self.freeze()
+
+    def compute(self, images: Tensor) -> Extraction:
+        """See `Extractor.compute`."""
+        small = _resize(images)
+        parts = [F.softmax(critic(small)[1] / 2, dim=1).sqrt() for critic in self.critics]  # (B, K) each
+        return Extraction(embedding=torch.cat(parts, dim=1))
+
+
 def named_attributes(prompt: str) -> dict[str, int]:
     """Class index of each scene attribute that a prompt names and that is visible by construction.
 

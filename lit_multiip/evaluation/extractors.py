@@ -44,6 +44,7 @@ class Extractor(nn.Module, ABC):
     num_features: int | None = None  # None: no features
     num_classes: int | None = None  # None: no logits
     can_identify: bool = False
+    same_person: float | None = None  # cosine of embeddings from which two photos show one person
     likeness: str = "identity"  # what closeness of embeddings says, the first part of those scores' keys
     source: str | None = None  # folder, file or hub id of its weights; what conditions the images may not score them
     sha256: str | None = None  # of its weights, where they are one file; tests by other weights are not compared

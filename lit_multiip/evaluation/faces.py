@@ -82,6 +82,7 @@ class SFace(Extractor):
     """
 
     can_identify = True
+    same_person = 0.363
 
     def __init__(self, path: str = SFACE, detector: FaceDetector | None = None, name: str = "sface") -> None:
         super().__init__()

@@ -18,12 +18,14 @@ from torch import Tensor
 from lit_multiip.backbone.components import BackboneError
 from lit_multiip.backbone.encoders import PhotoEncoder
 from lit_multiip.backbone.ip_adapter import (
+    Scale,
     find_adapter_file,
     install_ip_adapter,
     ip_adapter_from_text,
     ip_adapter_parameters,
     read_adapter_record,
     read_ip_adapter,
+    set_ip_scale,
 )
 from lit_multiip.backbone.lora import LORA_FILE, add_lora, lora_disabled, read_lora, require_peft
 from lit_multiip.backbone.pipeline import Backbone
@@ -33,6 +35,7 @@ from lit_multiip.methods.aggregators import Aggregator, SelfAttention
 from lit_multiip.methods.identity_loss import IdentityLoss, digest_weights
 from lit_multiip.methods.method import Batch, Method, References
 
+_NO = torch.zeros(1, dtype=torch.bool)
 VALIDATION_TIMES = (0.125, 0.375, 0.625, 0.875)  # t / T, the centres of four bins
 
 
@@ -119,6 +122,8 @@ class MultiIPAdapter(Method):
             self.identity_networks |= read_adapter_record(path).get("identity_networks", {})
         for parameter in ip_adapter_parameters(self.unet).values():
             parameter.requires_grad_(self.trained == "adapter")
+        set_ip_scale(self.unet, self.sampling.ip_scale)  # refuses blocks that the UNet lacks
+        set_ip_scale(self.unet, 1.0)
 
     def _adapter_path(self) -> str | None:
         """Return where the adapter's weights are; None where it is made from the text K and V, at random in part."""
@@ -251,11 +256,11 @@ class MultiIPAdapter(Method):
 
     # ---- drawing ------------------------------------------------------------------------------------------------
 
-    def generate(self, batch: Batch, references: References = "right", ip_scale: float | None = None) -> Tensor:
+    def generate(self, batch: Batch, references: References = "right", ip_scale: Scale | None = None) -> Tensor:
         """Draw the images of a batch of tasks: RGB, (B, 3, H, W) uint8.
 
         Args:
-            batch: of `TaskDataset` items.
+            batch: of `TaskDataset` items; masks of the first are those of all.
             references: the task's own, none (scale 0 and no LoRA), another person's, or zeros for the aggregated
                 embedding.
             ip_scale: overrides `sampling.ip_scale`.
@@ -263,15 +268,30 @@ class MultiIPAdapter(Method):
         embeds = self.condition(batch["other_references" if references == "other" else "references"])
         if references == "zero":
             embeds = torch.zeros_like(embeds)
+        if batch.get("weighted", _NO).any() and not self.aggregator.counts_repeats:
+            raise LitMultiIPError(
+                f"{type(self.aggregator).__name__} gives photos no weights: leave out weights other than 0 and 1, or "
+                "take another model.aggregator, such as AvgPool"
+            )
+        people = [embeds, *(self.condition(rows) for rows in batch.get("beside", ()))]  # (B, M, D) each
+        negative, masks = None, None
+        if "negatives" in batch:
+            negative = torch.cat([self.condition(rows) for rows in batch["negatives"]], dim=1)
+        if "masks" in batch:  # (B, P, H, W); each person's embeddings share the weight
+            counts = [rows.shape[1] for rows in people]
+            pairs = zip(batch["masks"][0], counts, strict=True)
+            masks = torch.cat([(mask / count).expand(count, -1, -1) for mask, count in pairs])  # (M, H, W)
         alone = references == "none" and self.lora_rank is not None
         with lora_disabled(self.unet) if alone else nullcontext():
             return self.sampler(
                 batch["text"],
                 batch["negative_text"],
-                embeds,
+                torch.cat(people, dim=1),
                 [int(seed) for seed in batch["seed"]],
                 self.image_side,
                 0.0 if references == "none" else ip_scale,
+                negative,
+                masks,
             )
 
     def on_test_start(self) -> None:

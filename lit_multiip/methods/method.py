@@ -11,7 +11,6 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import compute_snr
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -286,6 +285,8 @@ class Method(L.LightningModule):
         """
         if self.snr_gamma is None:
             return torch.ones(len(t), device=t.device)
+        from diffusers.training_utils import compute_snr  # it loads models' code, which --help needs not
+
         snr: Tensor = compute_snr(self.noise, t)  # type: ignore[no-untyped-call]  # (B,)
         if self.predicts_velocity:
             return snr.clamp(max=self.snr_gamma) / (snr + 1)

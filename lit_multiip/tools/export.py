@@ -40,6 +40,8 @@ from lit_multiip.runs import load_trained
 from lit_multiip.tools.card import (
     ADAPTER,
     CHECK_STEPS,
+    COMFYUI,
+    COMFYUI_NEGATIVE,
     EMBEDS,
     TOLERANCE,
     ExportError,
@@ -234,7 +236,8 @@ def check_target(output: str, photos: Sequence[str], overwrite: bool) -> None:
     names = [Path(folder).resolve().name for folder in photos]
     if len(set(names)) < len(names):
         raise ExportError("two folders of --photos have one name, and their files would too: rename one")
-    possible = (ADAPTER, LORA_FILE, "README.md", "model_index.json", *(f"embeds/{name}.safetensors" for name in names))
+    people = [f"embeds/{name}{suffix}" for name in names for suffix in (".safetensors", COMFYUI, COMFYUI_NEGATIVE)]
+    possible = (ADAPTER, LORA_FILE, "README.md", "model_index.json", *people)
     _refuse_existing(Path(output), possible, overwrite)
 
 
@@ -336,7 +339,9 @@ def write_dreambooth(model: DreamBooth, record: Mapping[str, Any], part: Path) -
 
 @torch.no_grad()
 def write_embeds(model: MultiIPAdapter, data: Any, photos: Sequence[str], output: Path) -> Tensor | None:
-    """Write a file for each folder of one person's photos: the embeddings after the aggregator, zeros first.
+    """Write the files of each folder of one person's photos: the embeddings after the aggregator.
+
+    Those of diffusers hold zeros first, (2, M, D); for ComfyUI these are a file of their own, (M, D).
 
     Returns:
         The first person's, (2, M, D), as read back; None where there is no folder.
@@ -352,5 +357,8 @@ def write_embeds(model: MultiIPAdapter, data: Any, photos: Sequence[str], output
         embeds = model.condition(encoder(references)[None])  # (1, M, D)
         files.append(output / "embeds" / f"{Path(folder).resolve().name}.safetensors")
         record = {"aggregator": model.settings(), "photos": len(references), "adapter": adapter}
-        save_file({EMBEDS: with_negative(embeds)}, files[-1], {"format": "pt", RECORD: json.dumps(record)})
+        negative, positive = both = with_negative(embeds)
+        save_file({EMBEDS: both}, files[-1], {"format": "pt", RECORD: json.dumps(record)})
+        for suffix, rows in ((COMFYUI, positive), (COMFYUI_NEGATIVE, negative)):  # (M, D) each
+            torch.save(rows.clone(), files[-1].with_suffix(suffix))  # a view would take the other half with it
     return load_file(files[0])[EMBEDS]

@@ -277,8 +277,8 @@ def trainer_defaults() -> dict[str, Any]:
     return {
         "accelerator": "auto",
         "precision": choose_precision(),
-        "max_steps": 1000,
-        "val_check_interval": 250,  # optimiser steps, see ValidateBySteps
+        "max_steps": 2000,
+        "val_check_interval": 500,  # optimiser steps, see ValidateBySteps
         "check_val_every_n_epoch": None,
         "use_distributed_sampler": False,  # the DataModule's own samplers serve all ranks
         "inference_mode": False,

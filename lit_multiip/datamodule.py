@@ -119,7 +119,7 @@ class MultiPhotoData(L.LightningDataModule):
         tested: Literal["test", "validation", "train"] = "test",
         tested_people: int | None = None,
         on_unreadable: Literal["refuse", "skip"] = "refuse",
-        batch_size: int = 16,
+        batch_size: int = 8,
         eval_batch_size: int = 25,
         num_workers: int = 0,
         cache_dir: str = "runs/features",

@@ -54,6 +54,7 @@ class MultiIPAdapter(Method):
         kv_lr_factor: K' and V' learn at the optimiser's rate times this; G, Linear, LayerNorm and LoRA at the rate.
         identity_loss: added to the squared error in training; None adds none.
         lr_schedule: a schedule of `diffusers.optimization.get_scheduler`, stepped every optimiser step.
+        snr_gamma: of `loss_weights`; None is the paper's eq. (1).
         kwargs: of `Method`.
     """
 
@@ -77,9 +78,10 @@ class MultiIPAdapter(Method):
         kv_lr_factor: float = 1.0,
         identity_loss: IdentityLoss | None = None,
         lr_schedule: str = "cosine",
+        snr_gamma: float | None = 5.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(backbone, lr_schedule=lr_schedule, **kwargs)
+        super().__init__(backbone, lr_schedule=lr_schedule, snr_gamma=snr_gamma, **kwargs)
         require_peft(lora_rank)
         if not 0 < kv_lr_factor < math.inf:
             raise LitMultiIPError(f"model.kv_lr_factor={kv_lr_factor} must be above 0: 1 is one rate for all")

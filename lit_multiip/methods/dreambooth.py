@@ -45,7 +45,7 @@ class Draws(NamedTuple):
 
 
 class DreamBooth(Method):
-    """Tunes the UNet on one person's reference set under "a photo of sks person", with prior preservation (eq. 13).
+    """Tunes the UNet on one person's reference set under "a photo of sks person" (eq. 12, 13).
 
     `fit` learns one person, `data.person`; `test` and `predict` learn each person that they draw, always from
     the backbone's own weights, which are put back bit for bit. All draws are functions of (seed, person, step) alone.
@@ -59,7 +59,8 @@ class DreamBooth(Method):
         lr_schedule: a schedule of `diffusers.optimization.get_scheduler`, stepped every optimiser step.
         steps: of tuning, a person; `trainer.max_steps` is -1, or the same.
         batch_size: reference photos a step, and as many class images.
-        prior_weight: lambda of eq. (13); 0 needs no class images.
+        prior_weight: lambda of eq. (13); 0 needs no class images. It is 0 for the miniature, to which `sks` means too
+            little for the person's prompt to be told from the class's; larger backbones take 1.
         class_images: how many the backbone draws, once, from seeds 0, 1, ...
         class_folder: where they are kept, by their settings.
         identifier: a rare token, which comes to mean the person.
@@ -76,11 +77,11 @@ class DreamBooth(Method):
     def __init__(
         self,
         backbone: Backbone | None = None,
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=1e-2),
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-5, weight_decay=1e-2),
         lr_schedule: str = "constant",
-        steps: int = 50,
-        batch_size: int = 2,
-        prior_weight: float = 1.0,
+        steps: int = 200,
+        batch_size: int = 4,
+        prior_weight: float = 0.0,
         class_images: int = 50,
         class_folder: str = "runs/features",
         identifier: str = "sks",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -20,8 +21,8 @@ from lit_multiip.data.checking import check_photos
 from lit_multiip.data.groups import Balance, Target, draw_references, stable_hash
 from lit_multiip.data.people import MiniFaces, PeopleSource, Person, read_person
 from lit_multiip.data.photos import DataError, Photo, distinct_photos
-from lit_multiip.data.split import Split, select_people, split_people
-from lit_multiip.data.tasks import Task, make_tasks
+from lit_multiip.data.split import PhotoSplit, Split, select_people, split_people, split_photos
+from lit_multiip.data.tasks import Task, make_tasks, person_tasks
 from lit_multiip.data.variants import describe_augment, vary
 from lit_multiip.datasets import (
     EpochSampler,
@@ -34,6 +35,7 @@ from lit_multiip.datasets import (
     ignore_ctrl_c,
     reference_set,
 )
+from lit_multiip.files import shorten
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,9 @@ class MultiPhotoData(L.LightningDataModule):
     Where the trainer's module learns a person at a time (`per_person`), fit is given `person` alone: the reference
     set that a test gives them, nothing held out, and no validation.
 
+    With `photos` there is one person, and photos are split in place of people: fit tunes on all but the held-out ones,
+    whose prompts validation and test draw.
+
     Args:
         backbone: its frozen encoders make the features; shared with the model.
         source: where the people come from.
@@ -80,7 +85,7 @@ class MultiPhotoData(L.LightningDataModule):
         test_names: likewise.
         held_out: evaluation tasks: held-out photos a test person, at most.
         seeds: images per held-out photo.
-        validation_held_out: held-out photos a validation person.
+        validation_held_out: held-out photos a validation person; of the person in `photos`, at most one of five.
         tested: whose tasks `test` scores; options are chosen on `validation`, and `train` shows what was learned
             by heart.
         tested_people: the most people of them, a seeded subset; None takes all.
@@ -96,6 +101,9 @@ class MultiPhotoData(L.LightningDataModule):
         seed: of the split, the groups and the tasks.
         training_seed: of the training groups alone, for several trainings on one protocol; None takes `seed`.
         predict: what `predict` draws.
+        photos: folder with five photos or more of the one person whom fit learns.
+        prior_people: training people of the source that an adapter is tuned on beside them, as often; 0 needs no
+            source.
         person: whom fit learns, where the method learns one person; whom predict draws.
         crop: cut every photo to a square at its face, for encoders and scores alike; None takes its central square.
     """
@@ -130,6 +138,8 @@ class MultiPhotoData(L.LightningDataModule):
         seed: int = 0,
         training_seed: int | None = None,
         predict: PredictArgs | None = None,
+        photos: str | None = None,
+        prior_people: int = 0,
         person: str | None = None,
         crop: FaceCrop | None = None,
         variants: int = 1,
@@ -147,7 +157,9 @@ class MultiPhotoData(L.LightningDataModule):
             raise DataError("batch sizes, references, held_out and seeds must be at least 1")
         if not 0 <= num_workers <= MOST_WORKERS:
             raise DataError(f"data.num_workers is {num_workers}: give 0 to {MOST_WORKERS}")
-        for name, given in (("seed", seed), ("training_seed", training_seed or 0)):
+        if photos is not None and person is not None:
+            raise DataError(f"data.photos='{photos}' and data.person='{person}' are two people: set one of them")
+        for name, given in (("seed", seed), ("training_seed", training_seed or 0), ("prior_people", prior_people)):
             if given < 0:
                 raise DataError(f"data.{name} is {given}: it must not be negative")
         if min(drop) < 0 or sum(drop) > 1:
@@ -166,7 +178,9 @@ class MultiPhotoData(L.LightningDataModule):
         self.cache_dir, self.encode_batch_size, self.seed = cache_dir, encode_batch_size, seed
         self.training_seed = seed if training_seed is None else training_seed
         self.predict_args, self.person = predict or PredictArgs(), person
+        self.photos, self.prior_people = photos, prior_people
         self.variants, self.augment = variants, augment
+        self.device: torch.device | str = "cpu"  # of the encoders, where there is no trainer
         self.per_person = False  # setup asks the trainer's module
         self.split: Split | None = None
         self.features: Features | None = None
@@ -179,8 +193,8 @@ class MultiPhotoData(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Fetch or extract the source once, on one process, and find the faces where photos are cut at them."""
-        people = self.source.people()
-        if self.crop is not None:
+        people = self.source.people() if self.photos is None or self.prior_people else []
+        if self.crop is not None and people:
             chosen = select_people(people, self.min_photos, self.max_people, self.seed)
             readable = check_photos(chosen, self.on_unreadable)
             self.crop.find([photo for person in readable for photo in person.photos], self.cache_dir)
@@ -193,26 +207,31 @@ class MultiPhotoData(L.LightningDataModule):
             raise DataError(f"data.person='{self.person}' is for methods that learn one person: leave it out of fit")
         if stage == "fit" and self.per_person and self.variants > 1:
             raise DataError("data.variants is for methods that train on held-out groups: leave it and augment out")
-        if stage == "predict" and self.predict_args.photos is not None:
-            self._setup_predict(*self.read_references(self.predict_args.photos))
+        photos = self.predict_args.photos or (None if self.per_person else self.photos)
+        if stage == "predict" and photos is not None:
+            self._predict(*self.read_references(photos))
             return
         if self.split is None:
-            self.split = self._split()
+            self.split = self._split() if self.photos is None else self.split_photos(read_person(self.photos))
         if stage == "predict":
-            person = self._find(self.person) if self.person else self.split.test[0]
-            self._setup_predict(person, self._tested(person).references)
+            person = self.split.train[0] if self.photos is not None else self.split.test[0]
+            person = self._find(self.person) if self.person else person
+            self._predict(person, self._tested(person).references)
             return
         training: list[Photo] = []
         if stage == "fit" and self.per_person:
-            self.tuning = self._tested(self._find(self.person))
+            self.tuning = self._tested(self.split.train[0] if self.photos is not None else self._find(self.person))
             training = list(self.tuning.references)
         elif stage == "fit":
             training = [photo for person in self.split.train for photo in person.photos]
-        if stage in ("fit", "validate") and not self.per_person:
+        if self.photos is not None:
+            self.validation_tasks = self._person_tasks() if stage in ("fit", "validate") else []
+            self.tasks = self._person_tasks() if stage == "test" else []
+        elif stage in ("fit", "validate") and not self.per_person:
             self.validation_tasks = make_tasks(
                 self.split.validation, self.references, self.validation_held_out, 1, self.seed
             )
-        if stage == "test":
+        elif stage == "test":
             people = select_people(getattr(self.split, self.tested), 2, self.tested_people, self.seed)
             self.tasks = make_tasks(people, self.references, self.held_out, self.seeds, self.seed)
         tasks = [*self.validation_tasks, *self.tasks]
@@ -224,10 +243,31 @@ class MultiPhotoData(L.LightningDataModule):
         varied = [vary(photo, v, self.augment) for photo in training for v in range(self.variants)]
         self._build([*varied, *references], [*varied, *held_out], prompts)
 
-    def read_references(self, folder: str) -> tuple[Person, tuple[Photo, ...]]:
-        """Read a folder with photos of one person, any number, and draw `references` of them."""
-        [person] = self._cut(check_photos([read_person(folder)], self.on_unreadable, progress=False))
-        return person, self._draw_references(_distinct(person))
+    def read_references(self, person: str | Person) -> tuple[Person, tuple[Photo, ...]]:
+        """Return a person, or the one of a folder with any number of photos, and draw `references` of the photos."""
+        person = self._readable(person if isinstance(person, Person) else read_person(person))
+        return person, self._draw_references(person)
+
+    def _readable(self, person: Person) -> Person:
+        """Check, cut, and keep one photo of each content."""
+        [person] = self._cut(check_photos([person], self.on_unreadable, progress=False))
+        return _distinct(person)
+
+    def split_photos(self, person: Person) -> PhotoSplit:
+        """Hold out some photos of one person; beside the others train the people who serve as prior."""
+        prior: list[Person] = []
+        if self.prior_people and not self.per_person:
+            prior = select_people(self._split().train, 2, self.prior_people, self.seed)
+        split = split_photos(self._readable(person), self.validation_held_out, self.seed, prior)
+        kept, out = split.train[0].photos, split.validation[0].photos
+        what = (person.name, len(kept), len(out), shorten(photo.name for photo in out))
+        logger.info("%s: tuned on %d photos; %d are held out and never trained on, %s", *what)
+        return split
+
+    def _person_tasks(self) -> list[Task]:
+        assert self.split is not None
+        person, out = self.split.train[0], self.split.validation[0].photos
+        return person_tasks(self._tested(person).references, out, self.seeds, self.seed)
 
     def _find(self, name: str | None) -> Person:
         """Return the person of that name, on whichever side of the split."""
@@ -243,6 +283,9 @@ class MultiPhotoData(L.LightningDataModule):
 
     def _tested(self, person: Person) -> Task:
         """Return one of a person's tasks in a test; all of them have the same references."""
+        if self.photos is not None:  # a method that tunes on one person takes all of theirs
+            photos = person.photos if self.per_person else self._draw_references(person)
+            return Task(person.name, photos, photos[0], photos[0].prompt, self.seed)
         return make_tasks([person], self.references, self.held_out, 1, self.seed)[0]
 
     def _find_stranger(self, tasks: Sequence[Task]) -> dict[str, tuple[Photo, ...]]:
@@ -252,6 +295,8 @@ class MultiPhotoData(L.LightningDataModule):
             return {}
         assert self.split is not None
         others = [person for person in self.split.train if person.name not in names]
+        if not others and self.photos is not None:
+            return {}
         if not others:
             logger.warning(
                 "%s is the only person: without others' photos val/gap_shuffled and the row other_person are left out",
@@ -282,20 +327,28 @@ class MultiPhotoData(L.LightningDataModule):
             logger.warning("%s has %d photos, %d are used: %s", person.name, len(photos), self.references, what)
         return tuple(photos[i] for i in draw_references(range(len(photos)), self.references, rng))
 
-    def _setup_predict(self, person: Person, references: tuple[Photo, ...]) -> None:
+    def _predict(self, person: Person, references: tuple[Photo, ...]) -> None:
         prompts = self.predict_args.prompts or list(dict.fromkeys(photo.prompt for photo in person.photos))[:4]
-        seeds = self.predict_args.seeds
-        if not seeds or not all(prompts):
-            raise DataError("data.predict needs at least one seed, and prompts that are not empty")
-        self.requests = [Request(person.name, references, prompt, seed) for prompt in prompts for seed in seeds]
+        self.request(person.name, references, prompts, self.predict_args.seeds)
+
+    def request(
+        self, person: str, references: Sequence[Photo], prompts: Sequence[str], seeds: Sequence[int]
+    ) -> list[Request]:
+        """Have `predict_dataloader` serve every prompt with every seed, and encode what that needs."""
+        if not seeds or not prompts or not all(prompts):
+            raise DataError("give at least one seed, and prompts that are not empty")
+        if bad := [seed for seed in seeds if not 0 <= seed < 2**63]:
+            raise DataError(f"seed {bad[0]} is out of range: give a number from 0 to 2^63 - 1")
+        self.requests = [Request(person, tuple(references), prompt, seed) for prompt in prompts for seed in seeds]
         self._build(list(references), [], prompts)
+        return self.requests
 
     def _build(self, photos: Iterable[Photo], targets: Iterable[Photo], prompts: Iterable[str]) -> None:
         """Encode photos that condition, photos whose latents are needed, and prompts."""
         if self.per_person:  # it tunes on the latents of the references, and needs no embeddings
             photos, targets = [], [*photos, *targets]
         strategy: Any = self.trainer.strategy if self.trainer is not None else None
-        device = strategy.root_device if strategy else "cpu"
+        device = strategy.root_device if strategy else self.device
         self.features = Features(self.backbone, self.cache_dir, device, self.encode_batch_size)
         self.features.build(photos, targets, prompts, *self._rank_and_world())
         if strategy:
@@ -310,7 +363,7 @@ class MultiPhotoData(L.LightningDataModule):
             return DataLoader(OnePerson(item), batch_size=1)
         references = 1 if self.target == "reference" else self.references
         choices = (self.balance, self.target, self.drop, self.variants, self.augment)
-        groups = HeldOutGroups(self.split.train, self.features, self.training_seed, references, *choices)
+        groups = HeldOutGroups(self._trained_people(), self.features, self.training_seed, references, *choices)
         rank, world = self._rank_and_world()
         sampler = EpochSampler(len(groups), self.training_seed, rank, world, self._start(len(groups) // world))
         if len(sampler) < self.batch_size:
@@ -327,6 +380,15 @@ class MultiPhotoData(L.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def _trained_people(self) -> list[Person]:
+        """Return the training people; the one of `photos` as often as all others, and as often as a batch has room."""
+        assert self.split is not None
+        if self.photos is None:
+            return self.split.train
+        person, *prior = self.split.train
+        room = self.batch_size * self._rank_and_world()[1] / (self.references + 1)  # persons a batch of all ranks
+        return [person] * max(len(prior), math.ceil(room)) + prior
 
     def state_dict(self) -> dict[str, Any]:
         """Return where training is, and by what its epochs are divided, for a checkpoint."""

@@ -13,7 +13,7 @@ FLOORS = (
     ("backbone",),
     ("methods", "datasets", "datamodule"),
     ("evaluation",),
-    ("callbacks", "finite", "resume", "personalizer"),
+    ("callbacks", "finite", "resume", "export", "pretrained", "tuning", "personalizer"),
     ("console", "cli"),
     ("comparison", "tools", "mini"),
     ("__main__",),

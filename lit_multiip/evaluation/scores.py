@@ -156,8 +156,55 @@ def identity_scores(
         "held_out": (generated_ * held_out_).sum(axis=1),
         # a sum has the direction of the mean
         "held_out_mean": _cosine_if_found(generated_, _sum_groups(np.nan_to_num(held_out_), person)[person]),
-        "references": _cosine_if_found(generated_, np.nansum(references_, axis=1)),
+        "references": identity_similarity(generated_, references_),
     }
+
+
+def identity_similarity(generated: Features, photos: Features) -> FloatArray:
+    """How much each generated face looks like the mean of K real photos, cos(g, sum_k x_k) of unit embeddings.
+
+    Args:
+        generated: embeddings of the generated images, (T, D); all NaN where no face was found.
+        photos: of each image's K photos, (T, K, D); those that are all NaN are left out.
+
+    Returns:
+        (T,), in -1..1; NaN where the image's face or those of all photos were not found.
+    """
+    generated_, photos_ = _to_unit_if_found(as_float64(generated)), _to_unit_if_found(as_float64(photos))
+    _require_rows(generated_, photos_)
+    return _cosine_if_found(generated_, np.nansum(photos_, axis=1))
+
+
+def copy_paste(generated: Features, held_out: Features, references: Features) -> FloatArray:
+    """How much nearer each image is to a reference than to the held-out photo (arXiv 2510.14975).
+
+        (theta_gt - theta_gr) / theta_tr,    theta the angle of two embeddings; r the reference nearest to the image
+
+    1 is a copy of the reference, -1 the held-out photo itself, 0 as near to one as to the other.
+
+    Args:
+        generated: embeddings of the generated images g, (T, D); all NaN where no face was found.
+        held_out: of each task's held-out photo t, (T, D).
+        references: of each task's R references, (T, R, D); those that are all NaN are left out.
+
+    Returns:
+        (T,); NaN where a face was not found.
+    """
+    generated_, held_out_, references_ = (
+        _to_unit_if_found(as_float64(rows)) for rows in (generated, held_out, references)
+    )
+    _require_rows(generated_, references_)
+    cosines = np.einsum("td,trd->tr", generated_, references_)
+    nearest = np.nan_to_num(cosines, nan=-np.inf).argmax(axis=1)  # (T,)
+    chosen = references_[np.arange(len(nearest)), nearest]  # (T, D)
+
+    def angle(a: FloatArray, b: FloatArray) -> FloatArray:
+        angles: FloatArray = np.arccos(np.clip((a * b).sum(axis=1), -1, 1))
+        return angles
+
+    apart = np.maximum(angle(held_out_, chosen), 1e-6)
+    score: FloatArray = (angle(generated_, held_out_) - angle(generated_, chosen)) / apart
+    return score
 
 
 def nearest_reference(generated: Features, references: Features) -> FloatArray:
@@ -174,9 +221,7 @@ def nearest_reference(generated: Features, references: Features) -> FloatArray:
         (T,), in -1..1; NaN where the image's face or those of all references were not found.
     """
     generated_, references_ = _to_unit_if_found(as_float64(generated)), _to_unit_if_found(as_float64(references))
-    if references_.ndim != 3 or not references_.shape[1] or references_[:, 0].shape != generated_.shape:
-        shapes = f"generated {generated_.shape} and references {references_.shape}"
-        raise ValueError(f"{shapes} do not fit: give (T, D) and (T, R, D)")
+    _require_rows(generated_, references_)
     cosines = np.einsum("td,trd->tr", generated_, references_)
     nearest: FloatArray = np.fmax.reduce(cosines, axis=1)  # which prefers numbers to NaN
     return nearest
@@ -202,6 +247,12 @@ def diversity(features: Features, groups: npt.ArrayLike) -> FloatArray:
     cosines = ((_sum_groups(unit, group)[group] - unit) * unit).sum(axis=1)  # (T,), summed over the others
     with np.errstate(invalid="ignore"):
         return np.where(others > 0, 1 - cosines / others, np.nan)
+
+
+def _require_rows(generated: FloatArray, photos: FloatArray) -> None:
+    if photos.ndim != 3 or not photos.shape[1] or photos[:, 0].shape != generated.shape:
+        shapes = f"generated {generated.shape} and references {photos.shape}"
+        raise ValueError(f"{shapes} do not fit: give (T, D) and (T, R, D)")
 
 
 class _Precomputed(nn.Module):

@@ -324,8 +324,9 @@ class Personalizer:
     def trained_on(self) -> Record:
         """Return the record of whom the weights know, the person who was tuned on among them."""
         tuned = self._tuned
-        people = [] if tuned is None else [Person(self.person.name, (*tuned.photos, *tuned.held_out))]
-        return training_record(people, self._shared.loaded.trained_on)
+        people = [] if tuned is None else [Person(self.person.name, tuple(tuned.photos))]
+        held_out = () if tuned is None else tuned.held_out
+        return training_record(people, self._shared.loaded.trained_on, held_out=held_out)
 
     # ---- whose weights, and how ---------------------------------------------------------------------------------
 

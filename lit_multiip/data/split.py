@@ -12,7 +12,7 @@ import numpy as np
 from lit_multiip.data.captions import read_text
 from lit_multiip.data.names import natural_key, normalise_name
 from lit_multiip.data.people import Person, check_names_differ
-from lit_multiip.data.photos import DataError
+from lit_multiip.data.photos import DataError, Photo
 from lit_multiip.files import hash_text, shorten
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,11 @@ class Split:
     validation: list[Person]
     test: list[Person]
 
+    @property
+    def seen(self) -> tuple[list[Person], Sequence[Photo]]:
+        """Return whom a checkpoint has seen, in training or in its choice, and photos of one person that chose it."""
+        return [*self.train, *self.validation], ()
+
     def __post_init__(self) -> None:
         """Check that the sides are disjoint and that none is empty."""
         for side in SIDES:
@@ -77,6 +82,11 @@ class PhotoSplit(Split):
     `train` holds the person with the photos to tune on, and then the people who serve as prior; `validation` and `test`
     hold the person with the held-out photos.
     """
+
+    @property
+    def seen(self) -> tuple[list[Person], Sequence[Photo]]:
+        """Return whom a checkpoint was trained on, and by which photos it was chosen."""
+        return self.train, self.validation[0].photos
 
     def __post_init__(self) -> None:
         """Refuse a held-out photo among those to tune on, and the person among the prior."""

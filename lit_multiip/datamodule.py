@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning as L
@@ -19,8 +18,8 @@ from lit_multiip.backbone.features import Features
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.checking import check_photos
 from lit_multiip.data.groups import Balance, Target, draw_references, stable_hash
-from lit_multiip.data.people import MiniFaces, PeopleSource, Person, read_person
-from lit_multiip.data.photos import DataError, Photo, distinct_photos
+from lit_multiip.data.people import MiniFaces, PeopleSource, Person, distinct_person, find_person, read_person
+from lit_multiip.data.photos import DataError, Photo
 from lit_multiip.data.split import PhotoSplit, Split, select_people, split_people, split_photos
 from lit_multiip.data.tasks import Task, make_tasks, person_tasks
 from lit_multiip.data.variants import describe_augment, vary
@@ -29,6 +28,7 @@ from lit_multiip.datasets import (
     HeldOutGroups,
     OnePerson,
     Position,
+    PredictArgs,
     Request,
     ShareSampler,
     TaskDataset,
@@ -40,22 +40,6 @@ from lit_multiip.files import shorten
 logger = logging.getLogger(__name__)
 
 MOST_WORKERS = 256  # of a loader; more are a slip
-
-
-@dataclass
-class PredictArgs:
-    """What `predict` draws: every prompt with every seed, of one person.
-
-    Args:
-        photos: folder with photos of the person, any number; None takes data.person, else the first test person, and
-            the references that a test gives them.
-        prompts: what to draw; None takes a prompt a scene of the reference photos.
-        seeds: one image each per prompt.
-    """
-
-    photos: str | None = None
-    prompts: list[str] | None = None
-    seeds: list[int] = field(default_factory=lambda: [0, 1])
 
 
 class MultiPhotoData(L.LightningDataModule):
@@ -215,12 +199,14 @@ class MultiPhotoData(L.LightningDataModule):
             self.split = self._split() if self.photos is None else self.split_photos(read_person(self.photos))
         if stage == "predict":
             person = self.split.train[0] if self.photos is not None else self.split.test[0]
-            person = self._find(self.person) if self.person else person
+            person = find_person(self.split.everyone, self.person) if self.person else person
             self._predict(person, self._tested(person).references)
             return
         training: list[Photo] = []
         if stage == "fit" and self.per_person:
-            self.tuning = self._tested(self.split.train[0] if self.photos is not None else self._find(self.person))
+            self.tuning = self._tested(
+                self.split.train[0] if self.photos is not None else find_person(self.split.everyone, self.person)
+            )
             training = list(self.tuning.references)
         elif stage == "fit":
             training = [photo for person in self.split.train for photo in person.photos]
@@ -251,7 +237,7 @@ class MultiPhotoData(L.LightningDataModule):
     def _readable(self, person: Person) -> Person:
         """Check, cut, and keep one photo of each content."""
         [person] = self._cut(check_photos([person], self.on_unreadable, progress=False))
-        return _distinct(person)
+        return distinct_person(person)
 
     def split_photos(self, person: Person) -> PhotoSplit:
         """Hold out some photos of one person; beside the others train the people who serve as prior."""
@@ -260,26 +246,14 @@ class MultiPhotoData(L.LightningDataModule):
             prior = select_people(self._split().train, 2, self.prior_people, self.seed)
         split = split_photos(self._readable(person), self.validation_held_out, self.seed, prior)
         kept, out = split.train[0].photos, split.validation[0].photos
-        what = (person.name, len(kept), len(out), shorten(photo.name for photo in out))
-        logger.info("%s: tuned on %d photos; %d are held out and never trained on, %s", *what)
+        names = shorten(photo.name for photo in out)
+        logger.info("%s: %d photos to tune on; held out and never trained on: %s", person.name, len(kept), names)
         return split
 
     def _person_tasks(self) -> list[Task]:
         assert self.split is not None
         person, out = self.split.train[0], self.split.validation[0].photos
         return person_tasks(self._tested(person).references, out, self.seeds, self.seed)
-
-    def _find(self, name: str | None) -> Person:
-        """Return the person of that name, on whichever side of the split."""
-        assert self.split is not None
-        people = [*self.split.test, *self.split.validation, *self.split.train]
-        for person in people:
-            if person.name == name:
-                return person
-        known = [person.name for person in people]
-        close = ", ".join(difflib.get_close_matches(name or "", known) or known[:3])
-        wrong = "this method learns one person" if name is None else f"there is no person '{name}'"
-        raise DataError(f"{wrong}: set data.person to one of the {len(known)}, such as {close}")
 
     def _tested(self, person: Person) -> Task:
         """Return one of a person's tasks in a test; all of them have the same references."""
@@ -311,7 +285,7 @@ class MultiPhotoData(L.LightningDataModule):
     def _split(self) -> Split:
         people = select_people(self.source.people(), self.min_photos, self.max_people, self.seed)
         people = check_photos(people, self.on_unreadable)
-        people = [_distinct(person) for person in people]
+        people = [distinct_person(person) for person in people]
         people = self._cut(select_people(people, self.min_photos, None, self.seed))
         split = split_people(people, self.seed, self.test_fraction, self.validation_fraction, **self.names)
         if self.training_people is not None:
@@ -448,11 +422,3 @@ class MultiPhotoData(L.LightningDataModule):
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-
-
-def _distinct(person: Person) -> Person:
-    """Keep one photo of those with equal content, so that a copy of a target is never among its references."""
-    kept = distinct_photos(person.photos)
-    if len(kept) < len(person.photos):
-        logger.warning("%s: %d photos are copies of others and left out", person.name, len(person.photos) - len(kept))
-    return replace(person, photos=kept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
@@ -175,6 +175,22 @@ class Request:
     references: tuple[Photo, ...]
     prompt: str
     seed: int
+
+
+@dataclass
+class PredictArgs:
+    """What `predict` draws: every prompt with every seed, of one person.
+
+    Args:
+        photos: folder with photos of the person, any number; None takes data.person, else the first test person, and
+            the references that a test gives them.
+        prompts: what to draw; None takes a prompt a scene of the reference photos.
+        seeds: one image each per prompt.
+    """
+
+    photos: str | None = None
+    prompts: list[str] | None = None
+    seeds: list[int] = field(default_factory=lambda: [0, 1])
 
 
 def reference_set(person: str, references: Sequence[Photo], features: Features) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 from abc import ABC, abstractmethod
@@ -16,7 +17,7 @@ from PIL import Image
 from lit_multiip.data import mini_faces
 from lit_multiip.data.captions import METADATA, TEMPLATE, check_template, fill_template, read_captions, read_metadata
 from lit_multiip.data.names import natural_key, normalise_name
-from lit_multiip.data.photos import DataError, DrawnPhoto, FilePhoto, Photo, PicturePhoto
+from lit_multiip.data.photos import DataError, DrawnPhoto, FilePhoto, Photo, PicturePhoto, distinct_photos
 from lit_multiip.files import shorten
 
 logger = logging.getLogger(__name__)
@@ -144,6 +145,27 @@ def _read_person(folder: Path, entries: Sequence[Path], template: str, prompts: 
     prompts = {**prompts, **read_metadata(folder, photos), **read_captions(texts, photos)}
     default = fill_template(template, name)
     return Person(name, tuple(FilePhoto(name, photo.name, prompts.get(photo, default), photo) for photo in photos))
+
+
+def distinct_person(person: Person) -> Person:
+    """Keep one photo of those with equal content, so that a copy of a target is never among its references."""
+    kept = distinct_photos(person.photos)
+    if len(kept) < len(person.photos):
+        logger.warning("%s: %d photos are copies of others and left out", person.name, len(person.photos) - len(kept))
+    return replace(person, photos=kept)
+
+
+def find_person(people: Sequence[Person], name: str | None) -> Person:
+    """Return the person of that name, whom a method that learns one person is to learn."""
+    for person in people:
+        if person.name == name:
+            return person
+    known = [person.name for person in people]
+    close = ", ".join(difflib.get_close_matches(name or "", known) or known[:3])
+    wrong = "this method learns one person" if name is None else f"there is no person '{name}'"
+    raise DataError(
+        f"{wrong}: set data.person to one of the {len(known)}, such as {close}, or give photos of one, --photos <folder>"
+    )
 
 
 def read_photos(given: PhotoLike | Sequence[PhotoLike], name: str) -> Person:

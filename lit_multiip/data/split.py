@@ -60,6 +60,11 @@ class Split:
     test: list[Person]
 
     @property
+    def everyone(self) -> list[Person]:
+        """Return the people of all sides, who are tested first."""
+        return [*self.test, *self.validation, *self.train]
+
+    @property
     def seen(self) -> tuple[list[Person], Sequence[Photo]]:
         """Return whom a checkpoint has seen, in training or in its choice, and photos of one person that chose it."""
         return [*self.train, *self.validation], ()

@@ -158,7 +158,7 @@ def _check_training(
             if known := [photo.name for photo in out if bytes.fromhex(keys[photo]) in photos]:
                 raise LeakError(
                     f"{len(known)} of {len(out)} held-out photos, such as '{min(known)}', were trained on: test with "
-                    "the photos and data.seed that the weights were tuned with, or start at weights that do not know them"
+                    "the photos and data.seed of their tuning, or start at weights that do not know them"
                 )
             return {"status": status, **facts, "drawn_people_of_other_roles": None}
         photos |= digests_in(record, HELD_OUT)

@@ -198,21 +198,19 @@ class MultiPhotoData(L.LightningDataModule):
         if self.split is None:
             self.split = self._split() if self.photos is None else self.split_photos(read_person(self.photos))
         if stage == "predict":
-            person = self.split.train[0] if self.photos is not None else self.split.test[0]
-            person = find_person(self.split.everyone, self.person) if self.person else person
+            person = self._chosen() if self.photos or self.person else self.split.test[0]
             self._predict(person, self._tested(person).references)
             return
         training: list[Photo] = []
         if stage == "fit" and self.per_person:
-            self.tuning = self._tested(
-                self.split.train[0] if self.photos is not None else find_person(self.split.everyone, self.person)
-            )
+            self.tuning = self._tested(self._chosen())
             training = list(self.tuning.references)
         elif stage == "fit":
             training = [photo for person in self.split.train for photo in person.photos]
         if self.photos is not None:
-            self.validation_tasks = self._person_tasks() if stage in ("fit", "validate") else []
-            self.tasks = self._person_tasks() if stage == "test" else []
+            out, references = self.split.validation[0].photos, self._tested(self._chosen()).references
+            found = person_tasks(references, out, self.seeds, self.seed)
+            self.validation_tasks, self.tasks = ([], found) if stage == "test" else (found, [])
         elif stage in ("fit", "validate") and not self.per_person:
             self.validation_tasks = make_tasks(
                 self.split.validation, self.references, self.validation_held_out, 1, self.seed
@@ -246,14 +244,14 @@ class MultiPhotoData(L.LightningDataModule):
             prior = select_people(self._split().train, 2, self.prior_people, self.seed)
         split = split_photos(self._readable(person), self.validation_held_out, self.seed, prior)
         kept, out = split.train[0].photos, split.validation[0].photos
-        names = shorten(photo.name for photo in out)
-        logger.info("%s: %d photos to tune on; held out and never trained on: %s", person.name, len(kept), names)
+        what = "%s: %d photos to tune on; held out and never trained on: %s"
+        logger.info(what, person.name, len(kept), shorten(photo.name for photo in out))
         return split
 
-    def _person_tasks(self) -> list[Task]:
+    def _chosen(self) -> Person:
+        """Return the person of `photos`, else `person`."""
         assert self.split is not None
-        person, out = self.split.train[0], self.split.validation[0].photos
-        return person_tasks(self._tested(person).references, out, self.seeds, self.seed)
+        return self.split.train[0] if self.photos is not None else find_person(self.split.everyone, self.person)
 
     def _tested(self, person: Person) -> Task:
         """Return one of a person's tasks in a test; all of them have the same references."""
@@ -269,13 +267,11 @@ class MultiPhotoData(L.LightningDataModule):
             return {}
         assert self.split is not None
         others = [person for person in self.split.train if person.name not in names]
-        if not others and self.photos is not None:
-            return {}
         if not others:
-            logger.warning(
-                "%s is the only person: without others' photos val/gap_shuffled and the row other_person are left out",
-                *names,
+            what = (
+                "%s is the only person: without others' photos val/gap_shuffled and the row other_person are left out"
             )
+            logger.log(logging.INFO if self.photos is not None else logging.WARNING, what, *names)
             return {}
         return {name: self._tested(others[0]).references for name in names}
 

@@ -164,7 +164,7 @@ def find_person(people: Sequence[Person], name: str | None) -> Person:
     close = ", ".join(difflib.get_close_matches(name or "", known) or known[:3])
     wrong = "this method learns one person" if name is None else f"there is no person '{name}'"
     raise DataError(
-        f"{wrong}: set data.person to one of the {len(known)}, such as {close}, or give photos of one, --photos <folder>"
+        f"{wrong}: set data.person to one of the {len(known)}, such as {close}, or give photos of one, --photos FOLDER"
     )
 
 

@@ -192,10 +192,7 @@ class DreamBooth(Method):
         return f"a photo of a {self.class_noun}"
 
     def personal_prompt(self, prompt: str) -> str:
-        """Write the identifier before the prompt's first class noun, in place of an article directly before it.
-
-        A prompt without the noun is followed by both.
-        """
+        """Write the identifier into a prompt, as the class says."""
         noun = re.compile(rf"(?:\b(?:an?|the)\s+)?\b({re.escape(self.class_noun)})\b", re.IGNORECASE)
         personal, found = noun.subn(lambda match: f"{self.identifier} {match[1]}", prompt, count=1)
         return personal if found else f"{prompt}, {self.identifier} {self.class_noun}"
@@ -315,9 +312,8 @@ class DreamBooth(Method):
         self._start()
         self.as_is = True
 
-    def on_fit_end(self) -> None:
-        """Free the VAE; images are those of a person again."""
-        super().on_fit_end()
+    def on_train_end(self) -> None:
+        """Tune again before what is drawn next."""
         self.as_is = False
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -367,9 +363,7 @@ class DreamBooth(Method):
         """Put the weights back."""
         self.forget()
 
-    def on_predict_end(self) -> None:
-        """Put the weights back."""
-        self.forget()
+    on_predict_end = on_test_end
 
     def generate(self, batch: Batch, references: References = "right") -> Tensor:
         """Draw the images of a batch of tasks, tuning on each person first: RGB, (B, 3, H, W) uint8.

@@ -78,7 +78,8 @@ def tune_person(
     data.split, data.position, data.tuning = data.split_photos(person), None, None
     dreambooth = isinstance(model, DreamBooth)
     watch.steps = steps or (model.steps if isinstance(model, DreamBooth) else STEPS)
-    changed: dict[str, Any] = {"steps": watch.steps} if dreambooth else {"lr_schedule": "constant"}
+    # an adapter starts at the weights that it has
+    changed: dict[str, Any] = {"steps": watch.steps} if dreambooth else {"lr_schedule": "constant", "start": None}
     if not dreambooth or learning_rate is not None:
         rate = learning_rate or LEARNING_RATE
         changed["make_optimizer"] = partial(torch.optim.AdamW, lr=rate, weight_decay=1e-2)

@@ -81,6 +81,8 @@ def find_record(trainer: Any, method: Method) -> tuple[str, Record | None]:
     if record is None:
         return "nothing", None
     if one:
+        if is_incomplete(record):
+            logger.warning("%s: the held-out photos may be among theirs", NO_RECORD)
         return ONE_PERSON, record
     return "unknown" if is_incomplete(record) else "recorded", record if len(record["people"]) else None
 

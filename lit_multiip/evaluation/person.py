@@ -55,9 +55,11 @@ class ScorePerson(L.Callback):
             return
         if self.extractors is None:
             others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-            [score] = [callback for callback in others if isinstance(callback, ScoreTest)]
-            score.setup(trainer, pl_module, "test")
-            self.extractors = score.extractors
+            beside = [callback for callback in others if isinstance(callback, ScoreTest)]
+            if not beside:
+                raise ValueError("ScorePerson has no networks that score: give extractors, or a ScoreTest beside it")
+            beside[0].setup(trainer, pl_module, "test")
+            self.extractors = beside[0].extractors
         module: Any = pl_module
         for extractor in self._loaded():
             refuse_conditioning_network(extractor, module.backbone)

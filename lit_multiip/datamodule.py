@@ -21,7 +21,7 @@ from lit_multiip.data.groups import Balance, Target, draw_references, stable_has
 from lit_multiip.data.people import MiniFaces, PeopleSource, Person, distinct_person, find_person, read_person
 from lit_multiip.data.photos import DataError, Photo
 from lit_multiip.data.split import PhotoSplit, Split, select_people, split_people, split_photos
-from lit_multiip.data.tasks import Task, make_tasks, person_tasks
+from lit_multiip.data.tasks import Task, add_intruders, make_tasks, person_tasks
 from lit_multiip.data.variants import describe_augment, vary
 from lit_multiip.datasets import (
     EpochSampler,
@@ -34,6 +34,7 @@ from lit_multiip.datasets import (
     TaskDataset,
     ignore_ctrl_c,
     reference_set,
+    warn_of_changes,
 )
 from lit_multiip.files import shorten
 
@@ -82,6 +83,7 @@ class MultiPhotoData(L.LightningDataModule):
         variants: of every training photo, encoded once like any photo; 1 takes the photos alone.
         augment: makes a photo's variants but the first, which is the photo itself; such as
             `torchvision.transforms.v2.RandomHorizontalFlip`.
+        intruders: so many of a person's references are photos of other people, in tests; in training 0 to so many.
         seed: of the split, the groups and the tasks.
         training_seed: of the training groups alone, for several trainings on one protocol; None takes `seed`.
         predict: what `predict` draws.
@@ -128,6 +130,7 @@ class MultiPhotoData(L.LightningDataModule):
         crop: FaceCrop | None = None,
         variants: int = 1,
         augment: Callable[[Any], Any] | None = None,
+        intruders: int = 0,
     ) -> None:
         super().__init__()
         if variants < 1 or (variants > 1) != (augment is not None):
@@ -141,8 +144,8 @@ class MultiPhotoData(L.LightningDataModule):
             raise DataError("batch sizes, references, held_out and seeds must be at least 1")
         if not 0 <= num_workers <= MOST_WORKERS:
             raise DataError(f"data.num_workers is {num_workers}: give 0 to {MOST_WORKERS}")
-        if photos is not None and person is not None:
-            raise DataError(f"data.photos='{photos}' and data.person='{person}' are two people: set one of them")
+        if photos is not None and (person is not None or intruders):
+            raise DataError(f"data.photos='{photos}' is one person alone: leave data.person and data.intruders out")
         for name, given in (("seed", seed), ("training_seed", training_seed or 0), ("prior_people", prior_people)):
             if given < 0:
                 raise DataError(f"data.{name} is {given}: it must not be negative")
@@ -163,7 +166,7 @@ class MultiPhotoData(L.LightningDataModule):
         self.training_seed = seed if training_seed is None else training_seed
         self.predict_args, self.person = predict or PredictArgs(), person
         self.photos, self.prior_people = photos, prior_people
-        self.variants, self.augment = variants, augment
+        self.variants, self.augment, self.intruders = variants, augment, intruders
         self.device: torch.device | str = "cpu"  # of the encoders, where there is no trainer
         self.per_person = False  # setup asks the trainer's module
         self.split: Split | None = None
@@ -191,6 +194,8 @@ class MultiPhotoData(L.LightningDataModule):
             raise DataError(f"data.person='{self.person}' is for methods that learn one person: leave it out of fit")
         if stage == "fit" and self.per_person and self.variants > 1:
             raise DataError("data.variants is for methods that train on held-out groups: leave it and augment out")
+        if stage == "fit" and self.per_person and self.intruders:
+            raise DataError("data.intruders is for methods that train on held-out groups, and for tests: leave it out")
         photos = self.predict_args.photos or (None if self.per_person else self.photos)
         if stage == "predict" and photos is not None:
             self._predict(*self.read_references(photos))
@@ -218,6 +223,7 @@ class MultiPhotoData(L.LightningDataModule):
         elif stage == "test":
             people = select_people(getattr(self.split, self.tested), 2, self.tested_people, self.seed)
             self.tasks = make_tasks(people, self.references, self.held_out, self.seeds, self.seed)
+            self.tasks = add_intruders(self.tasks, self.intruders, self.seed)
         tasks = [*self.validation_tasks, *self.tasks]
         self.strangers = self._find_stranger(self.validation_tasks) | self._find_stranger(self.tasks)
         references = [photo for task in tasks for photo in task.references]
@@ -332,7 +338,7 @@ class MultiPhotoData(L.LightningDataModule):
             item = reference_set(self.tuning.person, self.tuning.references, self.features)
             return DataLoader(OnePerson(item), batch_size=1)
         references = 1 if self.target == "reference" else self.references
-        choices = (self.balance, self.target, self.drop, self.variants, self.augment)
+        choices = (self.balance, self.target, self.drop, self.variants, self.augment, self.intruders)
         groups = HeldOutGroups(self._trained_people(), self.features, self.training_seed, references, *choices)
         rank, world = self._rank_and_world()
         sampler = EpochSampler(len(groups), self.training_seed, rank, world, self._start(len(groups) // world))
@@ -388,14 +394,7 @@ class MultiPhotoData(L.LightningDataModule):
         """Return the epoch in which training goes on, and how many of its samples this rank has had."""
         if self.position is None:
             return 0, 0
-        then, now = self.position, self._divisions(samples)
-        changed = [f"{name} {then.get(name)} => {value}" for name, value in now.items() if then.get(name) != value]
-        if changed:
-            logger.warning(
-                "the checkpoint was trained with other data or batches (%s): training goes on from its weights, with "
-                "other samples than an uninterrupted run's",
-                ", ".join(changed),
-            )
+        warn_of_changes(self.position, self._divisions(samples))
         return self.position["epoch"], min(self.position["batch"] * self.batch_size, samples)
 
     def val_dataloader(self) -> DataLoader[Any]:

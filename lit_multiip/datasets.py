@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +18,11 @@ from lit_multiip.backbone.encoders import replace_missing
 from lit_multiip.backbone.features import Features
 from lit_multiip.data.groups import Balance, Group, Target, draw_references, held_out_group, stable_hash
 from lit_multiip.data.people import Person
-from lit_multiip.data.photos import Photo
+from lit_multiip.data.photos import DataError, Photo
 from lit_multiip.data.tasks import Task
 from lit_multiip.data.variants import Augment, vary
+
+logger = logging.getLogger(__name__)
 
 
 class HeldOutGroups(Dataset[dict[str, Any]]):
@@ -35,6 +38,7 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         drop: probabilities to drop the image condition, the text, and both (published: 5 % each).
         variants: of a photo, one of which is drawn each time that it is a target or a reference.
         augment: makes variants 1 .. `variants` - 1; variant 0 is the photo itself.
+        intruders: 0 to so many of a sample's references are photos of other people; every number is as likely.
     """
 
     def __init__(
@@ -48,7 +52,13 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         drop: tuple[float, float, float] = (0.05, 0.05, 0.05),
         variants: int = 1,
         augment: Augment | None = None,
+        intruders: int = 0,
     ) -> None:
+        if not 0 <= intruders <= references or (intruders and len(people) < 2):
+            raise DataError(
+                f"data.intruders is {intruders}: give 0 to {references} (data.references), and two people or more"
+            )
+        self.intruders = intruders
         self.variants, self.augment = variants, augment
         self.people, self.features, self.seed = people, features, seed
         self.references, self.target, self.drop = references, target, drop
@@ -72,7 +82,14 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         else:
             group = held_out_group(len(photos), self.references + 1, number, rng)
         chosen = [group.target] if self.target == "reference" else group.references
-        return photos[group.target], [photos[i] for i in chosen]
+        references = [photos[i] for i in chosen]
+        if self.intruders:
+            rng = np.random.default_rng([self.seed, epoch, index, 3])
+            for place in rng.permutation(len(references))[: rng.integers(self.intruders + 1)]:
+                step = 1 + int(rng.integers(len(self.people) - 1))  # to anybody else
+                other = self.people[(person_index + step) % len(self.people)].photos
+                references[place] = other[int(rng.integers(len(other)))]
+        return photos[group.target], references
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         """Return one sample.
@@ -270,6 +287,17 @@ class OnePerson(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
             yield self.item
+
+
+def warn_of_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warn where epochs are divided otherwise than those of the checkpoint that training goes on from."""
+    changed = [f"{name} {then.get(name)} => {value}" for name, value in now.items() if then.get(name) != value]
+    if changed:
+        logger.warning(
+            "the checkpoint was trained with other data or batches (%s): training goes on from its weights, with "
+            "other samples than an uninterrupted run's",
+            ", ".join(changed),
+        )
 
 
 @dataclass(frozen=True)

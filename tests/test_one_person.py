@@ -207,6 +207,6 @@ def test_what_is_no_folder_of_one_person_is_refused_in_a_sentence(work, capsys):
         main(["fit", "--photos", "vast", *config_args("tiny.yaml")])
     said_all = capsys.readouterr().err
     assert "vast.png: Image size (900000000 pixels)" in said_all and "replace or delete them" in said_all
-    assert "are two people" in said("photos_5", "--data.person", "test_000000")
+    assert "is one person alone" in said("photos_5", "--data.person", "test_000000")
     message = said("photos_5", *config_args(CONFIGS / "dreambooth.yaml"), "--run", "runs/none")
     assert "is not a run" in message

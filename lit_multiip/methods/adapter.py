@@ -84,8 +84,8 @@ class MultiIPAdapter(Method):
         """Load the UNet and install the adapter."""
         self.unet = self.backbone.load("unet", self.frozen_dtype)
         width, face = self.backbone.embed_dim, self.backbone.face_encoder
-        path = self.backbone.adapter_file() if self.ip_adapter == "auto" else self.ip_adapter
-        if path is None or path == "text":
+        path = self._adapter_path()
+        if path is None:
             state: Any = ip_adapter_from_text(self.unet, width)
             self.adapter_is_random = True
         else:
@@ -101,10 +101,15 @@ class MultiIPAdapter(Method):
             self._load_aggregator(state["aggregator"], path)
         if self.lora_rank is not None:
             add_lora(self.unet, self.lora_rank)
-        if path is not None and path != "text":
+        if path is not None:
             self._load_lora(path)
         for parameter in ip_adapter_parameters(self.unet).values():
             parameter.requires_grad_(self.trained == "adapter")
+
+    def _adapter_path(self) -> str | None:
+        """Return where the adapter's weights are; None where it is made from the text K and V, at random in part."""
+        path = self.backbone.adapter_file() if self.ip_adapter == "auto" else self.ip_adapter
+        return None if path == "text" else path
 
     def _load_aggregator(self, weights: dict[str, Tensor], path: str) -> None:
         """Load the aggregator of an exported adapter, whose K' and V' were trained on its output."""
@@ -233,8 +238,13 @@ class MultiIPAdapter(Method):
     def refuse_random_adapter(self) -> None:
         """Raise `BackboneError` if the adapter was made at random and never trained."""
         if self.adapter_is_random:
+            self.check_untrained()
+
+    def check_untrained(self) -> None:
+        """Raise `BackboneError` if the adapter is made at random."""
+        if self._adapter_path() is None:
             raise BackboneError(
-                f"the adapter was made at random and never trained (model.ip_adapter '{self.ip_adapter}', backbone "
+                f"the adapter is made at random and was never trained (model.ip_adapter '{self.ip_adapter}', backbone "
                 f"'{self.backbone.path}'): give a trained one by --model.ip_adapter <file>, or run fit first and then "
                 "this on its run"
             )

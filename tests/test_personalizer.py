@@ -53,7 +53,8 @@ def here(work, monkeypatch):
 
 @pytest.fixture(scope="module")
 def loaded(work):
-    return Personalizer.from_pretrained(work / "runs" / "self_attn" / "version_0")
+    """Of the run, with the commands' store: a text that is encoded beside others may differ in its last bit."""
+    return Personalizer.from_pretrained(work / "runs" / "self_attn" / "version_0", cache_dir=work / "features")
 
 
 @pytest.fixture
@@ -84,7 +85,8 @@ def test_it_draws_what_predict_draws_and_the_exported_files_draw_the_same(loaded
     names = {path.relative_to("out").as_posix() for path in me.save("out")}
     assert names >= {"README.md", "lit_multiip.json", "ip-adapter_multiip.safetensors", "embeds/ann.safetensors"}
     backbone = me.model.backbone
-    again = Personalizer.from_pretrained("out", backbone=Backbone(backbone.path)).with_photos("ann")
+    again = Personalizer.from_pretrained("out", backbone=Backbone(backbone.path), cache_dir="features")
+    again = again.with_photos("ann")
     redrawn = again([PROMPT, "in a hat"], seeds=[0, 1])
     assert max(levels(a, b) for a, b in zip(images, redrawn, strict=True)) <= 1
     with pytest.raises(LitMultiIPError, match="exported for a backbone of another folder"):

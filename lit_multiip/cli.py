@@ -201,9 +201,8 @@ class CLI(LightningCLI):
             _, run, checkpoint = self.chosen
             if command == "fit" and path is None:
                 if "start" not in config.model.init_args:
-                    raise UsageError(
-                        f"run '{run}' cannot be started at: only an adapter's can, and this is {config.model}"
-                    )
+                    kind = config.model.class_path.rpartition(".")[2]
+                    raise UsageError(f"fit cannot start {kind} at run '{run}': only an adapter can; leave --run out")
                 config.model.init_args.start = str(checkpoint)
                 logger.info("fit starts at run %s, checkpoint %s", run, checkpoint.name)
                 return

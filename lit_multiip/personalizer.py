@@ -106,8 +106,8 @@ class Personalizer:
             method: name or class of an aggregator, such as `AvgPool`, or `DreamBooth`.
             backbone: of exported files, where their record does not say where it lies.
             extractors: networks that score; None takes the run's, else, of the miniature, its critics.
-            cache_dir: where the encoders' outputs are kept; None takes a folder that goes when this object goes. With the
-                commands' own, `runs/features`, images equal theirs to the last bit.
+            cache_dir: where the encoders' outputs are kept; None takes a folder that goes when this object goes. With
+                the commands' own, `runs/features`, images equal theirs to the last bit.
             dtype: of the frozen weights, such as `bfloat16`; `save` takes `float32`.
             options: of the method, such as `lora_rank` or `sampling`.
         """

@@ -82,7 +82,10 @@ def load_pretrained(
             f"'{source}' is no run (a folder with config.yaml and checkpoints/) and nothing that was exported (with "
             f"{RECORD_FILE}): give one of them, or a backbone and a method, such as method='SelfAttention'"
         )
-    return _read_exported(folder, backbone, options)
+    try:
+        return _read_exported(folder, backbone, options)
+    except (KeyError, TypeError, AttributeError, SyntaxError, json.JSONDecodeError) as error:
+        raise PretrainedError(f"'{folder / RECORD_FILE}' cannot be read ({error!r}): export the run again") from error
 
 
 def read_extractors(config: Mapping[str, Any]) -> list[Extractor] | None:

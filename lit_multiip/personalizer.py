@@ -37,7 +37,7 @@ from lit_multiip.methods.dreambooth import DreamBooth
 from lit_multiip.methods.method import Dtype, Method
 from lit_multiip.pixels import square, to_tensor
 from lit_multiip.pretrained import Pretrained, load_pretrained, read_extractors
-from lit_multiip.tuning import Progress, Tuned, Watch, copy_trained, quiet_lightning, tune_person
+from lit_multiip.tuning import FollowTuning, Progress, Tuned, copy_trained, quiet_lightning, tune_person
 
 
 class PersonalizerError(LitMultiIPError):
@@ -250,7 +250,7 @@ class Personalizer:
                     of = (model, self._shared.loaded.data, self.person, self._shared.device)
                     how = (self._shared.loaded.precision, self._find_extractors(), steps, learning_rate)
                     with quiet_lightning():
-                        self._tuned = tune_person(*of, *how, Watch(progress, stop))
+                        self._tuned = tune_person(*of, *how, FollowTuning(progress, stop))
                 finally:
                     self._put(self._tuned or self._shared.untuned)
         finally:

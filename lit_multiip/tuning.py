@@ -58,7 +58,7 @@ def tune_person(
     judges: list[Extractor] | None,
     steps: int | None,
     learning_rate: float | None,
-    watch: Watch,
+    follow: FollowTuning,
 ) -> Tuned:
     """Tune a built method on a person's photos but the held-out ones; its own options are put back after it.
 
@@ -71,33 +71,33 @@ def tune_person(
         judges: networks that score; None keeps the last weights.
         steps: None takes `STEPS`, or DreamBooth's own.
         learning_rate: None takes `LEARNING_RATE`, or DreamBooth's own.
-        watch: new.
+        follow: new.
     """
     data = copy.copy(data)
     data.photos, data.person, data.batch_size, data.seeds = person.name, None, BATCH, SEEDS
     data.split, data.position, data.tuning = data.split_photos(person), None, None
     dreambooth = isinstance(model, DreamBooth)
-    watch.steps = steps or (model.steps if isinstance(model, DreamBooth) else STEPS)
+    follow.steps = steps or (model.steps if isinstance(model, DreamBooth) else STEPS)
     # an adapter starts at the weights that it has
-    changed: dict[str, Any] = {"steps": watch.steps} if dreambooth else {"lr_schedule": "constant", "start": None}
+    changed: dict[str, Any] = {"steps": follow.steps} if dreambooth else {"lr_schedule": "constant", "start": None}
     if not dreambooth or learning_rate is not None:
         rate = learning_rate or LEARNING_RATE
         changed["make_optimizer"] = partial(torch.optim.AdamW, lr=rate, weight_decay=1e-2)
     own = {name: getattr(model, name) for name in changed}
     silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    until: dict[str, Any] = {"max_epochs": 1} if dreambooth else {"max_steps": watch.steps}
+    until: dict[str, Any] = {"max_epochs": 1} if dreambooth else {"max_steps": follow.steps}
     trainer = L.Trainer(
         **until,
         **dict.fromkeys(silent, False),
         accelerator="gpu" if device.type == "cuda" else device.type,
         devices=[device.index or 0] if device.type == "cuda" else 1,
         precision=precision,  # type: ignore[arg-type]
-        val_check_interval=-(-watch.steps // VALIDATIONS),
+        val_check_interval=-(-follow.steps // VALIDATIONS),
         check_val_every_n_epoch=None,
         use_distributed_sampler=False,
         inference_mode=False,
         num_sanity_val_steps=0,
-        callbacks=[RequireFinite(), ValidateBySteps(), *([ScorePerson(judges)] if judges else []), watch],
+        callbacks=[RequireFinite(), ValidateBySteps(), *([ScorePerson(judges)] if judges else []), follow],
     )
     try:
         for name, value in changed.items():
@@ -109,10 +109,10 @@ def tune_person(
         model.to(device).eval()
     learnt = model.learnt if isinstance(model, DreamBooth) else None
     photos, held_out = data.split.train[0].photos, data.split.validation[0].photos
-    return Tuned(watch.weights, learnt, photos, held_out, watch.best_step, watch.before, watch.after)
+    return Tuned(follow.weights, learnt, photos, held_out, follow.best_step, follow.before, follow.after)
 
 
-class Watch(L.Callback):
+class FollowTuning(L.Callback):
     """Tells of progress, is told to stop, and keeps the best weights."""
 
     def __init__(self, progress: Callable[[Progress], None] | None, stop: Callable[[], bool] | None) -> None:

@@ -30,7 +30,7 @@ from lit_multiip.evaluation.person import score_images, see
 from lit_multiip.evaluation.pictures import to_picture
 from lit_multiip.export.card import record_of
 from lit_multiip.export.weights import check_target, with_negative, write
-from lit_multiip.files import LitMultiIPError
+from lit_multiip.files import LitMultiIPError, first_line
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.aggregators import Aggregator
 from lit_multiip.methods.dreambooth import DreamBooth
@@ -375,11 +375,18 @@ class Personalizer:
         model, known = self.model, {one.name for one in fields(Sampling)}
         if odd := sampling.keys() - known:
             raise PersonalizerError(f"'{min(odd)}' is no option of drawing: give {', '.join(sorted(known))}")
-        own = model.sampling
-        model.sampling, model._sampler = replace(own, **sampling), None if sampling else model._sampler
+        own, sampler = model.sampling, model.sampler
+        try:
+            changed = replace(own, **sampling)
+        except (TypeError, ValueError) as error:
+            raise PersonalizerError(f"images cannot be drawn so: {first_line(error)}") from error
+        model.sampling = sampler.sampling = changed
+        if changed.scheduler != own.scheduler:  # which a sampler is made with
+            model._sampler = None
         kind = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self._shared.loaded.precision)
         try:
             with torch.no_grad(), torch.autocast(self._shared.device.type, kind, enabled=kind is not None):
                 yield
         finally:
-            model.sampling, model._sampler = own, None if sampling else model._sampler
+            model.sampling, model._sampler = own, sampler
+            sampler.sampling = own

@@ -179,6 +179,8 @@ def read_photos(given: PhotoLike | Sequence[PhotoLike], name: str) -> Person:
             photos.append(one)
         elif isinstance(one, Image.Image):
             photos.append(PicturePhoto.of(name, f"picture_{number}.png", TEMPLATE, one))
+        elif not isinstance(one, str | Path):
+            raise DataError(f"{one!r} is no photo: give files, folders of one person's photos, or pictures (PIL)")
         elif (path := Path(one).expanduser()).is_dir():
             photos += read_person(path).photos
         else:

@@ -380,6 +380,8 @@ class Personalizer:
             changed = replace(own, **sampling)
         except (TypeError, ValueError) as error:
             raise PersonalizerError(f"images cannot be drawn so: {first_line(error)}") from error
+        if isinstance(model, DreamBooth) and changed.ip_scale != 1:
+            raise PersonalizerError("ip_scale has no effect, as DreamBooth has no image attention: leave it out")
         model.sampling = sampler.sampling = changed
         if changed.scheduler != own.scheduler:  # which a sampler is made with
             model._sampler = None

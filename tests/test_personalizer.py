@@ -185,6 +185,8 @@ def test_dreambooth_is_tuned_drawn_saved_and_loaded(tiny_backbone, tmp_path):
     assert max(levels(a, b) for a, b in zip(images, again(PROMPT, seeds=[0, 1]), strict=True)) <= 1
     with pytest.raises(LitMultiIPError, match="no image embeddings"):
         _ = me.image_embeds
+    with pytest.raises(LitMultiIPError, match="ip_scale has no effect"):
+        me(PROMPT, ip_scale=0.5)
 
 
 def test_what_cannot_be_is_refused_in_a_sentence(untrained, loaded, tiny_backbone, work):

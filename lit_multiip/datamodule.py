@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import lightning as L
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -17,8 +16,16 @@ from lit_multiip.backbone.face_crop import FaceCrop
 from lit_multiip.backbone.features import Features
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.checking import check_photos
-from lit_multiip.data.groups import Balance, Target, draw_references, stable_hash
-from lit_multiip.data.people import MiniFaces, PeopleSource, Person, distinct_person, find_person, read_person
+from lit_multiip.data.groups import Balance, Target
+from lit_multiip.data.people import (
+    MiniFaces,
+    PeopleSource,
+    Person,
+    distinct_person,
+    draw_person,
+    find_person,
+    read_person,
+)
 from lit_multiip.data.photos import DataError, Photo
 from lit_multiip.data.split import PhotoSplit, Split, select_people, split_people, split_photos
 from lit_multiip.data.tasks import Task, add_intruders, make_tasks, person_tasks
@@ -196,9 +203,8 @@ class MultiPhotoData(L.LightningDataModule):
             raise DataError("data.variants is for methods that train on held-out groups: leave it and augment out")
         if stage == "fit" and self.per_person and self.intruders:
             raise DataError("data.intruders is for methods that train on held-out groups, and for tests: leave it out")
-        photos = self.predict_args.photos or (None if self.per_person else self.photos)
-        if stage == "predict" and photos is not None:
-            self._predict(*self.read_references(photos))
+        if stage == "predict" and self.predict_args.photos is not None:
+            self._predict(*self.read_references(self.predict_args.photos))
             return
         if self.split is None:
             self.split = self._split() if self.photos is None else self.split_photos(read_person(self.photos))
@@ -233,12 +239,18 @@ class MultiPhotoData(L.LightningDataModule):
         varied = [vary(photo, v, self.augment) for photo in training for v in range(self.variants)]
         self._build([*varied, *references], [*varied, *held_out], prompts)
 
-    def read_references(self, person: str | Person) -> tuple[Person, tuple[Photo, ...]]:
-        """Return a person, or the one of a folder with any number of photos, and draw `references` of the photos."""
-        person = self._readable(person if isinstance(person, Person) else read_person(person))
-        return person, self._draw_references(person)
+    def read_references(self, folder: str) -> tuple[Person, tuple[Photo, ...]]:
+        """Read a folder with photos of one person, any number, and draw `references` of them."""
+        person = self.readable(read_person(folder))
+        return person, self.draw_references(person)
 
-    def _readable(self, person: Person) -> Person:
+    def own_references(self) -> dict[str, Sequence[Photo]]:
+        """Return the references of the person in `photos`, by name; none of them is held out."""
+        assert self.photos is not None
+        self.split = self.split or self.split_photos(read_person(self.photos))
+        return {self._chosen().name: self._tested(self._chosen()).references}
+
+    def readable(self, person: Person) -> Person:
         """Check, cut, and keep one photo of each content."""
         [person] = self._cut(check_photos([person], self.on_unreadable, progress=False))
         return distinct_person(person)
@@ -248,7 +260,7 @@ class MultiPhotoData(L.LightningDataModule):
         prior: list[Person] = []
         if self.prior_people and not self.per_person:
             prior = select_people(self._split().train, 2, self.prior_people, self.seed)
-        split = split_photos(self._readable(person), self.validation_held_out, self.seed, prior)
+        split = split_photos(self.readable(person), self.validation_held_out, self.seed, prior)
         kept, out = split.train[0].photos, split.validation[0].photos
         what = "%s: %d photos to tune on; held out and never trained on: %s"
         logger.info(what, person.name, len(kept), shorten(photo.name for photo in out))
@@ -262,7 +274,7 @@ class MultiPhotoData(L.LightningDataModule):
     def _tested(self, person: Person) -> Task:
         """Return one of a person's tasks in a test; all of them have the same references."""
         if self.photos is not None:  # a method that tunes on one person takes all of theirs
-            photos = person.photos if self.per_person else self._draw_references(person)
+            photos = person.photos if self.per_person else self.draw_references(person)
             return Task(person.name, photos, photos[0], photos[0].prompt, self.seed)
         return make_tasks([person], self.references, self.held_out, 1, self.seed)[0]
 
@@ -296,12 +308,9 @@ class MultiPhotoData(L.LightningDataModule):
         logger.info("people: %d train, %d validation, %d test", *sizes)
         return split
 
-    def _draw_references(self, person: Person) -> tuple[Photo, ...]:
-        photos, rng = person.photos, np.random.default_rng([self.seed, stable_hash(person.name)])
-        if len(photos) != self.references:
-            what = "the surplus is dropped" if len(photos) > self.references else "missing ones are drawn again"
-            logger.warning("%s has %d photos, %d are used: %s", person.name, len(photos), self.references, what)
-        return tuple(photos[i] for i in draw_references(range(len(photos)), self.references, rng))
+    def draw_references(self, person: Person) -> tuple[Photo, ...]:
+        """Draw `references` of a person's photos; missing ones are drawn again."""
+        return draw_person(person, self.references, self.seed)
 
     def _predict(self, person: Person, references: tuple[Photo, ...]) -> None:
         prompts = self.predict_args.prompts or list(dict.fromkeys(photo.prompt for photo in person.photos))[:4]

@@ -60,6 +60,8 @@ class Shared:
 class Personalizer:
     """Draws one person from photos, by a trained adapter or DreamBooth.
 
+    Photos that `tune` holds out do not condition from then on either, so that `score` may compare with them.
+
     It is light: `with_photos` returns another one for other photos that shares the model, while tuned weights are each
     one's own. Several threads may use them; they take turns.
 
@@ -82,10 +84,14 @@ class Personalizer:
             model.as_is = model.as_is or model.learnt is not None
         self._shared = Shared(loaded, extractors)
         self._person: Person | None = None
-        self._drawn: tuple[Photo, ...] | None = None
+        self._ready: Person | None = None  # with the photos that condition, cut as the method takes them
+        self._drawn: tuple[Photo, ...] = ()
+        self._held_out: Sequence[Photo] = ()
         self._tuned: Tuned | None = None
         if data.photos is not None and Path(data.photos).expanduser().is_dir():  # a run of one person
             self._person = read_person(data.photos)
+            split = data.split_photos(self._person)
+            self._ready, self._held_out = split.train[0], split.validation[0].photos
 
     @classmethod
     def from_pretrained(
@@ -129,9 +135,12 @@ class Personalizer:
 
     @property
     def references(self) -> tuple[Photo, ...]:
-        """The photos that condition, as many as the method was trained with."""
-        if self._drawn is None:
-            self._person, self._drawn = self._shared.loaded.data.read_references(self.person)
+        """The photos that condition, as many as the method was trained with; none that tuning held out."""
+        data = self._shared.loaded.data
+        if self._ready is None:
+            self._ready = data.readable(self.person)
+        if not self._drawn:  # DreamBooth takes all
+            self._drawn = self._ready.photos if self.model.per_person else data.draw_references(self._ready)
         return self._drawn
 
     @property
@@ -155,7 +164,7 @@ class Personalizer:
             name: of the person, for files that are written; a single folder's own where that is all that is given.
         """
         new = copy.copy(self)
-        new._person, new._drawn = read_photos(photos, name), None
+        new._person, new._ready, new._drawn, new._held_out = read_photos(photos, name), None, (), ()
         return new
 
     # ---- drawing ------------------------------------------------------------------------------------------------
@@ -175,17 +184,11 @@ class Personalizer:
         data = self._shared.loaded.data
         with self._weights_in_place() as model, self._drawing(**sampling):
             self._prepare(model)
-            data.request(self.person.name, self._conditions(), texts, numbers)
+            data.request(self.person.name, self.references, texts, numbers)
             parts = []
             for number, batch in enumerate(data.predict_dataloader()):
                 parts.append(model.predict_step(move_data_to_device(batch, self._shared.device), number).cpu())
         return [to_picture(image) for image in torch.cat(parts)]
-
-    def _conditions(self) -> Sequence[Photo]:
-        """Return the photos of a request: an adapter's references; of DreamBooth all photos that are tuned on."""
-        if not self.model.per_person:
-            return self.references
-        return self._tuned.photos if self._tuned else self.person.photos
 
     def _prepare(self, model: Method) -> None:
         if isinstance(model, MultiIPAdapter):
@@ -250,9 +253,11 @@ class Personalizer:
                     of = (model, self._shared.loaded.data, self.person, self._shared.device)
                     how = (self._shared.loaded.precision, self._find_extractors(), steps, learning_rate)
                     with quiet_lightning():
-                        self._tuned = tune_person(*of, *how, FollowTuning(progress, stop))
+                        tuned = self._tuned = tune_person(*of, *how, FollowTuning(progress, stop))
                 finally:
                     self._put(self._tuned or self._shared.untuned)
+                self._ready, self._drawn = replace(self.person, photos=tuple(tuned.photos)), ()
+                self._held_out = tuned.held_out
         finally:
             self._shared.tuning.release()
         return self
@@ -269,7 +274,7 @@ class Personalizer:
 
         Args:
             images: of the person, as this object draws them.
-            held_out: photos of the person that were not given; None takes those that `tune` held out.
+            held_out: photos of the person that were not given; None takes those that tuning held out.
             prompts: of the images, to say how well they follow them.
 
         Returns:
@@ -282,10 +287,11 @@ class Personalizer:
             raise PersonalizerError(lacks if images else "there are no images to score: draw some")
         if prompts is not None and len(prompts) != len(images):
             raise PersonalizerError(f"{len(images)} images have {len(prompts)} prompts: give one an image")
-        out: Sequence[Photo] = self._tuned.held_out if self._tuned else ()
-        if held_out is not None:
-            out = read_photos(held_out, "held out").photos
+        out = self._held_out if held_out is None else read_photos(held_out, "held out").photos
         references = list(dict.fromkeys(self.references))
+        known = {photo.original().content_key() for photo in references}
+        if copies := [photo.name for photo in out if photo.original().content_key() in known]:
+            raise PersonalizerError(f"'{copies[0]}' is among the photos that are drawn from: give one that is not")
         side, device = self.model.image_side, self._shared.device
         real = to_tensor(square(photo.image(), side) for photo in (*out, *references))
         pixels = to_tensor(square(image.convert("RGB"), side) for image in images)
@@ -338,8 +344,8 @@ class Personalizer:
             shared.extractors = read_extractors(shared.loaded.config)
             if shared.extractors is None and self.model.backbone.path == "mini":
                 shared.extractors = [CriticExtractor()]
-            for extractor in shared.extractors or ():
-                refuse_conditioning_network(extractor, self.model.backbone)
+        for extractor in shared.extractors or ():
+            refuse_conditioning_network(extractor, self.model.backbone)
         return shared.extractors
 
     @contextmanager

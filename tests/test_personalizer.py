@@ -131,6 +131,9 @@ def test_tuning_keeps_the_best_weights_of_its_own_and_others_keep_theirs(untrain
     assert [progress.step for progress in told] == [1, 2, 3, 4] and told[0].steps == 4
     assert all("train/loss" in progress.scores and "val/identity" in progress.scores for progress in told)
     tuned = untrained.tuned
+    assert {*untrained.references} == {*tuned.photos}
+    with pytest.raises(LitMultiIPError, match="is among the photos that are drawn from"):
+        untrained.score([before], held_out=[tuned.photos[0]])
     assert len(tuned.photos) == 8 and len(tuned.held_out) == 2 and tuned.before["val/identity"] < 1
     assert not {photo.content_key() for photo in tuned.photos} & {photo.content_key() for photo in tuned.held_out}
     assert levels(untrained(PROMPT)[0], before) > 0
@@ -150,7 +153,8 @@ def test_tuning_keeps_the_best_weights_of_its_own_and_others_keep_theirs(untrain
     shutil.rmtree("tuned", ignore_errors=True)
     untrained.save("tuned")
     backbone = Backbone(untrained.model.backbone.path)
-    back = Personalizer.from_pretrained("tuned", backbone=backbone).with_photos("ann")(PROMPT, seeds=[0, 1])
+    back = Personalizer.from_pretrained("tuned", backbone=backbone).with_photos(tuned.photos, name="ann")
+    back = back(PROMPT, seeds=[0, 1])
     assert max(levels(a, b) for a, b in zip(images, back, strict=True)) <= 1
 
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from PIL import Image
 
 from lit_multiip.data import mini_faces
 from lit_multiip.data.captions import METADATA, TEMPLATE, check_template, fill_template, read_captions, read_metadata
+from lit_multiip.data.groups import draw_references, stable_hash
 from lit_multiip.data.names import natural_key, normalise_name
 from lit_multiip.data.photos import DataError, DrawnPhoto, FilePhoto, Photo, PicturePhoto, distinct_photos
 from lit_multiip.files import shorten
@@ -153,6 +155,15 @@ def distinct_person(person: Person) -> Person:
     if len(kept) < len(person.photos):
         logger.warning("%s: %d photos are copies of others and left out", person.name, len(person.photos) - len(kept))
     return replace(person, photos=kept)
+
+
+def draw_person(person: Person, count: int, seed: int) -> tuple[Photo, ...]:
+    """Draw `count` of a person's photos, by seed and name; missing ones are drawn again."""
+    photos, rng = person.photos, np.random.default_rng([seed, stable_hash(person.name)])
+    if len(photos) != count:
+        what = "the surplus is dropped" if len(photos) > count else "missing ones are drawn again"
+        logger.warning("%s has %d photos, %d are used: %s", person.name, len(photos), count, what)
+    return tuple(photos[i] for i in draw_references(range(len(photos)), count, rng))
 
 
 def find_person(people: Sequence[Person], name: str | None) -> Person:

@@ -41,7 +41,7 @@ def export(
         ckpt_path: the weights.
         weights_only: as `fit` takes it.
         output: folder.
-        photos: folders with photos of one person each; of a run of one person, theirs where none is given.
+        photos: folders with photos of one person each; none takes those that a run of one person was tuned on.
         dtype: of the file's weights.
         overwrite: replace files that are there.
         push_to_hub: ORG/NAME; upload what is of no one person, and the card, privately.
@@ -55,17 +55,16 @@ def export(
             "these weights are of the one person they were tuned on: leave --push_to_hub out; upload them by hand if "
             "that person agrees"
         )
-    if datamodule.photos is not None and not photos and not isinstance(model, DreamBooth):
-        photos = [datamodule.photos]
     names = [Path(folder).resolve().name for folder in photos]
-    check_target(output, names, overwrite)
+    own = {} if not one or photos or isinstance(model, DreamBooth) else datamodule.own_references()
+    check_target(output, [*names, *own], overwrite)
     if ckpt_path is None:
         raise ExportError("nothing was trained that could be exported: give --run, or --ckpt_path beside the config")
     run = Path(ckpt_path).resolve().parent.parent
     model.configure_model()
     loaded = load_trained(model, Path(ckpt_path))
     model.to(trainer.strategy.root_device).eval()
-    people = {name: datamodule.read_references(folder)[1] for name, folder in zip(names, photos, strict=True)}
+    people = own | {name: datamodule.read_references(folder)[1] for name, folder in zip(names, photos, strict=True)}
     record = record_of(model, loaded.get("global_step"), f"{run.parent.name}/{run.name}", dtype, datamodule.references)
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     trained_on = training_record([], loaded.get(RECORD, unknown_record()), model.trained_on)

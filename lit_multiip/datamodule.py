@@ -43,7 +43,6 @@ from lit_multiip.datasets import (
     reference_set,
     warn_of_changes,
 )
-from lit_multiip.files import shorten
 
 logger = logging.getLogger(__name__)
 
@@ -246,8 +245,7 @@ class MultiPhotoData(L.LightningDataModule):
 
     def own_references(self) -> dict[str, Sequence[Photo]]:
         """Return the references of the person in `photos`, by name; none of them is held out."""
-        assert self.photos is not None
-        self.split = self.split or self.split_photos(read_person(self.photos))
+        self.split = self.split or self.split_photos(read_person(str(self.photos)))
         return {self._chosen().name: self._tested(self._chosen()).references}
 
     def readable(self, person: Person) -> Person:
@@ -257,14 +255,9 @@ class MultiPhotoData(L.LightningDataModule):
 
     def split_photos(self, person: Person) -> PhotoSplit:
         """Hold out some photos of one person; beside the others train the people who serve as prior."""
-        prior: list[Person] = []
-        if self.prior_people and not self.per_person:
-            prior = select_people(self._split().train, 2, self.prior_people, self.seed)
-        split = split_photos(self.readable(person), self.validation_held_out, self.seed, prior)
-        kept, out = split.train[0].photos, split.validation[0].photos
-        what = "%s: %d photos to tune on; held out and never trained on: %s"
-        logger.info(what, person.name, len(kept), shorten(photo.name for photo in out))
-        return split
+        wanted = 0 if self.per_person else self.prior_people
+        prior = select_people(self._split().train, 2, wanted, self.seed) if wanted else []
+        return split_photos(self.readable(person), self.validation_held_out, self.seed, prior)
 
     def _chosen(self) -> Person:
         """Return the person of `photos`, else `person`."""

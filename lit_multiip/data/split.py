@@ -125,6 +125,8 @@ def split_photos(person: Person, held_out: int = 2, seed: int = 0, prior: Sequen
     out = set(order[: min(held_out, count // LEAST_PHOTOS)])
     kept, left = ([photo for photo in person.photos if (photo in out) is side] for side in (False, True))
     unseen = [replace(person, photos=tuple(left))]
+    what = "%s: %d photos to tune on; held out and never trained on: %s"
+    logger.info(what, person.name, len(kept), shorten(photo.name for photo in left))
     return PhotoSplit([replace(person, photos=tuple(kept)), *prior], unseen, unseen)
 
 

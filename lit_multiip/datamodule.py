@@ -55,8 +55,7 @@ class MultiPhotoData(L.LightningDataModule):
     Where the trainer's module learns a person at a time (`per_person`), fit is given `person` alone: the reference
     set that a test gives them, nothing held out, and no validation.
 
-    With `photos` there is one person, and photos are split in place of people: fit tunes on all but the held-out ones,
-    whose prompts validation and test draw.
+    With `photos`, one person's photos are split in place of people, and fit tunes on all but the held-out ones.
 
     Args:
         backbone: its frozen encoders make the features; shared with the model.

@@ -6,26 +6,29 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from lit_multiip.backbone.face_crop import FaceCrop
+from lit_multiip.backbone.face_crop import FaceCrop, find_faces
+from lit_multiip.backbone.face_weight import FaceMaps, FaceWeight
 from lit_multiip.backbone.features import Features
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.checking import check_photos
-from lit_multiip.data.groups import Balance, Target
-from lit_multiip.data.people import (
-    MiniFaces,
-    PeopleSource,
-    Person,
-    distinct_person,
+from lit_multiip.data.drawing import (
+    NOTHING,
+    Drawing,
+    PredictArgs,
     draw_person,
-    find_person,
-    read_person,
+    draw_together,
+    read_masks,
+    without_copies,
 )
+from lit_multiip.data.groups import Balance, Target
+from lit_multiip.data.people import MiniFaces, PeopleSource, Person, check_names_differ, find_person, read_person
 from lit_multiip.data.photos import DataError, Photo
 from lit_multiip.data.split import PhotoSplit, Split, select_people, split_people, split_photos
 from lit_multiip.data.tasks import Task, add_intruders, make_tasks, person_tasks
@@ -35,7 +38,6 @@ from lit_multiip.datasets import (
     HeldOutGroups,
     OnePerson,
     Position,
-    PredictArgs,
     Request,
     ShareSampler,
     TaskDataset,
@@ -68,7 +70,7 @@ class MultiPhotoData(L.LightningDataModule):
         balance: `person` (every person gives N targets an epoch) or `photo` (every photo is a target once).
         target: `held_out`, or `reference` to train as the published single-photo IP-Adapter (references = 1).
         drop: probabilities of dropping image, text and both in training.
-        test_fraction: of the people, where neither the source nor a list decides.
+        test_fraction: of the people, where neither source nor list decides; 1 makes test people of all in any case.
         validation_fraction: of the training side.
         train_names: file with the names of training people, one a line (LFW's people files, too).
         validation_names: likewise.
@@ -96,7 +98,9 @@ class MultiPhotoData(L.LightningDataModule):
         prior_people: training people of the source that an adapter is tuned on beside them, as often; 0 needs no
             source.
         person: whom fit learns, where the method learns one person; whom predict draws.
-        crop: cut every photo to a square at its face, for encoders and scores alike; None takes its central square.
+        crop: cut every photo to a square at its face, or to a fixed share of its middle, for encoders and scores alike;
+            None takes its central square.
+        face_weight: weigh the training loss more in the target's face; None weighs all places alike.
     """
 
     def __init__(
@@ -136,6 +140,7 @@ class MultiPhotoData(L.LightningDataModule):
         variants: int = 1,
         augment: Callable[[Any], Any] | None = None,
         intruders: int = 0,
+        face_weight: FaceWeight | None = None,
     ) -> None:
         super().__init__()
         if variants < 1 or (variants > 1) != (augment is not None):
@@ -173,6 +178,8 @@ class MultiPhotoData(L.LightningDataModule):
         self.photos, self.prior_people = photos, prior_people
         self.variants, self.augment, self.intruders = variants, augment, intruders
         self.device: torch.device | str = "cpu"  # of the encoders, where there is no trainer
+        self.face_weight = face_weight
+        self.face_maps: FaceMaps | None = None  # of the training photos, once fit is set up
         self.per_person = False  # setup asks the trainer's module
         self.split: Split | None = None
         self.features: Features | None = None
@@ -186,10 +193,11 @@ class MultiPhotoData(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Fetch or extract the source once, on one process, and find the faces where photos are cut at them."""
         people = self.source.people() if self.photos is None or self.prior_people else []
-        if self.crop is not None and people:
+        if people and self.crop is not None and self.crop.share is None:
             chosen = select_people(people, self.min_photos, self.max_people, self.seed)
             readable = check_photos(chosen, self.on_unreadable)
-            self.crop.find([photo for person in readable for photo in person.photos], self.cache_dir)
+            photos = [photo for person in readable for photo in person.photos]
+            find_faces(self.crop.detector, photos, self.cache_dir)
 
     def setup(self, stage: str) -> None:
         """Choose and split the people, then encode what this stage will need."""
@@ -201,33 +209,31 @@ class MultiPhotoData(L.LightningDataModule):
             raise DataError("data.variants is for methods that train on held-out groups: leave it and augment out")
         if stage == "fit" and self.per_person and self.intruders:
             raise DataError("data.intruders is for methods that train on held-out groups, and for tests: leave it out")
+        if stage != "predict" and self.per_person and self.face_weight is not None:
+            raise DataError("data.face_weight is for methods that train on held-out groups: leave it out")
         if stage == "predict" and self.predict_args.photos is not None:
-            self._predict(*self.read_references(self.predict_args.photos))
+            self._setup_predict(*self._read_drawing(self.predict_args.photos))
             return
         if self.split is None:
             self.split = self._split() if self.photos is None else self.split_photos(read_person(self.photos))
         if stage == "predict":
             person = self._chosen() if self.photos or self.person else self.split.test[0]
-            self._predict(person, self._tested(person).references)
+            self._setup_predict(person, self._tested(person).references)
             return
         training: list[Photo] = []
         if stage == "fit" and self.per_person:
             self.tuning = self._tested(self._chosen())
             training = list(self.tuning.references)
         elif stage == "fit":
-            training = [photo for person in self.split.train for photo in person.photos]
+            training = [photo for person in self.split.people_of("train") for photo in person.photos]
         if self.photos is not None:
-            out, references = self.split.validation[0].photos, self._tested(self._chosen()).references
-            found = person_tasks(references, out, self.seeds, self.seed)
-            self.validation_tasks, self.tasks = ([], found) if stage == "test" else (found, [])
+            self.validation_tasks, self.tasks = ([], self.draw_tasks()) if stage == "test" else (self.draw_tasks(), [])
         elif stage in ("fit", "validate") and not self.per_person:
             self.validation_tasks = make_tasks(
-                self.split.validation, self.references, self.validation_held_out, 1, self.seed
+                self.split.people_of("validation"), self.references, self.validation_held_out, 1, self.seed
             )
-        elif stage == "test":
-            people = select_people(getattr(self.split, self.tested), 2, self.tested_people, self.seed)
-            self.tasks = make_tasks(people, self.references, self.held_out, self.seeds, self.seed)
-            self.tasks = add_intruders(self.tasks, self.intruders, self.seed)
+        if stage == "test":
+            self.draw_tasks()
         tasks = [*self.validation_tasks, *self.tasks]
         self.strangers = self._find_stranger(self.validation_tasks) | self._find_stranger(self.tasks)
         references = [photo for task in tasks for photo in task.references]
@@ -236,11 +242,46 @@ class MultiPhotoData(L.LightningDataModule):
         prompts = [photo.prompt for photo in (*training, *held_out)]
         varied = [vary(photo, v, self.augment) for photo in training for v in range(self.variants)]
         self._build([*varied, *references], [*varied, *held_out], prompts)
+        if stage == "fit" and self.face_weight is not None:
+            self.face_maps = self.face_weight.maps(varied, self.backbone, self.cache_dir)
+
+    def draw_tasks(self) -> list[Task]:
+        """Draw the tasks of a test, and encode nothing."""
+        if self.split is None:
+            self.split = self._split() if self.photos is None else self.split_photos(read_person(self.photos))
+        if self.photos is not None:
+            out, references = self.split.validation[0].photos, self._tested(self._chosen()).references
+            self.tasks = person_tasks(references, out, self.seeds, self.seed)
+            return self.tasks
+        people = select_people(self.split.people_of(self.tested), 2, self.tested_people, self.seed)
+        tasks = make_tasks(people, self.references, self.held_out, self.seeds, self.seed)
+        self.tasks = add_intruders(tasks, self.intruders, self.seed)
+        return self.tasks
 
     def read_references(self, folder: str) -> tuple[Person, tuple[Photo, ...]]:
         """Read a folder with photos of one person, any number, and draw `references` of them."""
         person = self.readable(read_person(folder))
         return person, self.draw_references(person)
+
+    def _read_drawing(self, folders: str | list[str]) -> tuple[Person, tuple[Photo, ...], Drawing]:
+        """Read what `predict` names, and refuse what does not fit before anything is encoded."""
+        args, read = self.predict_args, partial(check_photos, on_unreadable=self.on_unreadable, progress=False)
+        people = [read_person(folder) for folder in ([folders] if isinstance(folders, str) else folders)]
+        negatives = [] if args.negatives is None else self._cut(read([read_person(args.negatives)]))
+        if not people:
+            raise DataError("data.predict.photos names no folder: give one a person")
+        check_names_differ(people)
+        people, masks = self._cut(read(people)), read_masks(args.masks or ())
+        options = {"weights": args.weights, "negatives": negatives, "masks": masks}
+        return people[0], *self.draw_together(people, **options)
+
+    def draw_together(self, people: Sequence[Person], **options: Any) -> tuple[tuple[Photo, ...], Drawing]:
+        """Draw the references of people in one picture, by the options of `data.drawing.draw_together`."""
+        if self.per_person and (len(people) > 1 or any(options.values())):
+            raise DataError("a method that tunes on one person takes no weights, negatives or masks: leave them out")
+        first, drawing = draw_together(people, self.references, self.seed, **options)
+        drawing.check_side(self.backbone.image_side)
+        return first, drawing
 
     def own_references(self) -> dict[str, Sequence[Photo]]:
         """Return the references of the person in `photos`, by name; none of them is held out."""
@@ -250,7 +291,7 @@ class MultiPhotoData(L.LightningDataModule):
     def readable(self, person: Person) -> Person:
         """Check, cut, and keep one photo of each content."""
         [person] = self._cut(check_photos([person], self.on_unreadable, progress=False))
-        return distinct_person(person)
+        return without_copies(person)
 
     def split_photos(self, person: Person) -> PhotoSplit:
         """Hold out some photos of one person; beside the others train the people who serve as prior."""
@@ -291,10 +332,10 @@ class MultiPhotoData(L.LightningDataModule):
     def _split(self) -> Split:
         people = select_people(self.source.people(), self.min_photos, self.max_people, self.seed)
         people = check_photos(people, self.on_unreadable)
-        people = [distinct_person(person) for person in people]
+        people = [without_copies(person) for person in people]
         people = self._cut(select_people(people, self.min_photos, None, self.seed))
         split = split_people(people, self.seed, self.test_fraction, self.validation_fraction, **self.names)
-        if self.training_people is not None:
+        if self.training_people is not None and split.train:
             split = replace(split, train=select_people(split.train, 2, self.training_people, self.seed))
         sizes = len(split.train), len(split.validation), len(split.test)
         logger.info("people: %d train, %d validation, %d test", *sizes)
@@ -304,21 +345,26 @@ class MultiPhotoData(L.LightningDataModule):
         """Draw `references` of a person's photos; missing ones are drawn again."""
         return draw_person(person, self.references, self.seed)
 
-    def _predict(self, person: Person, references: tuple[Photo, ...]) -> None:
-        prompts = self.predict_args.prompts or list(dict.fromkeys(photo.prompt for photo in person.photos))[:4]
-        self.request(person.name, references, prompts, self.predict_args.seeds)
+    def _setup_predict(self, person: Person, references: tuple[Photo, ...], drawing: Drawing = NOTHING) -> None:
+        args = self.predict_args
+        prompts = args.prompts or list(dict.fromkeys(photo.prompt for photo in person.photos))[:4]
+        self.request(person.name, references, prompts, args.seeds, drawing)
 
     def request(
-        self, person: str, references: Sequence[Photo], prompts: Sequence[str], seeds: Sequence[int]
-    ) -> list[Request]:
+        self,
+        person: str,
+        references: tuple[Photo, ...],
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        drawing: Drawing = NOTHING,
+    ) -> None:
         """Have `predict_dataloader` serve every prompt with every seed, and encode what that needs."""
         if not seeds or not prompts or not all(prompts):
             raise DataError("give at least one seed, and prompts that are not empty")
         if bad := [seed for seed in seeds if not 0 <= seed < 2**63]:
             raise DataError(f"seed {bad[0]} is out of range: give a number from 0 to 2^63 - 1")
-        self.requests = [Request(person, tuple(references), prompt, seed) for prompt in prompts for seed in seeds]
-        self._build(list(references), [], prompts)
-        return self.requests
+        self.requests = [Request(person, references, prompt, seed, drawing) for prompt in prompts for seed in seeds]
+        self._build([*references, *drawing.photos()], [], prompts)
 
     def _build(self, photos: Iterable[Photo], targets: Iterable[Photo], prompts: Iterable[str]) -> None:
         """Encode photos that condition, photos whose latents are needed, and prompts."""
@@ -339,7 +385,7 @@ class MultiPhotoData(L.LightningDataModule):
             item = reference_set(self.tuning.person, self.tuning.references, self.features)
             return DataLoader(OnePerson(item), batch_size=1)
         references = 1 if self.target == "reference" else self.references
-        choices = (self.balance, self.target, self.drop, self.variants, self.augment, self.intruders)
+        choices = (self.balance, self.target, self.drop, self.variants, self.augment, self.intruders, self.face_maps)
         groups = HeldOutGroups(self._trained_people(), self.features, self.training_seed, references, *choices)
         rank, world = self._rank_and_world()
         sampler = EpochSampler(len(groups), self.training_seed, rank, world, self._start(len(groups) // world))

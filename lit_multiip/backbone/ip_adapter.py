@@ -7,6 +7,7 @@ places among all of `unet.attn_processors`.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -42,6 +43,7 @@ _OTHER_LAYOUTS = {
 }
 
 State = dict[str, dict[str, Tensor]]
+Scale = float | dict[str, Any]  # lambda in every layer, or by block, as diffusers' `set_ip_adapter_scale` takes it
 
 
 def _host(unet: UNet2DConditionModel) -> Any:
@@ -183,12 +185,56 @@ def ip_adapter_parameters(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]
     return parameters
 
 
-def set_ip_scale(unet: UNet2DConditionModel, scale: float) -> None:
-    """Set lambda of eq. (3)/(19), the weight of the image attention, in every layer; 0 gives the plain backbone."""
-    if not math.isfinite(scale):
-        raise ValueError(f"ip_scale must be finite, got {scale}: 0 ignores the photos, 1 is the published weight")
+def set_ip_scale(unet: UNet2DConditionModel, scale: Scale) -> None:
+    """Set lambda of eq. (3)/(19), the weight of the image attention; 0 gives the plain backbone.
+
+    Args:
+        unet: with an adapter.
+        scale: one number for every layer, or by block as `check_ip_scale` says; 0 in blocks that are not named.
+    """
+    check_ip_scale(scale, unet)
     _require_installed(unet)
-    _host(unet).set_ip_adapter_scale(float(scale))
+    try:
+        _host(unet).set_ip_adapter_scale(copy.deepcopy(scale) if isinstance(scale, dict) else float(scale))
+    except ValueError as error:
+        raise BackboneError(f"ip_scale={scale} does not fit this UNet ({first_line(error)}): {_SCALES}") from error
+
+
+def check_ip_scale(scale: Scale, unet: UNet2DConditionModel | None = None) -> None:
+    """Refuse a scale that is not finite, or that names no block.
+
+    Args:
+        scale: a number, or a mapping of `down`, `mid` and `up` to a number, a list with a number a layer, or a mapping
+            of `block_0`, `block_1`, ... to these.
+        unet: whose blocks must be there; None checks the form alone.
+    """
+    for place, value in _scale_places(scale):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            where = f"ip_scale.{place}" if place else "ip_scale"
+            raise BackboneError(f"{where}={value} is not finite: 0 ignores the photos, 1 is the published weight")
+        if place and not re.fullmatch(r"mid|(down|up)(\.block_\d+)?", place):
+            raise BackboneError(f"ip_scale names '{place}': {_SCALES}")
+        if unet is not None and "." in place:
+            side, block = place.split(".")
+            blocks = unet.down_blocks if side == "down" else unet.up_blocks
+            known = [f"block_{i}" for i, module in enumerate(blocks) if hasattr(module, "attentions")]
+            if block not in known:
+                raise BackboneError(f"ip_scale names '{place}', and in {side} this UNet attends in {', '.join(known)}")
+
+
+_SCALES = "give a number, or numbers by block, such as {up: {block_0: [0, 1, 0]}}, of down, mid and up"
+
+
+def _scale_places(scale: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every number of a scale with its place, such as `up.block_0`."""
+    if isinstance(scale, Mapping):
+        for key, value in scale.items():
+            yield from _scale_places(value, f"{place}.{key}".lstrip("."))
+    elif isinstance(scale, list) and place:
+        for value in scale:
+            yield place, value
+    else:
+        yield place, scale
 
 
 @contextmanager

@@ -20,6 +20,8 @@ import diffusers
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_multiip.backbone.components import (
@@ -40,9 +42,12 @@ from lit_multiip.backbone.components import (
     resolve_backbone,
 )
 from lit_multiip.backbone.faces import FaceEncoder
+from lit_multiip.data.record import Record, read_record
 from lit_multiip.files import first_line
 
 logger = logging.getLogger(__name__)
+
+TRAINED_ON = "trained_on.safetensors"  # in a backbone's folder: the record of the people whom it was trained on
 
 
 class Backbone:
@@ -134,6 +139,16 @@ class Backbone:
 
     def _pipeline_class(self) -> Any:
         return component_class("diffusers", read_index(self.place).get("_class_name", ""), self.path)
+
+    def trained_on(self) -> Record | None:
+        """Read the record of the people whom the backbone was trained on; None where its folder has none."""
+        file = Path(self.place, TRAINED_ON)
+        if not file.is_file():
+            return None
+        try:
+            return read_record(load_file(file))
+        except (OSError, SafetensorError) as error:
+            raise BackboneError(f"'{file}' cannot be read ({first_line(error)}): fetch the backbone again") from error
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
 

@@ -12,14 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from PIL import Image
 
 from lit_multiip.data import mini_faces
 from lit_multiip.data.captions import METADATA, TEMPLATE, check_template, fill_template, read_captions, read_metadata
-from lit_multiip.data.groups import draw_references, stable_hash
 from lit_multiip.data.names import natural_key, normalise_name
-from lit_multiip.data.photos import DataError, DrawnPhoto, FilePhoto, Photo, PicturePhoto, distinct_photos
+from lit_multiip.data.photos import DataError, DrawnPhoto, FilePhoto, Photo, PicturePhoto
 from lit_multiip.files import shorten
 
 logger = logging.getLogger(__name__)
@@ -147,23 +145,6 @@ def _read_person(folder: Path, entries: Sequence[Path], template: str, prompts: 
     prompts = {**prompts, **read_metadata(folder, photos), **read_captions(texts, photos)}
     default = fill_template(template, name)
     return Person(name, tuple(FilePhoto(name, photo.name, prompts.get(photo, default), photo) for photo in photos))
-
-
-def distinct_person(person: Person) -> Person:
-    """Keep one photo of those with equal content, so that a copy of a target is never among its references."""
-    kept = distinct_photos(person.photos)
-    if len(kept) < len(person.photos):
-        logger.warning("%s: %d photos are copies of others and left out", person.name, len(person.photos) - len(kept))
-    return replace(person, photos=kept)
-
-
-def draw_person(person: Person, count: int, seed: int) -> tuple[Photo, ...]:
-    """Draw `count` of a person's photos, by seed and name; missing ones are drawn again."""
-    photos, rng = person.photos, np.random.default_rng([seed, stable_hash(person.name)])
-    if len(photos) != count:
-        what = "the surplus is dropped" if len(photos) > count else "missing ones are drawn again"
-        logger.warning("%s has %d photos, %d are used: %s", person.name, len(photos), count, what)
-    return tuple(photos[i] for i in draw_references(range(len(photos)), count, rng))
 
 
 def find_person(people: Sequence[Person], name: str | None) -> Person:

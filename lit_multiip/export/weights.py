@@ -34,6 +34,8 @@ from lit_multiip.data.record import Record
 from lit_multiip.export.card import (
     ADAPTER,
     CHECK_STEPS,
+    COMFYUI,
+    COMFYUI_NEGATIVE,
     EMBEDS,
     RECORD_FILE,
     TOLERANCE,
@@ -211,7 +213,9 @@ def check_target(output: str | Path, people: Sequence[str], overwrite: bool) -> 
     """Refuse before any work what could not be written after it; `people` are names of files."""
     if len(set(people)) < len(people):
         raise ExportError("two folders of --photos have one name, and their files would too: rename one")
-    possible = (ADAPTER, LORA_FILE, "README.md", "model_index.json", *(f"embeds/{name}.safetensors" for name in people))
+    suffixes = (".safetensors", COMFYUI, COMFYUI_NEGATIVE)
+    embeds = [f"embeds/{name}{suffix}" for name in people for suffix in suffixes]
+    possible = (ADAPTER, LORA_FILE, "README.md", "model_index.json", *embeds)
     _refuse_existing(Path(output), possible, overwrite)
 
 
@@ -311,7 +315,9 @@ def write_dreambooth(model: DreamBooth, record: Mapping[str, Any], part: Path) -
 
 @torch.no_grad()
 def write_embeds(model: MultiIPAdapter, people: Mapping[str, Sequence[Photo]], output: Path) -> Tensor | None:
-    """Write a file for each person: the embeddings of the references after the aggregator, zeros first.
+    """Write the files of each person: the embeddings of the references after the aggregator.
+
+    Those of diffusers hold zeros first, (2, M, D); for ComfyUI these are a file of their own, (M, D).
 
     Returns:
         The first person's, (2, M, D), as read back; None where there is nobody.
@@ -326,5 +332,8 @@ def write_embeds(model: MultiIPAdapter, people: Mapping[str, Sequence[Photo]], o
         embeds = model.condition(encoder(references)[None])  # (1, M, D)
         files.append(output / "embeds" / f"{name}.safetensors")
         record = {"aggregator": model.settings(), "photos": len(references), "adapter": adapter}
-        save_file({EMBEDS: with_negative(embeds)}, files[-1], {"format": "pt", RECORD: json.dumps(record)})
+        negative, positive = both = with_negative(embeds)
+        save_file({EMBEDS: both}, files[-1], {"format": "pt", RECORD: json.dumps(record)})
+        for suffix, rows in ((COMFYUI, positive), (COMFYUI_NEGATIVE, negative)):  # (M, D) each
+            torch.save(rows.clone(), files[-1].with_suffix(suffix))  # a view would take the other half with it
     return load_file(files[0])[EMBEDS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -17,20 +18,25 @@ from torch import Tensor
 from lit_multiip.backbone.components import BackboneError
 from lit_multiip.backbone.encoders import PhotoEncoder
 from lit_multiip.backbone.ip_adapter import (
+    Scale,
     find_adapter_file,
     install_ip_adapter,
     ip_adapter_from_text,
     ip_adapter_parameters,
     read_adapter_record,
     read_ip_adapter,
+    set_ip_scale,
 )
 from lit_multiip.backbone.lora import LORA_FILE, add_lora, lora_disabled, read_lora, require_peft
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.record import RECORD, merge_records, read_record, unknown_record
-from lit_multiip.files import hash_file
+from lit_multiip.files import LitMultiIPError, hash_file
 from lit_multiip.methods.aggregators import Aggregator, SelfAttention
+from lit_multiip.methods.identity_loss import IdentityLoss, digest_weights
 from lit_multiip.methods.method import VALIDATION_TIMES, Batch, Method, References
 from lit_multiip.runs import CheckpointError, read_checkpoint
+
+_NO = torch.zeros(1, dtype=torch.bool)
 
 
 class MultiIPAdapter(Method):
@@ -46,6 +52,8 @@ class MultiIPAdapter(Method):
         start: checkpoint of a run of this method, whose weights `fit` starts at; LoRA may be new.
         trained: `adapter`, or `aggregator` alone.
         lora_rank: of LoRA on all of the UNet's attention, trained with the adapter (needs peft); None adds none.
+        kv_lr_factor: K' and V' learn at the optimiser's rate times this; G, Linear, LayerNorm and LoRA at the rate.
+        identity_loss: added to the squared error in training; None adds none.
         lr_schedule: a schedule of `diffusers.optimization.get_scheduler`, stepped every optimiser step.
         kwargs: of `Method`.
     """
@@ -68,13 +76,23 @@ class MultiIPAdapter(Method):
         start: str | None = None,
         trained: Literal["adapter", "aggregator"] = "adapter",
         lora_rank: int | None = None,
+        kv_lr_factor: float = 1.0,
+        identity_loss: IdentityLoss | None = None,
         lr_schedule: str = "cosine",
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, lr_schedule=lr_schedule, **kwargs)
         require_peft(lora_rank)
-        self.make_aggregator, self.ip_adapter, self.trained = aggregator, ip_adapter, trained
-        self.start, self.lora_rank = start, lora_rank
+        if not 0 < kv_lr_factor < math.inf:
+            raise LitMultiIPError(f"model.kv_lr_factor={kv_lr_factor} must be above 0: 1 is one rate for all")
+        if kv_lr_factor != 1 and trained != "adapter":
+            raise LitMultiIPError(
+                f"model.kv_lr_factor={kv_lr_factor} has no effect, as model.trained={trained} leaves K' and V' as they "
+                "are: leave it at 1"
+            )
+        self.make_aggregator, self.ip_adapter, self.trained, self.start = aggregator, ip_adapter, trained, start
+        self.lora_rank, self.kv_lr_factor, self.identity_loss = lora_rank, kv_lr_factor, identity_loss
+        self.identity_network = None if identity_loss is None else identity_loss.network  # so that it moves along
         self.adapter_is_random = False  # made from the text K and V with a random projection, and not yet trained
         self._adapter_file: Path | None = None  # from which the adapter's weights were read
 
@@ -103,8 +121,11 @@ class MultiIPAdapter(Method):
             add_lora(self.unet, self.lora_rank)
         if path is not None:
             self._load_lora(path)
+            self.identity_networks |= read_adapter_record(path).get("identity_networks", {})
         for parameter in ip_adapter_parameters(self.unet).values():
             parameter.requires_grad_(self.trained == "adapter")
+        set_ip_scale(self.unet, self.sampling.ip_scale)  # refuses blocks that the UNet lacks
+        set_ip_scale(self.unet, 1.0)
 
     def _adapter_path(self) -> str | None:
         """Return where the adapter's weights are; None where it is made from the text K and V, at random in part."""
@@ -133,6 +154,23 @@ class MultiIPAdapter(Method):
             )
         read_lora({"unet": self.unet}, find_adapter_file(str(Path(path).with_name(LORA_FILE))))
 
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimiser of what is trained; with `kv_lr_factor` K' and V' are a group of their own."""
+        if self.kv_lr_factor == 1:
+            return super().build_optimizer()
+        named = self.trained_parameters()
+        kv = [parameter for name, parameter in named.items() if ".to_k_ip." in name or ".to_v_ip." in name]
+        others = [parameter for parameter in named.values() if not any(parameter is one for one in kv)]
+        optimizer = self.make_optimizer([{"params": others, "name": "others"}, {"params": kv, "name": "kv"}])
+        *_, group = optimizer.param_groups
+        if group.get("lr") is None:
+            raise LitMultiIPError(
+                f"model.kv_lr_factor={self.kv_lr_factor} needs an optimiser with a learning rate, and "
+                f"{type(optimizer).__name__} has none: set its lr, or leave the factor at 1"
+            )
+        group["lr"] = group["lr"] * self.kv_lr_factor
+        return optimizer
+
     def configure_optimizers(self) -> Any:
         """Return the optimiser of what is trained, and its schedule by the step."""
         if not self.trained_parameters():
@@ -159,11 +197,36 @@ class MultiIPAdapter(Method):
         embeds = self.condition(batch["references"])  # (B, M, D)
         embeds = embeds * ~batch["drop_image"][:, None, None]  # zeros AFTER aggregation
         t = (batch["time"] * self.noise.config.num_train_timesteps).long()  # (B,)
-        error = self.denoising_loss(x, batch["eps"], t, batch["text"], embeds)  # (B,)
+        predicted = self.denoise(x, batch["eps"], t, batch["text"], embeds)
+        error = self.prediction_error(predicted, x, batch["eps"], t, batch.get("loss_map"))  # (B,)
         loss = (error * self.loss_weights(t)).mean()
         self.watch.loss(error, "loss", self.global_step, batch)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        if self.identity_loss is not None:
+            x0 = self.predicted_x0(predicted, x, batch["eps"], t)
+            distance = self._identity_distance(self.identity_loss, x0, batch)
+            self.watch.loss(distance, "identity loss", self.global_step, batch)
+            self.log("train/identity_loss", distance.mean(), sync_dist=True)
+            loss = loss + self.identity_loss.weight * distance.mean()
         return loss
+
+    def _identity_distance(self, identity_loss: IdentityLoss, x0: Tensor, batch: Batch) -> Tensor:
+        """Return the identity loss of each sample, (B,); 0 for those that are not decoded.
+
+        Args:
+            identity_loss: compares images.
+            x0: predicted, scaled latents (B, C, h, w).
+            batch: of `HeldOutGroups` items.
+        """
+        decoded = (batch["time"] < identity_loss.max_time) & ~batch["drop_image"]  # (B,)
+        distance = torch.zeros(len(x0), device=x0.device)
+        if decoded.any():
+            mean, _ = batch["moments"][decoded].chunk(2, dim=1)
+            with torch.no_grad():
+                held_out = self.sampler.decode_signal(mean)
+            made = self.sampler.decode_signal(x0[decoded] / self.backbone.scaling_factor)
+            distance[decoded] = identity_loss(made, held_out)
+        return distance
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss at fixed noise a timestep bin, and the reference gap: what shuffling or dropping the photos costs."""
@@ -192,11 +255,11 @@ class MultiIPAdapter(Method):
 
     # ---- drawing ------------------------------------------------------------------------------------------------
 
-    def generate(self, batch: Batch, references: References = "right", ip_scale: float | None = None) -> Tensor:
+    def generate(self, batch: Batch, references: References = "right", ip_scale: Scale | None = None) -> Tensor:
         """Draw the images of a batch of tasks: RGB, (B, 3, H, W) uint8.
 
         Args:
-            batch: of `TaskDataset` items.
+            batch: of `TaskDataset` items; masks of the first are those of all.
             references: the task's own, none (scale 0 and no LoRA), another person's, or zeros for the aggregated
                 embedding.
             ip_scale: overrides `sampling.ip_scale`.
@@ -204,15 +267,30 @@ class MultiIPAdapter(Method):
         embeds = self.condition(batch["other_references" if references == "other" else "references"])
         if references == "zero":
             embeds = torch.zeros_like(embeds)
+        if batch.get("weighted", _NO).any() and not self.aggregator.counts_repeats:
+            raise LitMultiIPError(
+                f"{type(self.aggregator).__name__} gives photos no weights: leave out weights other than 0 and 1, or "
+                "take another model.aggregator, such as AvgPool"
+            )
+        people = [embeds, *(self.condition(rows) for rows in batch.get("beside", ()))]  # (B, M, D) each
+        negative, masks = None, None
+        if "negatives" in batch:
+            negative = torch.cat([self.condition(rows) for rows in batch["negatives"]], dim=1)
+        if "masks" in batch:  # (B, P, H, W); each person's embeddings share the weight
+            counts = [rows.shape[1] for rows in people]
+            pairs = zip(batch["masks"][0], counts, strict=True)
+            masks = torch.cat([(mask / count).expand(count, -1, -1) for mask, count in pairs])  # (M, H, W)
         alone = references == "none" and self.lora_rank is not None
         with lora_disabled(self.unet) if alone else nullcontext():
             return self.sampler(
                 batch["text"],
                 batch["negative_text"],
-                embeds,
+                torch.cat(people, dim=1),
                 [int(seed) for seed in batch["seed"]],
                 self.image_side,
                 0.0 if references == "none" else ip_scale,
+                negative,
+                masks,
             )
 
     def on_test_start(self) -> None:
@@ -270,8 +348,13 @@ class MultiIPAdapter(Method):
         self.adapter_is_random = False
 
     def on_train_start(self) -> None:
-        """Count the adapter as trained from here on."""
+        """Count the adapter as trained from here on, and by which network."""
         self.adapter_is_random = False
+        if self.identity_loss is not None:
+            network = self.identity_loss.network
+            self.identity_networks |= {digest_weights(network): network.name}
+            if self.gradient_checkpointing:
+                self.sampler.pipe.vae.enable_gradient_checkpointing()
 
     def photo_encoder(self) -> PhotoEncoder:
         """Load the encoder of photos, which is no part of the module."""
@@ -318,6 +401,8 @@ class MultiIPAdapter(Method):
         file = self.ip_adapter if self.ip_adapter in ("auto", "text") else "file"
         return super().describe() | {
             "aggregator": self.settings(),
+            "kv_lr_factor": self.kv_lr_factor,
+            "identity_loss": None if self.identity_loss is None else self.identity_loss.describe(),
             "ip_adapter": file,
             "ip_adapter_sha256": self._adapter_sha256,
             "image_encoder": self.backbone.image_encoder,

@@ -27,6 +27,7 @@ class Aggregator(nn.Module, ABC):
     """
 
     weights_are: str | None = None  # what `photo_weights` are, such as "attention"
+    counts_repeats: bool = True  # whether a photo that is given twice counts twice
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -84,6 +85,8 @@ class Aggregator(nn.Module, ABC):
 class First(Aggregator):
     """The first photo as given, (B, N, D) -> (B, 1, D): the IP-Adapter as published, with one reference."""
 
+    counts_repeats = False
+
     def aggregate(self, embeds: Tensor) -> Tensor:
         """Take row 0."""
         return embeds[:, :1]  # (B, 1, D)
@@ -93,6 +96,7 @@ class MaxPool(Aggregator):
     """Element-wise maximum over the photos, (B, N, D) -> (B, 1, D)."""
 
     weights_are = "share of dimensions won"
+    counts_repeats = False
 
     def aggregate(self, embeds: Tensor) -> Tensor:
         """Take the maximum over N."""

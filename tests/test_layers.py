@@ -11,7 +11,7 @@ FLOORS = (
     ("files", "pixels", "runs"),
     ("data",),
     ("backbone",),
-    ("methods", "datasets", "datamodule"),
+    ("methods", "datasets", "requested", "datamodule"),
     ("evaluation",),
     ("callbacks", "finite", "resume", "export", "pretrained", "tuning", "personalizer"),
     ("console", "cli"),

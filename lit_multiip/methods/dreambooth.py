@@ -333,8 +333,7 @@ class DreamBooth(Method):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss on held-out photos of the person in `data.photos`, at fixed noise, under their personal prompts."""
-        mean, _ = batch["moments"].chunk(2, dim=1)
-        x = mean * self.backbone.scaling_factor  # (B, C, h, w)
+        x = batch["moments"].chunk(2, dim=1)[0] * self.backbone.scaling_factor  # (B, C, h, w)
         text = batch["text"] | self.encode([self.personal_prompt(prompt) for prompt in batch["prompt"]])
         losses = [self.denoising_loss(x, eps, t, text) for t, eps in self.fixed_draws(x, batch["seed"].tolist())]
         self.log("val/loss", torch.cat(losses).mean(), batch_size=len(x), sync_dist=True, prog_bar=True)

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lit_multiip.callbacks import Trainer
 from lit_multiip.cli import CLI
 from lit_multiip.console import errors_in_one_line, set_up_logging
-from lit_multiip.tools.export import export
+from lit_multiip.export.command import export
 from lit_multiip.tools.inspection import inspect
 from lit_multiip.tools.outside import score_images, write_tasks
 

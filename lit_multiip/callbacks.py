@@ -163,8 +163,8 @@ class RecordPeople(L.Callback):
         """Record the training people, the validation people, by whom the checkpoint is chosen, and an adapter's own."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         module: Any = pl_module
-        people = [*data.split.train, *data.split.validation]
-        checkpoint[RECORD] = training_record(people, self.earlier, module.trained_on)
+        people, held_out = data.split.seen
+        checkpoint[RECORD] = training_record(people, self.earlier, module.trained_on, held_out=held_out)
 
 
 class AverageTrained(L.Callback):

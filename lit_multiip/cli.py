@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import glob
 import logging
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +26,8 @@ from lit_multiip.console import blame_config
 from lit_multiip.datamodule import MultiPhotoData, PredictArgs
 from lit_multiip.evaluation import faces, onnx, vision  # noqa: F401  so that a config may call their extractors by name
 from lit_multiip.evaluation.callback import ScoreTest
-from lit_multiip.files import UsageError, only_writer
+from lit_multiip.evaluation.person import ScorePerson
+from lit_multiip.files import UsageError, only_writer, package_file
 from lit_multiip.finite import RequireFinite
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.dreambooth import DreamBooth  # noqa: F401  which a config names
@@ -63,6 +66,9 @@ SHORT: dict[str, tuple[type[Any], tuple[str, ...], dict[str, dict[str, Any]]]] =
     ),
 }
 WHICH_RUN = "folder of a run; without one, a config or a checkpoint the newest under runs/"
+START_RUN = "folder of a run, whose config lies below all others, and at whose weights training starts"
+ONE_PERSON = "folder with five photos or more of one person, whom fit learns; options as in lit_multiip/one_person.yaml"
+LONG = 1000  # steps that are a slip for one person
 
 
 class Parser(LightningArgumentParser):
@@ -105,9 +111,11 @@ class CLI(LightningCLI):
             self.commands = {typed[0]: self.commands[typed[0]]}
         kwargs: dict[str, Any] = parser_kwargs | {name: {"command": name} for name in self.commands}
         self.chosen = runs.choose_run(typed, self.commands, self.without_run) if run else None
-        if self.chosen is not None:
-            command, folder, _ = self.chosen
-            kwargs[command]["default_config_files"] = [glob.escape(str(folder / "config.yaml"))]
+        below = [] if self.chosen is None else [self.chosen[1] / "config.yaml"]
+        if typed[:1] == ["fit"] and _tunes_on_one_person(typed):
+            below.append(package_file("one_person.yaml"))
+        if below:
+            kwargs[typed[0]]["default_config_files"] = [glob.escape(str(file)) for file in below]
         super().__init__(
             Method,
             MultiPhotoData,
@@ -151,8 +159,11 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(ScoreTest, "score")
 
         command = getattr(parser, "command", None)
-        if command not in (None, "fit"):
-            parser.add_argument("--run", type=str | None, default=None, help=WHICH_RUN)
+        if command is not None:
+            help_of_run = START_RUN if command == "fit" else WHICH_RUN
+            parser.add_argument("--run", type=str | None, default=None, help=help_of_run)
+        if command == "fit":
+            parser.add_argument("--photos", type=str | None, default=None, help=ONE_PERSON)
         for _, commands, short in SHORT.values():
             for name, details in short.items() if command in commands else ():
                 parser.add_argument(f"--{name}", default=None, **details)
@@ -171,14 +182,37 @@ class CLI(LightningCLI):
                 given = {name: self.options[name] for name in short if self.options.get(name) is not None}
                 if given and self.config.get("subcommand") in commands:
                     self.options[place] = Namespace({**asdict(cls()), **(self.options.get(place) or {}), **given})
+        if self.config.get("subcommand") == "fit":
+            self._settle_person()
         if "subcommand" in self.config:
             self._find_checkpoint(self.config.subcommand, self.options)
+
+    def _settle_person(self) -> None:
+        """Put `--photos` where a run's config keeps it; `--run` is in what it was the start of."""
+        self.options.pop("run")
+        photos = self.options.pop("photos")
+        if photos is not None:
+            self.options.data.photos = photos
+        steps = self.options.trainer.max_steps
+        if self.options.data.photos is not None and steps is not None and steps > LONG:
+            logger.warning(
+                "trainer.max_steps=%d is much for the photos of one person: lay lit_multiip/one_person.yaml over the "
+                "other configs, or set it",
+                steps,
+            )
 
     def _find_checkpoint(self, command: str, config: Namespace) -> None:
         """Put a checkpoint's file where the run that was chosen, `last` or `best` stand for one."""
         path = config.get("ckpt_path")
         if self.chosen is not None and path in (None, "last"):
             _, run, checkpoint = self.chosen
+            if command == "fit" and path is None:
+                if "start" not in config.model.init_args:
+                    kind = config.model.class_path.rpartition(".")[2]
+                    raise UsageError(f"fit cannot start {kind} at run '{run}': only an adapter can; leave --run out")
+                config.model.init_args.start = str(checkpoint)
+                logger.info("fit starts at run %s, checkpoint %s", run, checkpoint.name)
+                return
         elif path in ("last", "best"):
             home, version = runs.home_of_runs(config.trainer, config.model)
             for given in (Path(str(file)) for file in config.config or []):
@@ -261,6 +295,15 @@ class CLI(LightningCLI):
                     raise
 
 
+def _tunes_on_one_person(args: Sequence[str]) -> bool:
+    """Return whether a command line names photos to start with; a run that goes on has its config."""
+    look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--photos", "--data.photos", "--ckpt_path"):
+        look.add_argument(name, nargs="?")
+    given, _ = look.parse_known_args(list(args))
+    return vars(given)["ckpt_path"] is None and any(vars(given)[name] for name in ("photos", "data.photos"))
+
+
 def choose_precision() -> str:
     """Return `bf16-mixed` where this machine multiplies 16-bit matrices in hardware, and `32-true` elsewhere.
 
@@ -293,6 +336,7 @@ def trainer_defaults() -> dict[str, Any]:
             ExactResume(),
             callbacks.ValidateBySteps(),
             ModelCheckpoint(filename="last", monitor=None, save_top_k=1, enable_version_counter=False),
+            ScorePerson(),
             callbacks.SavePredictions(),
             callbacks.RecordPeople(),
             callbacks.AverageTrained(),

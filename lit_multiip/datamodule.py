@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
@@ -19,19 +17,14 @@ from lit_multiip.backbone.features import Features
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.checking import check_photos
 from lit_multiip.data.drawing import (
-    NOTHING,
-    Drawing,
     PredictArgs,
-    draw_person,
-    draw_together,
-    read_masks,
     without_copies,
 )
 from lit_multiip.data.groups import Balance, Target
-from lit_multiip.data.people import MiniFaces, PeopleSource, Person, check_names_differ, read_person
+from lit_multiip.data.people import MiniFaces, PeopleSource, Person, find_person, read_person
 from lit_multiip.data.photos import DataError, Photo
-from lit_multiip.data.split import Split, select_people, split_people
-from lit_multiip.data.tasks import Task, add_intruders, make_tasks
+from lit_multiip.data.split import PhotoSplit, Split, select_people, split_people, split_photos
+from lit_multiip.data.tasks import Task, add_intruders, make_tasks, person_tasks
 from lit_multiip.data.variants import describe_augment, vary
 from lit_multiip.datasets import (
     EpochSampler,
@@ -43,18 +36,22 @@ from lit_multiip.datasets import (
     TaskDataset,
     ignore_ctrl_c,
     reference_set,
+    warn_of_changes,
 )
+from lit_multiip.requested import RequestData
 
 logger = logging.getLogger(__name__)
 
 MOST_WORKERS = 256  # of a loader; more are a slip
 
 
-class MultiPhotoData(L.LightningDataModule):
+class MultiPhotoData(RequestData):
     """Groups of a person's photos for training, and tasks for validation, test and predict.
 
     Where the trainer's module learns a person at a time (`per_person`), fit is given `person` alone: the reference
     set that a test gives them, nothing held out, and no validation.
+
+    With `photos`, one person's photos are split in place of people, and fit tunes on all but the held-out ones.
 
     Args:
         backbone: its frozen encoders make the features; shared with the model.
@@ -74,7 +71,7 @@ class MultiPhotoData(L.LightningDataModule):
         test_names: likewise.
         held_out: evaluation tasks: held-out photos a test person, at most.
         seeds: images per held-out photo.
-        validation_held_out: held-out photos a validation person.
+        validation_held_out: held-out photos a validation person; of the person in `photos`, at most one of five.
         tested: whose tasks `test` scores; options are chosen on `validation`, and `train` shows what was learned
             by heart.
         tested_people: the most people of them, a seeded subset; None takes all.
@@ -91,6 +88,9 @@ class MultiPhotoData(L.LightningDataModule):
         seed: of the split, the groups and the tasks.
         training_seed: of the training groups alone, for several trainings on one protocol; None takes `seed`.
         predict: what `predict` draws.
+        photos: folder with five photos or more of the one person whom fit learns.
+        prior_people: training people of the source that an adapter is tuned on beside them, as often; 0 needs no
+            source.
         person: whom fit learns, where the method learns one person; whom predict draws.
         crop: cut every photo to a square at its face, or to a fixed share of its middle, for encoders and scores alike;
             None takes its central square.
@@ -127,6 +127,8 @@ class MultiPhotoData(L.LightningDataModule):
         seed: int = 0,
         training_seed: int | None = None,
         predict: PredictArgs | None = None,
+        photos: str | None = None,
+        prior_people: int = 0,
         person: str | None = None,
         crop: FaceCrop | None = None,
         variants: int = 1,
@@ -146,7 +148,9 @@ class MultiPhotoData(L.LightningDataModule):
             raise DataError("batch sizes, references, held_out and seeds must be at least 1")
         if not 0 <= num_workers <= MOST_WORKERS:
             raise DataError(f"data.num_workers is {num_workers}: give 0 to {MOST_WORKERS}")
-        for name, given in (("seed", seed), ("training_seed", training_seed or 0)):
+        if photos is not None and (person is not None or intruders):
+            raise DataError(f"data.photos='{photos}' is one person alone: leave data.person and data.intruders out")
+        for name, given in (("seed", seed), ("training_seed", training_seed or 0), ("prior_people", prior_people)):
             if given < 0:
                 raise DataError(f"data.{name} is {given}: it must not be negative")
         if min(drop) < 0 or sum(drop) > 1:
@@ -165,7 +169,9 @@ class MultiPhotoData(L.LightningDataModule):
         self.cache_dir, self.encode_batch_size, self.seed = cache_dir, encode_batch_size, seed
         self.training_seed = seed if training_seed is None else training_seed
         self.predict_args, self.person = predict or PredictArgs(), person
+        self.photos, self.prior_people = photos, prior_people
         self.variants, self.augment, self.intruders = variants, augment, intruders
+        self.device: torch.device | str = "cpu"  # of the encoders, where there is no trainer
         self.face_weight = face_weight
         self.face_maps: FaceMaps | None = None  # of the training photos, once fit is set up
         self.per_person = False  # setup asks the trainer's module
@@ -180,8 +186,8 @@ class MultiPhotoData(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Fetch or extract the source once, on one process, and find the faces where photos are cut at them."""
-        people = self.source.people()
-        if self.crop is not None and self.crop.share is None:
+        people = self.source.people() if self.photos is None or self.prior_people else []
+        if people and self.crop is not None and self.crop.share is None:
             chosen = select_people(people, self.min_photos, self.max_people, self.seed)
             readable = check_photos(chosen, self.on_unreadable)
             photos = [photo for person in readable for photo in person.photos]
@@ -203,18 +209,20 @@ class MultiPhotoData(L.LightningDataModule):
             self._setup_predict(*self._read_drawing(self.predict_args.photos))
             return
         if self.split is None:
-            self.split = self._split()
+            self.split = self._split() if self.photos is None else self.split_photos(read_person(self.photos))
         if stage == "predict":
-            person = self._find(self.person) if self.person else self.split.test[0]
+            person = self._chosen() if self.photos or self.person else self.split.test[0]
             self._setup_predict(person, self._tested(person).references)
             return
         training: list[Photo] = []
         if stage == "fit" and self.per_person:
-            self.tuning = self._tested(self._find(self.person))
+            self.tuning = self._tested(self._chosen())
             training = list(self.tuning.references)
         elif stage == "fit":
             training = [photo for person in self.split.people_of("train") for photo in person.photos]
-        if stage in ("fit", "validate") and not self.per_person:
+        if self.photos is not None:
+            self.validation_tasks, self.tasks = ([], self.draw_tasks()) if stage == "test" else (self.draw_tasks(), [])
+        elif stage in ("fit", "validate") and not self.per_person:
             self.validation_tasks = make_tasks(
                 self.split.people_of("validation"), self.references, self.validation_held_out, 1, self.seed
             )
@@ -234,51 +242,37 @@ class MultiPhotoData(L.LightningDataModule):
     def draw_tasks(self) -> list[Task]:
         """Draw the tasks of a test, and encode nothing."""
         if self.split is None:
-            self.split = self._split()
+            self.split = self._split() if self.photos is None else self.split_photos(read_person(self.photos))
+        if self.photos is not None:
+            out, references = self.split.validation[0].photos, self._tested(self._chosen()).references
+            self.tasks = person_tasks(references, out, self.seeds, self.seed)
+            return self.tasks
         people = select_people(self.split.people_of(self.tested), 2, self.tested_people, self.seed)
         tasks = make_tasks(people, self.references, self.held_out, self.seeds, self.seed)
         self.tasks = add_intruders(tasks, self.intruders, self.seed)
         return self.tasks
 
-    def read_references(self, folder: str) -> tuple[Person, tuple[Photo, ...]]:
-        """Read a folder with photos of one person, any number, and draw `references` of them."""
-        [person] = self._cut(check_photos([read_person(folder)], self.on_unreadable, progress=False))
-        return person, self._draw_references(person)
+    def own_references(self) -> dict[str, Sequence[Photo]]:
+        """Return the references of the person in `photos`, by name; none of them is held out."""
+        self.split = self.split or self.split_photos(read_person(str(self.photos)))
+        return {self._chosen().name: self._tested(self._chosen()).references}
 
-    def _read_drawing(self, folders: str | list[str]) -> tuple[Person, tuple[Photo, ...], Drawing]:
-        """Read what `predict` names, and refuse what does not fit before anything is encoded."""
-        args, read = self.predict_args, partial(check_photos, on_unreadable=self.on_unreadable, progress=False)
-        people = [read_person(folder) for folder in ([folders] if isinstance(folders, str) else folders)]
-        negatives = [] if args.negatives is None else self._cut(read([read_person(args.negatives)]))
-        if not people:
-            raise DataError("data.predict.photos names no folder: give one a person")
-        check_names_differ(people)
-        people, masks = self._cut(read(people)), read_masks(args.masks or ())
-        options = {"weights": args.weights, "negatives": negatives, "masks": masks}
-        return people[0], *self.draw_together(people, **options)
+    def split_photos(self, person: Person) -> PhotoSplit:
+        """Hold out some photos of one person; beside the others train the people who serve as prior."""
+        wanted = 0 if self.per_person else self.prior_people
+        prior = select_people(self._split().train, 2, wanted, self.seed) if wanted else []
+        return split_photos(self.readable(person), self.validation_held_out, self.seed, prior)
 
-    def draw_together(self, people: Sequence[Person], **options: Any) -> tuple[tuple[Photo, ...], Drawing]:
-        """Draw the references of people in one picture, by the options of `data.drawing.draw_together`."""
-        if self.per_person and (len(people) > 1 or any(options.values())):
-            raise DataError("a method that tunes on one person takes no weights, negatives or masks: leave them out")
-        first, drawing = draw_together(people, self.references, self.seed, **options)
-        drawing.check_side(self.backbone.image_side)
-        return first, drawing
-
-    def _find(self, name: str | None) -> Person:
-        """Return the person of that name, on whichever side of the split."""
+    def _chosen(self) -> Person:
+        """Return the person of `photos`, else `person`."""
         assert self.split is not None
-        people = [*self.split.test, *self.split.validation, *self.split.train]
-        for person in people:
-            if person.name == name:
-                return person
-        known = [person.name for person in people]
-        close = ", ".join(difflib.get_close_matches(name or "", known) or known[:3])
-        wrong = "this method learns one person" if name is None else f"there is no person '{name}'"
-        raise DataError(f"{wrong}: set data.person to one of the {len(known)}, such as {close}")
+        return self.split.train[0] if self.photos is not None else find_person(self.split.everyone, self.person)
 
     def _tested(self, person: Person) -> Task:
         """Return one of a person's tasks in a test; all of them have the same references."""
+        if self.photos is not None:  # a method that tunes on one person takes all of theirs
+            photos = person.photos if self.per_person else self.draw_references(person)
+            return Task(person.name, photos, photos[0], photos[0].prompt, self.seed)
         return make_tasks([person], self.references, self.held_out, 1, self.seed)[0]
 
     def _find_stranger(self, tasks: Sequence[Task]) -> dict[str, tuple[Photo, ...]]:
@@ -289,15 +283,12 @@ class MultiPhotoData(L.LightningDataModule):
         assert self.split is not None
         others = [person for person in self.split.train if person.name not in names]
         if not others:
-            logger.warning(
-                "%s is the only person: without others' photos val/gap_shuffled and the row other_person are left out",
-                *names,
+            what = (
+                "%s is the only person: without others' photos val/gap_shuffled and the row other_person are left out"
             )
+            logger.log(logging.INFO if self.photos is not None else logging.WARNING, what, *names)
             return {}
         return {name: self._tested(others[0]).references for name in names}
-
-    def _cut(self, people: list[Person]) -> list[Person]:
-        return people if self.crop is None else self.crop(people, self.cache_dir)
 
     def _split(self) -> Split:
         people = select_people(self.source.people(), self.min_photos, self.max_people, self.seed)
@@ -311,24 +302,12 @@ class MultiPhotoData(L.LightningDataModule):
         logger.info("people: %d train, %d validation, %d test", *sizes)
         return split
 
-    def _draw_references(self, person: Person) -> tuple[Photo, ...]:
-        return draw_person(person, self.references, self.seed)
-
-    def _setup_predict(self, person: Person, references: tuple[Photo, ...], drawing: Drawing = NOTHING) -> None:
-        args = self.predict_args
-        prompts = args.prompts or list(dict.fromkeys(photo.prompt for photo in person.photos))[:4]
-        if not args.seeds or not all(prompts):
-            raise DataError("data.predict needs at least one seed, and prompts that are not empty")
-        rest = (person.name, references)
-        self.requests = [Request(*rest, prompt, seed, drawing) for prompt in prompts for seed in args.seeds]
-        self._build([*references, *drawing.photos()], [], prompts)
-
     def _build(self, photos: Iterable[Photo], targets: Iterable[Photo], prompts: Iterable[str]) -> None:
         """Encode photos that condition, photos whose latents are needed, and prompts."""
         if self.per_person:  # it tunes on the latents of the references, and needs no embeddings
             photos, targets = [], [*photos, *targets]
         strategy: Any = self.trainer.strategy if self.trainer is not None else None
-        device = strategy.root_device if strategy else "cpu"
+        device = strategy.root_device if strategy else self.device
         self.features = Features(self.backbone, self.cache_dir, device, self.encode_batch_size)
         self.features.build(photos, targets, prompts, *self._rank_and_world())
         if strategy:
@@ -343,7 +322,7 @@ class MultiPhotoData(L.LightningDataModule):
             return DataLoader(OnePerson(item), batch_size=1)
         references = 1 if self.target == "reference" else self.references
         choices = (self.balance, self.target, self.drop, self.variants, self.augment, self.intruders, self.face_maps)
-        groups = HeldOutGroups(self.split.train, self.features, self.training_seed, references, *choices)
+        groups = HeldOutGroups(self._trained_people(), self.features, self.training_seed, references, *choices)
         rank, world = self._rank_and_world()
         sampler = EpochSampler(len(groups), self.training_seed, rank, world, self._start(len(groups) // world))
         if len(sampler) < self.batch_size:
@@ -360,6 +339,15 @@ class MultiPhotoData(L.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def _trained_people(self) -> list[Person]:
+        """Return the training people; the one of `photos` as often as all others, and as often as a batch has room."""
+        assert self.split is not None
+        if self.photos is None:
+            return self.split.train
+        person, *prior = self.split.train
+        room = self.batch_size * self._rank_and_world()[1] / (self.references + 1)  # persons a batch of all ranks
+        return [person] * max(len(prior), math.ceil(room)) + prior
 
     def state_dict(self) -> dict[str, Any]:
         """Return where training is, and by what its epochs are divided, for a checkpoint."""
@@ -389,14 +377,7 @@ class MultiPhotoData(L.LightningDataModule):
         """Return the epoch in which training goes on, and how many of its samples this rank has had."""
         if self.position is None:
             return 0, 0
-        then, now = self.position, self._divisions(samples)
-        changed = [f"{name} {then.get(name)} => {value}" for name, value in now.items() if then.get(name) != value]
-        if changed:
-            logger.warning(
-                "the checkpoint was trained with other data or batches (%s): training goes on from its weights, with "
-                "other samples than an uninterrupted run's",
-                ", ".join(changed),
-            )
+        warn_of_changes(self.position, self._divisions(samples))
         return self.position["epoch"], min(self.position["batch"] * self.batch_size, samples)
 
     def val_dataloader(self) -> DataLoader[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from lit_multiip.data.people import Person
 from lit_multiip.data.photos import DataError, Photo
 from lit_multiip.data.tasks import Task
 from lit_multiip.data.variants import Augment, vary
+
+logger = logging.getLogger(__name__)
 
 
 class HeldOutGroups(Dataset[dict[str, Any]]):
@@ -295,6 +298,17 @@ class OnePerson(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
             yield self.item
+
+
+def warn_of_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warn where epochs are divided otherwise than those of the checkpoint that training goes on from."""
+    changed = [f"{name} {then.get(name)} => {value}" for name, value in now.items() if then.get(name) != value]
+    if changed:
+        logger.warning(
+            "the checkpoint was trained with other data or batches (%s): training goes on from its weights, with "
+            "other samples than an uninterrupted run's",
+            ", ".join(changed),
+        )
 
 
 @dataclass(frozen=True)

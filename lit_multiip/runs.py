@@ -149,9 +149,9 @@ def choose_run(
 ) -> tuple[str, Path, Path] | None:
     """Choose the run whose config a command line leaves out; None where it needs none.
 
-    `fit --ckpt_path last` without a config takes the newest run. Another command takes `--run`, or the newest run where
-    there is no config and no checkpoint either. Ranks that Lightning starts take what the process that started them
-    took.
+    `fit --ckpt_path last` without a config takes the newest run, and `fit --run` starts at one. Another command takes
+    `--run`, or the newest run where there is no config and no checkpoint either. Ranks that Lightning starts take what
+    the process that started them took.
 
     Args:
         args: the command line, the command first.
@@ -169,14 +169,14 @@ def choose_run(
         look.add_argument(name, nargs="?", const="")
     command, (given, _) = args[0], look.parse_known_args(args[1:])
     if command == "fit":
-        if given.ckpt_path != "last" or given.config:
+        if given.run is None and (given.ckpt_path != "last" or given.config):
             return None
     elif given.run is None and (given.config or given.ckpt_path is not None):
         return None
     starter, _, folder = os.environ.get(CHOSEN, "").partition(":")
     if "LOCAL_RANK" not in os.environ or starter != str(os.getppid()):
         folder = given.run or ""
-    if command == "fit":
+    if command == "fit" and given.ckpt_path == "last":
         run, checkpoint = (
             (Path(folder), newest_checkpoint(Path(folder))) if folder else run_to_continue(Path("runs"), "*/*")
         )

@@ -129,7 +129,7 @@ def test_a_config_of_a_method_writes_out_where_its_defaults_are_not_the_first_me
 def test_a_method_without_its_config_has_its_own_defaults(capsys):
     options = ["--model", "DreamBooth", "--model.steps", "7", "--model.sampling.steps", "3"]
     args = printed_config(capsys, "test", *options)["model"]["init_args"]
-    assert args["steps"] == 7 and args["sampling"]["steps"] == 3 and args["prior_weight"] == 1.0
+    assert args["steps"] == 7 and args["sampling"]["steps"] == 3 and args["prior_weight"] == 0.0
     assert "aggregator" not in args
 
 

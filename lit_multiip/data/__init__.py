@@ -4,8 +4,8 @@ from lit_multiip.data.checking import check_photos
 from lit_multiip.data.hf_dataset import HFDataset
 from lit_multiip.data.lfw import LFW
 from lit_multiip.data.people import Folder, MiniFaces, PeopleSource, Person, read_person
-from lit_multiip.data.photos import DataError, DrawnPhoto, FilePhoto, Photo
-from lit_multiip.data.split import Split, select_people, split_people
+from lit_multiip.data.photos import DataError, DrawnPhoto, FilePhoto, Photo, PicturePhoto
+from lit_multiip.data.split import PhotoSplit, Split, select_people, split_people, split_photos
 from lit_multiip.data.tasks import Task, make_tasks
 
 __all__ = [
@@ -19,6 +19,8 @@ __all__ = [
     "PeopleSource",
     "Person",
     "Photo",
+    "PhotoSplit",
+    "PicturePhoto",
     "Split",
     "Task",
     "check_photos",
@@ -26,4 +28,5 @@ __all__ = [
     "read_person",
     "select_people",
     "split_people",
+    "split_photos",
 ]

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+from PIL import Image
 
 from lit_multiip.data import mini_faces
 from lit_multiip.data.captions import METADATA, TEMPLATE, check_template, fill_template, read_captions, read_metadata
 from lit_multiip.data.names import natural_key, normalise_name
-from lit_multiip.data.photos import DataError, DrawnPhoto, FilePhoto, Photo
+from lit_multiip.data.photos import DataError, DrawnPhoto, FilePhoto, Photo, PicturePhoto
 from lit_multiip.files import shorten
 
 logger = logging.getLogger(__name__)
 
+PhotoLike = str | Path | Image.Image | Photo
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -97,17 +101,25 @@ def read_person(path: str | Path, template: str = TEMPLATE) -> Person:
         DataError: the folder is missing or holds no photos, or a caption is at fault.
     """
     folder = Path(os.path.abspath(Path(path).expanduser()))  # "." and ".." get a name, links keep theirs
-    person = _read_person(folder, list_folder(folder), check_template(template), {})
-    if not person.photos:
-        raise DataError(f"no photos in {folder}: it must hold one person's {', '.join(SUFFIXES)} files")
-    return person
+    entries = list_folder(folder)
+    person = _read_person(folder, entries, check_template(template), {})
+    if person.photos:
+        return person
+    inside = [entry.name for entry in entries if entry.is_dir() and any(map(is_photo, list_folder(entry)))]
+    if inside:
+        raise DataError(
+            f"{folder} holds the folders of {len(inside)} people ({shorten(inside)}), and one person's is wanted: give "
+            f"{folder / inside[0]}; all together train an adapter: fit --config configs/self_attn.yaml --config "
+            f"configs/data/folder.yaml --data.source.init_args.path {folder}"
+        )
+    raise DataError(f"no photos in {folder}: it must hold one person's {', '.join(SUFFIXES)} files")
 
 
 def list_folder(folder: Path) -> list[Path]:
     """List a folder in natural order, without hidden entries. Only one level is read, so looping links do no harm."""
     if not folder.is_dir():
         fault = "is not a folder" if folder.exists() else "does not exist"
-        raise DataError(f"photo folder {folder} {fault}: set the source's path to a folder of photos")
+        raise DataError(f"photo folder {folder} {fault}: give a folder of photos")
     try:
         found = [entry for entry in folder.iterdir() if not entry.name.startswith((".", "__MACOSX"))]
     except OSError as error:
@@ -133,6 +145,58 @@ def _read_person(folder: Path, entries: Sequence[Path], template: str, prompts: 
     prompts = {**prompts, **read_metadata(folder, photos), **read_captions(texts, photos)}
     default = fill_template(template, name)
     return Person(name, tuple(FilePhoto(name, photo.name, prompts.get(photo, default), photo) for photo in photos))
+
+
+def find_person(people: Sequence[Person], name: str | None) -> Person:
+    """Return the person of that name, whom a method that learns one person is to learn."""
+    for person in people:
+        if person.name == name:
+            return person
+    known = [person.name for person in people]
+    close = ", ".join(difflib.get_close_matches(name or "", known) or known[:3])
+    wrong = "this method learns one person" if name is None else f"there is no person '{name}'"
+    raise DataError(
+        f"{wrong}: set data.person to one of the {len(known)}, such as {close}, or give photos of one, --photos FOLDER"
+    )
+
+
+def read_photos(given: PhotoLike | Sequence[PhotoLike], name: str) -> Person:
+    """Make one person of files, folders, pictures and photos; a single folder gives its own name."""
+    given = [given] if isinstance(given, str | Path | Image.Image | Photo) else list(given)
+    if len(given) == 1 and isinstance(given[0], str | Path) and Path(given[0]).expanduser().is_dir():
+        return read_person(given[0])
+    photos: list[Photo] = []
+    for number, one in enumerate(given, 1):
+        if isinstance(one, Photo):
+            photos.append(one)
+        elif isinstance(one, Image.Image):
+            photos.append(PicturePhoto.of(name, f"picture_{number}.png", TEMPLATE, one))
+        elif not isinstance(one, str | Path):
+            raise DataError(f"{one!r} is no photo: give files, folders of one person's photos, or pictures (PIL)")
+        elif (path := Path(one).expanduser()).is_dir():
+            photos += read_person(path).photos
+        else:
+            photos.append(_read_file(path))
+    if not photos:
+        raise DataError("there are no photos: give files, folders of one person's photos, or pictures")
+    counts: dict[str, int] = {}
+    named = []
+    for photo in photos:  # names are unique within a person
+        counts[photo.name] = counts.get(photo.name, 0) + 1
+        unique = photo.name if counts[photo.name] == 1 else f"{counts[photo.name]}_{photo.name}"
+        named.append(replace(photo, person=name, name=unique))
+    return Person(name, tuple(named))
+
+
+def _read_file(path: Path) -> Photo:
+    """Return a photo's file, with the text file beside it as its prompt."""
+    if not path.is_file():
+        raise DataError(f"there is no photo '{path}': give a file, a folder of one person's photos, or a picture")
+    if not is_photo(path):
+        raise DataError(f"'{path}' is no photo: give a .jpg, .png, .webp or .bmp file")
+    caption = path.with_suffix(".txt")
+    prompts = read_captions([caption], [path]) if caption.is_file() else {}
+    return FilePhoto("", path.name, prompts.get(path, TEMPLATE), path)
 
 
 class MiniFaces(PeopleSource):

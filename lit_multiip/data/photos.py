@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -92,6 +93,34 @@ class FilePhoto(Photo):
         if not self._digest:
             object.__setattr__(self, "_digest", hash_file(self.path))
         return self._digest
+
+
+@dataclass(frozen=True, slots=True)
+class PicturePhoto(Photo):
+    """A picture in memory; transparency is laid over white."""
+
+    picture: Image.Image = field(repr=False, compare=False)
+    digest: str
+
+    @classmethod
+    def of(cls, person: str, name: str, prompt: str, picture: Image.Image) -> PicturePhoto:
+        """Make a photo of a picture that is decoded and large enough."""
+        if min(picture.size) < MIN_SIDE:
+            raise DataError(
+                f"{name} has {picture.width} x {picture.height} px, and each side needs at least {MIN_SIDE} px: leave "
+                "it out"
+            )
+        rgb = _to_rgb(picture)
+        digest = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
+        return cls(person, name, prompt, rgb, digest)
+
+    def image(self) -> Image.Image:
+        """Return the picture."""
+        return self.picture
+
+    def content_key(self) -> str:
+        """Return the SHA-256 (hex) of size and pixels."""
+        return self.digest
 
 
 @dataclass(frozen=True, slots=True)

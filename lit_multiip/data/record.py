@@ -10,15 +10,19 @@ from torch import Tensor
 
 from lit_multiip.data.names import normalise_name
 from lit_multiip.data.people import Person
+from lit_multiip.data.photos import Photo
 from lit_multiip.files import hash_text
 
 RECORD = "trained_on"  # key in a checkpoint, section of an exported adapter's file
+HELD_OUT = "held_out"  # key in a record: photos of one person that chose a checkpoint and that none was trained on
 INCOMPLETE = "incomplete"  # key in a record, present where some weights carry no record of their own
 
 Record = Mapping[str, Tensor]
 
 
-def training_record(people: Sequence[Person], *earlier: Record | None) -> dict[str, Tensor]:
+def training_record(
+    people: Sequence[Person], *earlier: Record | None, held_out: Sequence[Photo] = ()
+) -> dict[str, Tensor]:
     """Record whom weights have seen, in training or in their choice by validation.
 
     It holds SHA-256 of names and photos alone, so that a checkpoint that is passed on reveals no name.
@@ -26,20 +30,23 @@ def training_record(people: Sequence[Person], *earlier: Record | None) -> dict[s
     Args:
         people: the training and validation people.
         earlier: records of the weights that this training started from; None where those were trained on nobody.
+        held_out: photos of one person by which the weights were chosen.
 
     Returns:
         `people` (P, 32) and `photos` (Q, 32): sorted digests of names and of photos' contents, uint8; and
-        `incomplete` (), where an earlier record is incomplete.
+        `incomplete` (), where an earlier record is incomplete; and `held_out` (H, 32), where there are any.
     """
     found = {
         "people": (digest_name(person.name) for person in people),
         "photos": (bytes.fromhex(photo.original().content_key()) for person in people for photo in person.photos),
+        HELD_OUT: (bytes.fromhex(photo.original().content_key()) for photo in held_out),
     }
     known = [record for record in earlier if record is not None]
     record: dict[str, Tensor] = {}
     for key, digests in found.items():
         rows = sorted(set(digests).union(*(digests_in(one, key) for one in known)))
-        record[key] = torch.from_numpy(np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 32).copy())
+        if rows or key != HELD_OUT:
+            record[key] = torch.from_numpy(np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 32).copy())
     return record | {INCOMPLETE: torch.tensor(1)} if any(map(is_incomplete, known)) else record
 
 
@@ -60,7 +67,7 @@ def read_record(section: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         key not in section or section[key].dtype != torch.uint8 or section[key].shape[1:] != (32,) for key in keys
     ):
         return unknown_record()
-    return {key: value for key, value in section.items() if key in (*keys, INCOMPLETE)}
+    return {key: value for key, value in section.items() if key in (*keys, HELD_OUT, INCOMPLETE)}
 
 
 def is_incomplete(record: Record) -> bool:
@@ -74,5 +81,5 @@ def digest_name(name: str) -> bytes:
 
 
 def digests_in(record: Record, key: str) -> set[bytes]:
-    """Return the digests of a record, of `people` or of `photos`."""
-    return {row.tobytes() for row in record[key].numpy()}
+    """Return the digests of a record, of `people`, `photos` or `held_out`."""
+    return {row.tobytes() for row in record[key].numpy()} if key in record else set()

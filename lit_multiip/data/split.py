@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +12,13 @@ import numpy as np
 from lit_multiip.data.captions import read_text
 from lit_multiip.data.names import natural_key, normalise_name
 from lit_multiip.data.people import Person, check_names_differ
-from lit_multiip.data.photos import DataError
-from lit_multiip.files import shorten
+from lit_multiip.data.photos import DataError, Photo
+from lit_multiip.files import hash_text, shorten
 
 logger = logging.getLogger(__name__)
 
 SIDES = ("train", "validation", "test")
+LEAST_PHOTOS = 5  # to tune on one person: one is held out, and of the other four one is restored from three
 
 
 def select_people(
@@ -63,6 +64,16 @@ class Split:
     test: list[Person]
     test_alone: bool = False
 
+    @property
+    def everyone(self) -> list[Person]:
+        """Return the people of all sides, who are tested first."""
+        return [*self.test, *self.validation, *self.train]
+
+    @property
+    def seen(self) -> tuple[list[Person], Sequence[Photo]]:
+        """Return whom a checkpoint has seen, in training or in its choice, and photos of one person that chose it."""
+        return [*self.train, *self.validation], ()
+
     def __post_init__(self) -> None:
         """Check that the sides are disjoint and that none is empty."""
         for side in SIDES[2:] if self.test_alone else SIDES:
@@ -81,6 +92,55 @@ class Split:
             remedy = "lower it, or set data.tested to test"
             raise DataError(f"data.test_fraction=1 makes test people of everyone, no {side} people: {remedy}")
         return people
+
+
+class PhotoSplit(Split):
+    """One person's photos in place of people.
+
+    `train` holds the person with the photos to tune on, and then the people who serve as prior; `validation` and `test`
+    hold the person with the held-out photos.
+    """
+
+    @property
+    def seen(self) -> tuple[list[Person], Sequence[Photo]]:
+        """Return whom a checkpoint was trained on, and by which photos it was chosen."""
+        return self.train, self.validation[0].photos
+
+    def __post_init__(self) -> None:
+        """Refuse a held-out photo among those to tune on, and the person among the prior."""
+        person, *prior = self.train
+        check_names_differ([person, *prior])
+        tuned = {photo.original().content_key() for one in self.train for photo in one.photos}
+        for photo in self.validation[0].photos:
+            if photo.original().content_key() in tuned:
+                raise DataError(f"'{photo.name}' of '{photo.person}' is held out and tuned on: delete its copy")
+
+
+def split_photos(person: Person, held_out: int = 2, seed: int = 0, prior: Sequence[Person] = ()) -> PhotoSplit:
+    """Hold out some photos of one person: `held_out`, and at most one of five.
+
+    Args:
+        person: with photos of different content.
+        held_out: the most photos that are held out.
+        seed: of the draw, which depends on the photos' contents and not on their names or order.
+        prior: people to tune on beside the person.
+
+    Raises:
+        DataError: the person has fewer than `LEAST_PHOTOS` photos.
+    """
+    count = len(person.photos)
+    if count < LEAST_PHOTOS:
+        raise DataError(
+            f"'{person.name}' has {count} different photos, and tuning takes {LEAST_PHOTOS}, one of them held out: add "
+            "photos, or draw without tuning: predict --photos <folder>"
+        )
+    order = sorted(person.photos, key=lambda photo: hash_text(f"{seed} {photo.content_key()}"))
+    out = set(order[: min(held_out, count // LEAST_PHOTOS)])
+    kept, left = ([photo for photo in person.photos if (photo in out) is side] for side in (False, True))
+    unseen = [replace(person, photos=tuple(left))]
+    what = "%s: %d photos to tune on; held out and never trained on: %s"
+    logger.info(what, person.name, len(kept), shorten(photo.name for photo in left))
+    return PhotoSplit([replace(person, photos=tuple(kept)), *prior], unseen, unseen)
 
 
 def split_people(

@@ -75,6 +75,15 @@ def make_tasks(
     return tasks
 
 
+def person_tasks(references: Sequence[Photo], held_out: Sequence[Photo], seeds: int = 1, seed: int = 0) -> list[Task]:
+    """Return the tasks of one person whose photos are split already, `seeds` images a held-out photo."""
+    return [
+        Task(photo.person, tuple(references), photo, photo.prompt, _noise_seed(seed, photo, k))
+        for photo in held_out
+        for k in range(seeds)
+    ]
+
+
 def _draw(person: Person, references: int, held_out: int, seed: int) -> tuple[tuple[Photo, ...], list[Photo]]:
     """Return the person's references, R of them, and their held-out photos."""
     distinct = distinct_photos(person.photos)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from lit_multiip.data import mini_faces
 from lit_multiip.data.photos import DrawnPhoto, Photo
 from lit_multiip.data.record import (
+    HELD_OUT,
     RECORD,
     Record,
     digest_name,
@@ -44,6 +45,7 @@ NO_TEST = {  # sides other than the test's that can be scored
     "validation": "- training: NO TEST, validation people: for choosing options, which then suit them",
     "train": "- training: NO TEST, training people: for seeing what was learned by heart",
 }
+ONE_PERSON = "one_person"  # status of a test of one person's photos that were split
 NO_RECORD = "the weights, or those they started from, carry no record of whom they were trained on"
 SIGNATURE_SIDE = 32  # px
 SIMILAR_PIXELS = 0.95
@@ -63,21 +65,27 @@ def find_record(trainer: Any, method: Method) -> tuple[str, Record | None]:
     """Find out what tested weights were trained on: a checkpoint's, the method's first ones, and the backbone's.
 
     Returns:
-        `recorded`, `nothing` where this project trained nothing, or `unknown` where some weights carry no record; and
-        the record, as far as there is one. Where those who are scored are no test people (`data.tested`): their side,
-        `validation` or `train`, and no record.
+        `recorded`, `one_person` where photos of one person were split, `nothing` where this project trained nothing, or
+        `unknown` where some weights carry no record; and the record, as far as there is one. Where those who are scored
+        are no test people (`data.tested`): their side, `validation` or `train`, and no record.
     """
     side: str = getattr(trainer.datamodule, "tested", "test")
+    one = getattr(trainer.datamodule, "photos", None) is not None
     if side != "test":
         return side, None
     path, own = trainer.ckpt_path, None
     if path is not None:
         own = unknown_record() if "://" in str(path) else read_checkpoint(Path(path)).get(RECORD, unknown_record())
     elif trainer.global_step > 0:  # fit and test of one Trainer
-        own = training_record([*trainer.datamodule.split.train, *trainer.datamodule.split.validation])
+        people, held_out = trainer.datamodule.split.seen
+        own = training_record(people, held_out=held_out)
     record = merge_records(own, method.trained_on, method.backbone.trained_on())
     if record is None:
         return "nothing", None
+    if one:
+        if is_incomplete(record):
+            logger.warning("%s: the held-out photos may be among theirs", NO_RECORD)
+        return ONE_PERSON, record
     return "unknown" if is_incomplete(record) else "recorded", record if len(record["people"]) else None
 
 
@@ -104,8 +112,8 @@ def audit_tasks(
         | pairs                       | of a held-out photo and a reference of its own task, all compared    |
         | same_photo                  | pairs of equal (person, name), content or pixels: 0, or refused      |
         | near_duplicates.pixels      | see `near_duplicates`                                                |
-        | training.status             | `recorded`, `nothing`, `unknown`; `validation` or `train` where no   |
-        |                             | test people are scored                                               |
+        | training.status             | `recorded`, `nothing`, `unknown`; `one_person` where only held-out   |
+        |                             | photos are unseen; `validation` or `train` where no test people are  |
         | training.people, .photos    | on record; None without one                                          |
         | training.people_seen        | test people among these: 0, or refused                               |
         | training.photos_seen        | test photos among these, by content: 0, or refused                   |
@@ -148,6 +156,16 @@ def _check_training(
     facts: dict[str, Any] = dict.fromkeys(("people", "photos", "people_seen", "photos_seen"))
     if record is not None:
         people, photos = digests_in(record, "people"), digests_in(record, "photos")
+        facts |= {"people": len(people), "photos": len(photos), "photos_seen": 0}
+        if status == ONE_PERSON:
+            out = {task.held_out for task in tasks}
+            if known := [photo.name for photo in out if bytes.fromhex(keys[photo]) in photos]:
+                raise LeakError(
+                    f"{len(known)} of {len(out)} held-out photos, such as '{min(known)}', were trained on: test with "
+                    "the photos and data.seed of their tuning, or start at weights that do not know them"
+                )
+            return {"status": status, **facts, "drawn_people_of_other_roles": None}
+        photos |= digests_in(record, HELD_OUT)
         names = {task.person: digest_name(task.person) for task in tasks}
         if seen := [name for name, digest in names.items() if digest in people]:
             raise LeakError(
@@ -159,7 +177,7 @@ def _check_training(
                 f"{len(copies)} of {len(keys)} test photos were trained or validated on under other people's names, "
                 f"such as '{copies[0].name}' of '{copies[0].person}': one person has two names; keep one"
             )
-        facts |= {"people": len(people), "photos": len(photos), "people_seen": 0, "photos_seen": 0}
+        facts["people_seen"] = 0
     if status in NO_TEST:
         return {"status": status, **facts, "drawn_people_of_other_roles": None}
     whole = [photo.original() for photo in keys]
@@ -300,6 +318,8 @@ def summary(audit: Mapping[str, Any]) -> str:
             "record, training and validation; no test person and no test photo among them",
             "nothing": "- training: nothing was trained in this project",
             "unknown": f"- training: UNKNOWN, {NO_RECORD}{known}",
+            ONE_PERSON: "- training: ONE PERSON, tuned on other photos; no held-out photo is on record as trained on, "
+            "but these chose the checkpoint",
             **NO_TEST,
         }[training["status"]]
     )

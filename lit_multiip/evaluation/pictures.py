@@ -31,8 +31,10 @@ def squares(photos: Iterable[Photo], side: int) -> list[Image.Image]:
 
 
 def first_tasks(tasks: Sequence[Task], people: int) -> list[int]:
-    """Return the indices of the first task of each of the first people."""
-    first = {task.person: index for index, task in reversed(list(enumerate(tasks)))}
+    """Return the indices of the first task of each of the first people; of one person, of each held-out photo."""
+    alone = len({task.person for task in tasks}) == 1
+    keys = [task.held_out if alone else task.person for task in tasks]
+    first: dict[Photo | str, int] = {key: index for index, key in reversed(list(enumerate(keys)))}
     return sorted(first.values())[:people]
 
 

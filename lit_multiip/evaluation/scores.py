@@ -156,8 +156,23 @@ def identity_scores(
         "held_out": (generated_ * held_out_).sum(axis=1),
         # a sum has the direction of the mean
         "held_out_mean": _cosine_if_found(generated_, _sum_groups(np.nan_to_num(held_out_), person)[person]),
-        "references": _cosine_if_found(generated_, np.nansum(references_, axis=1)),
+        "references": identity_similarity(generated_, references_),
     }
+
+
+def identity_similarity(generated: Features, photos: Features) -> FloatArray:
+    """How much each generated face looks like the mean of K real photos, cos(g, sum_k x_k) of unit embeddings.
+
+    Args:
+        generated: embeddings of the generated images, (T, D); all NaN where no face was found.
+        photos: of each image's K photos, (T, K, D); those that are all NaN are left out.
+
+    Returns:
+        (T,), in -1..1; NaN where the image's face or those of all photos were not found.
+    """
+    generated_, photos_ = _to_unit_if_found(as_float64(generated)), _to_unit_if_found(as_float64(photos))
+    _require_rows(generated_, photos_)
+    return _cosine_if_found(generated_, np.nansum(photos_, axis=1))
 
 
 def nearest_reference(generated: Features, references: Features) -> FloatArray:
@@ -174,9 +189,7 @@ def nearest_reference(generated: Features, references: Features) -> FloatArray:
         (T,), in -1..1; NaN where the image's face or those of all references were not found.
     """
     generated_, references_ = _to_unit_if_found(as_float64(generated)), _to_unit_if_found(as_float64(references))
-    if references_.ndim != 3 or not references_.shape[1] or references_[:, 0].shape != generated_.shape:
-        shapes = f"generated {generated_.shape} and references {references_.shape}"
-        raise ValueError(f"{shapes} do not fit: give (T, D) and (T, R, D)")
+    _require_rows(generated_, references_)
     cosines = np.einsum("td,trd->tr", generated_, references_)
     nearest: FloatArray = np.fmax.reduce(cosines, axis=1)  # which prefers numbers to NaN
     return nearest
@@ -235,6 +248,12 @@ def diversity(features: Features, groups: npt.ArrayLike) -> FloatArray:
     cosines = ((_sum_groups(unit, group)[group] - unit) * unit).sum(axis=1)  # (T,), summed over the others
     with np.errstate(invalid="ignore"):
         return np.where(others > 0, 1 - cosines / others, np.nan)
+
+
+def _require_rows(generated: FloatArray, photos: FloatArray) -> None:
+    if photos.ndim != 3 or not photos.shape[1] or photos[:, 0].shape != generated.shape:
+        shapes = f"generated {generated.shape} and references {photos.shape}"
+        raise ValueError(f"{shapes} do not fit: give (T, D) and (T, R, D)")
 
 
 class _Precomputed(nn.Module):

@@ -29,14 +29,14 @@ from lit_multiip.backbone.ip_adapter import (
 )
 from lit_multiip.backbone.lora import LORA_FILE, add_lora, lora_disabled, read_lora, require_peft
 from lit_multiip.backbone.pipeline import Backbone
-from lit_multiip.data.record import RECORD, read_record
+from lit_multiip.data.record import RECORD, merge_records, read_record, unknown_record
 from lit_multiip.files import LitMultiIPError, hash_file
 from lit_multiip.methods.aggregators import Aggregator, SelfAttention
 from lit_multiip.methods.identity_loss import IdentityLoss, digest_weights
-from lit_multiip.methods.method import Batch, Method, References
+from lit_multiip.methods.method import VALIDATION_TIMES, Batch, Method, References
+from lit_multiip.runs import CheckpointError, read_checkpoint
 
 _NO = torch.zeros(1, dtype=torch.bool)
-VALIDATION_TIMES = (0.125, 0.375, 0.625, 0.875)  # t / T, the centres of four bins
 
 
 class MultiIPAdapter(Method):
@@ -49,6 +49,7 @@ class MultiIPAdapter(Method):
             K and V), a file, or hub id and file. An exported adapter brings its aggregator's weights too. With a face
             network in CLIP's place `auto` is `text`; with one beside CLIP, an adapter made for CLIP alone starts with
             zeros for the face.
+        start: checkpoint of a run of this method, whose weights `fit` starts at; LoRA may be new.
         trained: `adapter`, or `aggregator` alone.
         lora_rank: of LoRA on all of the UNet's attention, trained with the adapter (needs peft); None adds none.
         kv_lr_factor: K' and V' learn at the optimiser's rate times this; G, Linear, LayerNorm and LoRA at the rate.
@@ -73,6 +74,7 @@ class MultiIPAdapter(Method):
         backbone: Backbone | None = None,
         aggregator: Callable[[int], Aggregator] = SelfAttention,
         ip_adapter: str = "auto",
+        start: str | None = None,
         trained: Literal["adapter", "aggregator"] = "adapter",
         lora_rank: int | None = None,
         kv_lr_factor: float = 1.0,
@@ -90,7 +92,7 @@ class MultiIPAdapter(Method):
                 f"model.kv_lr_factor={kv_lr_factor} has no effect, as model.trained={trained} leaves K' and V' as they "
                 "are: leave it at 1"
             )
-        self.make_aggregator, self.ip_adapter, self.trained = aggregator, ip_adapter, trained
+        self.make_aggregator, self.ip_adapter, self.trained, self.start = aggregator, ip_adapter, trained, start
         self.lora_rank, self.kv_lr_factor, self.identity_loss = lora_rank, kv_lr_factor, identity_loss
         self.identity_network = None if identity_loss is None else identity_loss.network  # so that it moves along
         self.adapter_is_random = False  # made from the text K and V with a random projection, and not yet trained
@@ -241,10 +243,7 @@ class MultiIPAdapter(Method):
         if "other_references" in batch:  # not where there is only one person
             variants["shuffled"] = self.condition(batch["other_references"])
         sums = dict.fromkeys(variants, torch.zeros((), device=x.device))
-        for number, time in enumerate(VALIDATION_TIMES):
-            generators = [torch.Generator().manual_seed(int(seed) + number) for seed in batch["seed"]]
-            eps = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)
-            t = torch.full((len(x),), int(time * self.noise.config.num_train_timesteps), device=x.device)
+        for t, eps in self.fixed_draws(x, batch["seed"].tolist()):
             for name, embeds in variants.items():
                 error = self.denoising_loss(x, eps, t, batch["text"], embeds)
                 self.watch.loss(error, "validation loss", self.global_step, batch)
@@ -329,6 +328,26 @@ class MultiIPAdapter(Method):
                 f"'{self.backbone.path}'): give a trained one by --model.ip_adapter <file>, or run fit first and then "
                 "this on its run"
             )
+
+    def on_fit_start(self) -> None:
+        """Start at the weights of `start`, unless resuming."""
+        if self.start is not None and self.trainer.ckpt_path is None:
+            self.load_start(read_checkpoint(Path(self.start)))
+
+    def load_start(self, checkpoint: dict[str, Any]) -> None:
+        """Take the weights of another run of this method, and whom they know; LoRA that it lacks stays new."""
+        self.refuse_other(checkpoint, ("method", "unet", "image_encoder_content"))
+        weights, own = checkpoint["state_dict"], self.trained_parameters()
+        without_lora = {name for name in own if ".lora_" not in name}
+        if set(weights) not in (set(own), without_lora):
+            odd = min(set(weights) ^ set(own))
+            raise CheckpointError(
+                f"'{self.start}' and the model differ in weights such as '{odd}': set model.trained and "
+                "model.lora_rank as in its config.yaml"
+            )
+        self.load_state_dict(weights, strict=False)
+        self.trained_on = merge_records(self.trained_on, checkpoint.get(RECORD, unknown_record()))
+        self.adapter_is_random = False
 
     def on_train_start(self) -> None:
         """Count the adapter as trained from here on, and by which network."""

@@ -276,4 +276,5 @@ class SelfAttention(Aggregator):
     def extra_repr(self) -> str:
         """Show the options in `print(module)`."""
         pool = f", pool={self.pool}" if self.pool != "none" else ""
-        return f"dim={self.dim}, heads={self.heads}, residual={self.residual}{pool}"
+        attend = "" if self.attend else ", attend=False"
+        return f"dim={self.dim}, heads={self.heads}, residual={self.residual}{pool}{attend}"

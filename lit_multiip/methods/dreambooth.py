@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -27,21 +27,12 @@ from lit_multiip.data.groups import stable_hash
 from lit_multiip.files import LitMultiIPError
 from lit_multiip.methods.class_images import ClassImages
 from lit_multiip.methods.method import Batch, Method, References
-from lit_multiip.methods.people import Who, people_of
+from lit_multiip.methods.people import Draws, Who, people_of
 from lit_multiip.runs import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 WITHOUT_WARMUP = ("constant", "piecewise_constant")  # schedules of diffusers that ignore its steps
-
-
-class Draws(NamedTuple):
-    """The random draws of one term of eq. (13) in one step, a row a sample."""
-
-    which: Tensor  # (B,) int64, of the photos
-    t: Tensor  # (B,) int64
-    latent_noise: Tensor  # (B, C, h, w), of the VAE's posterior
-    eps: Tensor  # (B, C, h, w)
 
 
 class DreamBooth(Method):
@@ -116,6 +107,7 @@ class DreamBooth(Method):
         self.identifier, self.class_noun = identifier.strip(), class_noun.strip()
         self.tuned, self.lora_rank = tuned, lora_rank
         self.learnt: tuple[str, str] | None = None  # whom the weights know: person and reference set
+        self.as_is = False  # images are drawn with the weights as they are, as within fit
         self.texts: Any = None  # the pipeline's tokenizers and text encoders
         self.prior = ClassImages(self.backbone, self.sampling, self.class_prompt(), class_images, class_folder)
         self._prompt_embeds: dict[str, Tensor] | None = None
@@ -161,9 +153,13 @@ class DreamBooth(Method):
             )
 
     def setup(self, stage: str) -> None:
-        """Have checkpoints saved when training ends, as nothing is validated."""
-        if stage == "fit":
+        """Where nothing is held out to validate on, have a checkpoint saved when training ends, and none chosen."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and not getattr(data, "validation_tasks", None):
             self.trainer.check_val_every_n_epoch = 1
+            for callback in self.trainer.checkpoint_callbacks:
+                if getattr(callback, "monitor", None):
+                    callback.save_top_k = 0
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
@@ -198,10 +194,7 @@ class DreamBooth(Method):
         return f"a photo of a {self.class_noun}"
 
     def personal_prompt(self, prompt: str) -> str:
-        """Write the identifier before the prompt's first class noun, in place of an article directly before it.
-
-        A prompt without the noun is followed by both.
-        """
+        """Write the identifier into a prompt, as the class says."""
         noun = re.compile(rf"(?:\b(?:an?|the)\s+)?\b({re.escape(self.class_noun)})\b", re.IGNORECASE)
         personal, found = noun.subn(lambda match: f"{self.identifier} {match[1]}", prompt, count=1)
         return personal if found else f"{prompt}, {self.identifier} {self.class_noun}"
@@ -319,6 +312,11 @@ class DreamBooth(Method):
         if self.trainer.ckpt_path is None:
             self.forget()
         self._start()
+        self.as_is = True
+
+    def on_train_end(self) -> None:
+        """Tune again before what is drawn next."""
+        self.as_is = False
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Tune on the one person of the batch."""
@@ -334,6 +332,13 @@ class DreamBooth(Method):
         self.log_dict(losses, sync_dist=True)
         return own
 
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss on held-out photos of the person in `data.photos`, at fixed noise, under their personal prompts."""
+        x = batch["moments"].chunk(2, dim=1)[0] * self.backbone.scaling_factor  # (B, C, h, w)
+        text = batch["text"] | self.encode([self.personal_prompt(prompt) for prompt in batch["prompt"]])
+        losses = [self.denoising_loss(x, eps, t, text) for t, eps in self.fixed_draws(x, batch["seed"].tolist())]
+        self.log("val/loss", torch.cat(losses).mean(), batch_size=len(x), sync_dist=True, prog_bar=True)
+
     def on_train_batch_end(self, *_: Any) -> None:
         """Stop after `steps`."""
         if self.global_step >= self.steps:
@@ -343,9 +348,10 @@ class DreamBooth(Method):
 
     def on_test_start(self) -> None:
         """Prepare to tune on everyone from the backbone's own weights, also on the person of a checkpoint."""
-        if self.learnt is not None:
-            logger.info("test tunes on everyone from the start, also on %s of the checkpoint", self.learnt[0])
-        self.forget()
+        if getattr(getattr(self.trainer, "datamodule", None), "photos", None) is None:  # else the checkpoint is tested
+            if self.learnt is not None:
+                logger.info("test tunes on everyone from the start, also on %s of the checkpoint", self.learnt[0])
+            self.forget()
         self._start()
 
     def on_predict_start(self) -> None:
@@ -358,9 +364,7 @@ class DreamBooth(Method):
         """Put the weights back."""
         self.forget()
 
-    def on_predict_end(self) -> None:
-        """Put the weights back."""
-        self.forget()
+    on_predict_end = on_test_end
 
     def generate(self, batch: Batch, references: References = "right") -> Tensor:
         """Draw the images of a batch of tasks, tuning on each person first: RGB, (B, 3, H, W) uint8.
@@ -377,7 +381,8 @@ class DreamBooth(Method):
                 return self.sampler(batch["text"], batch["negative_text"], None, seeds, self.image_side)
         images = []
         for who, rows in people_of(batch):
-            self.personalise(who)
+            if not self.as_is:
+                self.personalise(who)
             prompts = [self.personal_prompt(batch["prompt"][row]) for row in rows]
             images.append(self.draw(prompts, [seeds[row] for row in rows]))
         return torch.cat(images)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import diffusers
@@ -23,6 +23,7 @@ from lit_multiip.data.record import Record
 from lit_multiip.files import LitMultiIPError
 from lit_multiip.runs import CheckpointError
 
+VALIDATION_TIMES = (0.125, 0.375, 0.625, 0.875)  # t / T, the centres of four bins
 Batch = dict[str, Any]
 References = Literal["right", "none", "other", "zero"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -271,6 +272,18 @@ class Method(L.LightningModule):
         )
         return x0
 
+    def fixed_draws(self, x: Tensor, seeds: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield timesteps (B,) and noise (B, C, h, w) of each bin of timesteps, functions of a seed a sample alone.
+
+        Args:
+            x: scaled latents, (B, C, h, w).
+            seeds: B of them.
+        """
+        for number, time in enumerate(VALIDATION_TIMES):
+            generators = [torch.Generator().manual_seed(seed + number) for seed in seeds]
+            eps = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)
+            yield torch.full((len(x),), int(time * self.noise.config.num_train_timesteps), device=x.device), eps
+
     def loss_weights(self, t: Tensor) -> Tensor:
         """Return the weight of a sample's loss at its timestep, Min-SNR of arXiv 2303.09556 with gamma = `snr_gamma`.
 
@@ -354,20 +367,24 @@ class Method(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another method or backbone."""
-        found, own = checkpoint.get("lit_multiip"), self.provenance()
-        if found is None:
-            raise CheckpointError("this checkpoint was not written by lit_multiip: give one from a run's checkpoints/")
-        for key, remedy in self.must_agree.items():
-            if found[key] != own[key]:
-                what = {"unet": "backbone", "image_encoder_content": "image_encoder"}.get(key, key)
-                theirs, ours = found.get(what), own[what]
-                if theirs == ours:  # by name, and not by content
-                    theirs, ours = f"{theirs} with content {found[key]}", own[key]
-                raise CheckpointError(f"the checkpoint is of another {what}: {theirs} (this model: {ours}); {remedy}")
-        self.identity_networks |= found.get("identity_networks", {})
+        self.refuse_other(checkpoint, self.must_agree)
+        self.identity_networks |= checkpoint["lit_multiip"].get("identity_networks", {})
         missing = set(self.trained_parameters()) ^ set(checkpoint["state_dict"])
         if missing:
             raise CheckpointError(f"the checkpoint and the model differ in weights such as '{min(missing)}'")
         if checkpoint.keys() >= WEIGHTS:  # WeightAveraging wants the frozen ones too
             for part in WEIGHTS:
                 checkpoint[part] = self.state_dict() | checkpoint[part]
+
+    def refuse_other(self, checkpoint: Mapping[str, Any], facts: Iterable[str]) -> None:
+        """Refuse a checkpoint whose provenance differs from this model's in one of these facts of `must_agree`."""
+        found, own = checkpoint.get("lit_multiip"), self.provenance()
+        if found is None:
+            raise CheckpointError("this checkpoint was not written by lit_multiip: give one from a run's checkpoints/")
+        for key, remedy in ((key, self.must_agree[key]) for key in facts):
+            if found[key] != own[key]:
+                what = {"unet": "backbone", "image_encoder_content": "image_encoder"}.get(key, key)
+                theirs, ours = found.get(what), own[what]
+                if theirs == ours:  # by name, and not by content
+                    theirs, ours = f"{theirs} with content {found[key]}", own[key]
+                raise CheckpointError(f"the checkpoint is of another {what}: {theirs} (this model: {ours}); {remedy}")

@@ -12,6 +12,15 @@ from torch import Tensor
 from lit_multiip.methods.method import Batch
 
 
+class Draws(NamedTuple):
+    """The random draws of one term of eq. (13) in one step, a row a sample."""
+
+    which: Tensor  # (B,) int64, of the photos
+    t: Tensor  # (B,) int64
+    latent_noise: Tensor  # (B, C, h, w), of the VAE's posterior
+    eps: Tensor  # (B, C, h, w)
+
+
 class Who(NamedTuple):
     """A person to tune on."""
 

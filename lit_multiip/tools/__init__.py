@@ -1,1 +1,1 @@
-"""Commands beside the road: inspect, export, caption."""
+"""Commands beside the road: inspect, caption."""

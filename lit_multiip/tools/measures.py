@@ -18,7 +18,7 @@ from lit_multiip.data.photos import DrawnPhoto, Photo
 from lit_multiip.data.tasks import Task
 from lit_multiip.evaluation.intervals import FloatArray
 from lit_multiip.files import LitMultiIPError
-from lit_multiip.methods.adapter import VALIDATION_TIMES
+from lit_multiip.methods.method import VALIDATION_TIMES
 
 # What is measured of a photo -> how it is called.
 MEASURES = {

@@ -1,11 +1,23 @@
 import logging
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from folders import names, people_of
 
-from lit_multiip.data import DataError, Folder, MiniFaces, Person, Split, select_people, split_people
+from lit_multiip.data import (
+    DataError,
+    DrawnPhoto,
+    Folder,
+    MiniFaces,
+    Person,
+    PhotoSplit,
+    Split,
+    select_people,
+    split_people,
+    split_photos,
+)
 
 
 def test_people_with_too_few_photos_are_left_out_and_counted(photos, caplog):
@@ -134,3 +146,31 @@ def test_a_split_fixed_by_the_source_takes_no_lists(tmp_path):
         split_people([*people, *people_of(1)])
     with pytest.raises(DataError, match="no test people"):
         split_people([person for person in people if person.split != "test"])
+
+
+@pytest.mark.parametrize(("count", "out"), [(5, 1), (9, 1), (10, 2), (40, 2)])
+def test_of_one_persons_photos_two_are_held_out_and_at_most_one_of_five(count, out):
+    person = drawn(count)
+    split = split_photos(person)
+    [tuned], [held_out] = split.train, split.validation
+    assert len(held_out.photos) == out
+    assert {*tuned.photos, *held_out.photos} == {*person.photos} and not {*tuned.photos} & {*held_out.photos}
+    assert split.test == split.validation and tuned.name == held_out.name == person.name
+    # which they are depends on contents and seed alone
+    turned = split_photos(replace(person, name="Bob", photos=person.photos[::-1]))
+    assert {*turned.validation[0].photos} == {*held_out.photos}
+    assert count < 10 or any({*split_photos(person, seed=s).test[0].photos} != {*held_out.photos} for s in (1, 2, 3))
+
+
+def test_too_few_photos_and_a_held_out_photo_among_the_others_are_refused():
+    with pytest.raises(DataError, match="'Ann' has 4 different photos, and tuning takes 5"):
+        split_photos(drawn(4))
+    person = drawn(5)
+    with pytest.raises(DataError, match="is held out and tuned on"):
+        PhotoSplit([person], [replace(person, photos=person.photos[:1])], [])
+
+
+def drawn(count):
+    """A person of drawn photos, which have contents without a file."""
+    photos = (DrawnPhoto("Ann", f"{number}.png", "a photo", 0, 7, number) for number in range(count))
+    return Person("Ann", tuple(photos))

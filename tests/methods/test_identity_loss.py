@@ -11,11 +11,11 @@ from torch import Tensor
 
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.evaluation.critic import CriticExtractor
+from lit_multiip.export.card import record_of
 from lit_multiip.files import LitMultiIPError
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.aggregators import First
 from lit_multiip.methods.identity_loss import IdentityLoss, IdentityNetwork, digest_weights
-from lit_multiip.tools.card import record_of
 
 TIMES = (0.05, 0.2, 0.24, 0.26, 0.9, 0.1)
 DECODED = [0, 1, 2]  # below 0.25, and not dropped as the last one
@@ -153,7 +153,7 @@ def test_a_checkpoint_and_an_export_say_which_network_trained(tiny_backbone, ran
     again = built(tiny_backbone)
     again.on_load_checkpoint(checkpoint)
     assert again.identity_networks == module.identity_networks
-    assert record_of(again, 1, "run", "float16")["identity_networks"] == module.identity_networks
+    assert record_of(again, 1, "run", "float16", 9)["identity_networks"] == module.identity_networks
     assert module.describe()["identity_loss"] == {"network": "critic", "weight": 0.2, "max_time": 0.25}
     assert built(tiny_backbone).describe()["identity_loss"] is None
 

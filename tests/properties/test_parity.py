@@ -19,11 +19,11 @@ from lit_multiip.data.people import MiniFaces
 from lit_multiip.datamodule import MultiPhotoData
 from lit_multiip.evaluation.extractors import Inception
 from lit_multiip.evaluation.scores import fid, kid
+from lit_multiip.export.weights import adapter_tensors, with_negative
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.aggregators import First
 from lit_multiip.methods.dreambooth import DreamBooth
 from lit_multiip.pixels import square, to_signal, to_tensor
-from lit_multiip.tools.export import adapter_tensors, with_negative
 
 FIXTURES = {"sd": "tiny_backbone", "sdxl": "tiny_sdxl", "v_prediction": "tiny_v"}
 PROMPTS = ["a person", "a person, in red"]

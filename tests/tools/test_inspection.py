@@ -14,8 +14,9 @@ from lit_multiip.data.people import MiniFaces
 from lit_multiip.data.photos import FilePhoto
 from lit_multiip.data.tasks import Task, make_tasks
 from lit_multiip.evaluation.pictures import Bars, photos_with_bars
-from lit_multiip.methods.adapter import VALIDATION_TIMES, MultiIPAdapter
+from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.aggregators import Aggregator, AvgPool, Concat, First, MaxPool, SelfAttention
+from lit_multiip.methods.method import VALIDATION_TIMES
 from lit_multiip.tools.inspection import render_summary, summarise
 from lit_multiip.tools.measures import (
     Inspected,

@@ -18,40 +18,37 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_multiip.backbone.ip_adapter import RECORD, ip_adapter_parameters
 from lit_multiip.backbone.lora import LORA_FILE, lora_parameters, save_lora
 from lit_multiip.backbone.sampler import Sampler, Sampling
-from lit_multiip.callbacks import Trainer
+from lit_multiip.data.photos import Photo
 from lit_multiip.data.record import RECORD as TRAINED_ON
-from lit_multiip.data.record import Record, training_record, unknown_record
-from lit_multiip.files import hash_file
-from lit_multiip.methods.adapter import MultiIPAdapter
-from lit_multiip.methods.dreambooth import DreamBooth
-from lit_multiip.methods.method import Method
-from lit_multiip.runs import load_trained
-from lit_multiip.tools.card import (
+from lit_multiip.data.record import Record
+from lit_multiip.export.card import (
     ADAPTER,
     CHECK_STEPS,
     COMFYUI,
     COMFYUI_NEGATIVE,
     EMBEDS,
+    RECORD_FILE,
     TOLERANCE,
     ExportError,
     Written,
     card,
     dreambooth_snippet,
-    record_of,
     snippet,
-    upload,
 )
+from lit_multiip.files import hash_file
+from lit_multiip.methods.adapter import MultiIPAdapter
+from lit_multiip.methods.dreambooth import DreamBooth
+from lit_multiip.methods.method import Method
 
 CHECK_PROMPT = "a photo of a person"
 
@@ -165,79 +162,60 @@ def compare_dreambooth(model: DreamBooth, folder: Path) -> int:
     return int((ours.int() - plain_image(model, pipe, prompt).int()).abs().max())
 
 
-# ---- the command ------------------------------------------------------------------------------------------------
+# ---- writing ----------------------------------------------------------------------------------------------------
 
 
-def export(
-    trainer: Trainer,
-    model: MultiIPAdapter | DreamBooth,
-    datamodule: Any,
-    ckpt_path: str | None = None,
-    weights_only: bool | None = None,
-    output: str = "exported",
-    photos: Sequence[str] = (),
-    dtype: Literal["float32", "float16"] = "float32",
+def write(
+    model: Method,
+    output: str | Path,
+    record: Mapping[str, Any],
+    config: Mapping[str, Any],
+    trained_on: Record,
+    people: Mapping[str, Sequence[Photo]] | None = None,
     overwrite: bool = False,
-    push_to_hub: str | None = None,
-    public: bool = False,
-) -> None:
-    """Write a run's weights for plain diffusers, a model card, and with photos the embeddings of people.
+) -> list[Path]:
+    """Write a method's weights for plain diffusers, its record, a model card, and the embeddings of people.
 
     Nothing is left behind unless plain diffusers draws the same image from them, at most `TOLERANCE` of 255 grey levels
     apart.
 
     Args:
-        trainer: of one process.
-        model: whose weights are written; not built yet.
-        datamodule: reads people's photos.
-        ckpt_path: the weights.
-        weights_only: as `fit` takes it.
+        model: built, in float32, on its device; its weights are rounded to the record's `dtype`.
         output: folder.
-        photos: folders with photos of one person each.
-        dtype: of the file's weights.
+        record: of `record_of`.
+        config: of the run, for the card.
+        trained_on: whom the weights know.
+        people: the references of people whose embeddings are written, by the name of the file; of an adapter alone.
         overwrite: replace files that are there.
-        push_to_hub: ORG/NAME; upload what is of no one person, and the card, privately.
-        public: upload to a repository that everyone can see.
+
+    Returns:
+        The files.
     """
-    check_target(output, photos, overwrite)
-    if ckpt_path is None:
-        raise ExportError("nothing was trained that could be exported: give --run, or --ckpt_path beside the config")
-    if isinstance(model, DreamBooth) and (photos or push_to_hub):
-        raise ExportError(
-            "DreamBooth's weights are of the one person they were tuned on: leave --photos and --push_to_hub out; "
-            "upload them by hand if that person agrees"
-        )
-    run, folder = Path(ckpt_path).resolve().parent.parent, Path(output)
-    model.configure_model()
-    loaded = load_trained(model, Path(ckpt_path))
-    model.to(trainer.strategy.root_device).eval()
+    folder = Path(output)
     with staged(folder, overwrite) as part:
-        record = record_of(model, loaded.get("global_step"), f"{run.parent.name}/{run.name}", dtype)
         if isinstance(model, DreamBooth):
             written = write_dreambooth(model, record, part)
+        elif isinstance(model, MultiIPAdapter):
+            written = write_adapter(model, record, part, trained_on, people)
         else:
-            trained_on = training_record([], loaded.get(TRAINED_ON, unknown_record()), model.trained_on)
-            written = write_adapter(model, record, part, trained_on, photos, datamodule)
+            raise ExportError(f"{type(model).__name__} cannot be exported: a MultiIPAdapter or a DreamBooth can")
         if written.difference > TOLERANCE:
             raise ExportError(
                 f"plain diffusers draws another image from the exported files, up to {written.difference} of 255 grey "
                 f"levels apart where {TOLERANCE} is allowed: nothing was written; please report it with your versions"
             )
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        (part / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (part / "README.md").write_text(card(record, config, written), encoding="utf-8")
-        files = sorted(file.relative_to(part) for file in part.rglob("*") if file.is_file())
-    print("\n".join(["exported, and the same in plain diffusers:", *(f"  {folder / file}" for file in files)]))
-    if push_to_hub:
-        upload(push_to_hub, folder, [str(file) for file in files if file.parent == Path()], public)
+        return [folder / file.relative_to(part) for file in sorted(part.rglob("*")) if file.is_file()]
 
 
-def check_target(output: str, photos: Sequence[str], overwrite: bool) -> None:
-    """Refuse before any work what could not be written after it."""
-    names = [Path(folder).resolve().name for folder in photos]
-    if len(set(names)) < len(names):
+def check_target(output: str | Path, people: Sequence[str], overwrite: bool) -> None:
+    """Refuse before any work what could not be written after it; `people` are names of files."""
+    if len(set(people)) < len(people):
         raise ExportError("two folders of --photos have one name, and their files would too: rename one")
-    people = [f"embeds/{name}{suffix}" for name in names for suffix in (".safetensors", COMFYUI, COMFYUI_NEGATIVE)]
-    possible = (ADAPTER, LORA_FILE, "README.md", "model_index.json", *people)
+    suffixes = (".safetensors", COMFYUI, COMFYUI_NEGATIVE)
+    embeds = [f"embeds/{name}{suffix}" for name in people for suffix in suffixes]
+    possible = (ADAPTER, LORA_FILE, "README.md", "model_index.json", *embeds)
     _refuse_existing(Path(output), possible, overwrite)
 
 
@@ -268,8 +246,7 @@ def write_adapter(
     record: Mapping[str, Any],
     part: Path,
     trained_on: Record,
-    photos: Sequence[str] = (),
-    data: Any = None,
+    people: Mapping[str, Sequence[Photo]] | None = None,
 ) -> Written:
     """Write adapter, LoRA and people's embeddings, and compare.
 
@@ -280,8 +257,7 @@ def write_adapter(
         record: of `record_of`.
         part: the folder to write.
         trained_on: whom the weights know.
-        photos: folders with photos of one person each.
-        data: that reads them, and says how many references there are.
+        people: the references of people, by the name of their file.
     """
     lora, dtype = model.lora_rank is not None, getattr(torch, record["dtype"])
     round_weights({**adapter_weights(model), **(lora_parameters(model.unet) if lora else {})}, dtype)
@@ -293,10 +269,10 @@ def write_adapter(
         save_lora(pipeline, part, {"unet": model.unet}, dtype)
 
     # one person's embeddings, or noise, are what the comparison draws from
-    embeds = write_embeds(model, data, photos, part)
+    embeds = write_embeds(model, people or {}, part)
     if embeds is None:
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(1, data.references, model.aggregator.dim, generator=generator).to(model.device)
+        noise = torch.randn(1, record["references"], model.aggregator.dim, generator=generator).to(model.device)
         with torch.no_grad():
             embeds = with_negative(model.condition(noise))
     use = (
@@ -338,24 +314,23 @@ def write_dreambooth(model: DreamBooth, record: Mapping[str, Any], part: Path) -
 
 
 @torch.no_grad()
-def write_embeds(model: MultiIPAdapter, data: Any, photos: Sequence[str], output: Path) -> Tensor | None:
-    """Write the files of each folder of one person's photos: the embeddings after the aggregator.
+def write_embeds(model: MultiIPAdapter, people: Mapping[str, Sequence[Photo]], output: Path) -> Tensor | None:
+    """Write the files of each person: the embeddings of the references after the aggregator.
 
     Those of diffusers hold zeros first, (2, M, D); for ComfyUI these are a file of their own, (M, D).
 
     Returns:
-        The first person's, (2, M, D), as read back; None where there is no folder.
+        The first person's, (2, M, D), as read back; None where there is nobody.
     """
-    if not photos:
+    if not people:
         return None
     encoder = model.photo_encoder()
     (output / "embeds").mkdir()
     adapter = hash_file(output / ADAPTER)[:16]
     files = []
-    for folder in photos:
-        _, references = data.read_references(folder)
+    for name, references in people.items():
         embeds = model.condition(encoder(references)[None])  # (1, M, D)
-        files.append(output / "embeds" / f"{Path(folder).resolve().name}.safetensors")
+        files.append(output / "embeds" / f"{name}.safetensors")
         record = {"aggregator": model.settings(), "photos": len(references), "adapter": adapter}
         negative, positive = both = with_negative(embeds)
         save_file({EMBEDS: both}, files[-1], {"format": "pt", RECORD: json.dumps(record)})

@@ -37,12 +37,12 @@ from lit_multiip.data.record import RECORD as TRAINED_ON
 from lit_multiip.data.record import digests_in, is_incomplete, training_record
 from lit_multiip.data.tasks import make_tasks
 from lit_multiip.evaluation.audit import LeakError, audit_tasks, find_record
+from lit_multiip.export import card as cards
+from lit_multiip.export import weights as exporting
+from lit_multiip.export.card import ADAPTER, EMBEDS, ExportError
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.aggregators import AvgPool, SelfAttention
 from lit_multiip.methods.dreambooth import DreamBooth
-from lit_multiip.tools import card as cards
-from lit_multiip.tools import export as exporting
-from lit_multiip.tools.card import ADAPTER, EMBEDS, ExportError
 
 
 def built(backbone: Path, **options: Any) -> MultiIPAdapter:

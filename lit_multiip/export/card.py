@@ -14,9 +14,11 @@ from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.evaluation.results import commit, versions
 from lit_multiip.files import LitMultiIPError, first_line, package_file
 from lit_multiip.methods.adapter import MultiIPAdapter
+from lit_multiip.methods.dreambooth import DreamBooth
 from lit_multiip.methods.method import Method
 
 ADAPTER = "ip-adapter_multiip.safetensors"
+RECORD_FILE = "lit_multiip.json"  # the record, by which `Personalizer.from_pretrained` builds the method again
 EMBEDS = "ip_adapter_image_embeds"  # the argument of a diffusers pipeline that takes them
 COMFYUI, COMFYUI_NEGATIVE = ".ipadpt", ".negative.ipadpt"  # a person's embeddings and their negative
 TOLERANCE = 1  # grey levels of 255, at any pixel
@@ -51,8 +53,8 @@ class Written(NamedTuple):
     difference: int
 
 
-def record_of(model: Method, step: int | None, run: str, dtype: str) -> dict[str, Any]:
-    """Return where weights come from, JSON-able.
+def record_of(model: Method, step: int | None, run: str, dtype: str, references: int) -> dict[str, Any]:
+    """Return where weights come from and how they draw, JSON-able.
 
     An adapter's `aggregator` and `lora_rank` are checked when it is read back.
     """
@@ -64,6 +66,8 @@ def record_of(model: Method, step: int | None, run: str, dtype: str) -> dict[str
         "run": run,
         "step": step,
         "dtype": dtype,
+        "references": references,
+        "sampling": model.sampling.describe(),
         "exported_by_commit": commit(),
         "versions": versions(),
     }
@@ -79,6 +83,9 @@ def record_of(model: Method, step: int | None, run: str, dtype: str) -> dict[str
             "image_encoder_content": model.provenance()["image_encoder_content"],
             "embedding_width": model.aggregator.dim,
         }
+    if isinstance(model, DreamBooth):
+        options = ("tuned", "lora_rank", "identifier", "class_noun")
+        record |= {name: getattr(model, name) for name in options}
     return record
 
 
@@ -93,7 +100,7 @@ def card(record: Mapping[str, Any], config: Mapping[str, Any], written: Written)
     from huggingface_hub import ModelCard, ModelCardData
 
     backbone = record["backbone"]
-    rows = {key.replace("_", " "): value for key, value in record.items() if key != "versions" and value is not None}
+    rows = {key.replace("_", " "): value for key, value in record.items() if not isinstance(value, dict | None)}
     rows |= {f"{name} version": version for name, version in record["versions"].items() if version}
     licence = LICENCES.get(backbone)
     data = ModelCardData(
@@ -108,7 +115,7 @@ def card(record: Mapping[str, Any], config: Mapping[str, Any], written: Written)
     facts |= {"steps": CHECK_STEPS, "tolerance": TOLERANCE}
     facts["comfyui"] = _comfyui(record["lora_rank"] is not None) if "aggregator" in record else ""
     facts["config"] = yaml.safe_dump(_public_config(config), sort_keys=True).strip()
-    return str(ModelCard.from_template(data, template_path=str(package_file("tools/card.md.jinja")), **facts))
+    return str(ModelCard.from_template(data, template_path=str(package_file("export/card.md.jinja")), **facts))
 
 
 def snippet(

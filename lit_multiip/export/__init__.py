@@ -1,0 +1,1 @@
+"""A run as the files that plain diffusers loads, with their model card."""

@@ -81,6 +81,7 @@ class Sampler:
         seeds: list[int],
         side: int,
         ip_scale: float | None = None,
+        negative_embeds: Tensor | None = None,
     ) -> Tensor:
         """Draw a batch; the seed of an image decides its noise, its place in the batch does not.
 
@@ -88,11 +89,12 @@ class Sampler:
             text: `prompt_embeds`, text states (B, L, E), and of SDXL `pooled_prompt_embeds` (B, P). What it holds
                 besides, such as sizes of a photo, is the pipeline's own matter: it draws a whole picture of this side.
             negative_text: likewise of ""; not used where the pipeline takes zeros for these, as SDXL's.
-            image_embeds: aggregated image embeddings, (B, M, D); the negative ones are zeros. None for a UNet without
-                IP-Adapter.
+            image_embeds: aggregated image embeddings, (B, M, D), or what else the adapter takes; None for a UNet
+                without IP-Adapter.
             seeds: one an image.
             side: of the image in px.
             ip_scale: overrides `sampling.ip_scale`.
+            negative_embeds: what stands for no photo, in the shape of `image_embeds`; None takes zeros.
 
         Returns:
             RGB, (B, 3, side, side) uint8.
@@ -111,7 +113,7 @@ class Sampler:
                 num_inference_steps=self.sampling.steps,
                 guidance_scale=self.sampling.guidance_scale,
                 **texts,
-                ip_adapter_image_embeds=_with_negatives(image_embeds, guided),
+                ip_adapter_image_embeds=_with_negatives(image_embeds, negative_embeds, guided),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type="pt",
             ).images
@@ -141,8 +143,9 @@ class Sampler:
         return to_pixels(vae.decode(latents).sample)
 
 
-def _with_negatives(image_embeds: Tensor | None, guided: bool) -> list[Tensor] | None:
-    """Return embeddings as the pipeline takes them: under guidance the negative ones, zeros, come first."""
+def _with_negatives(image_embeds: Tensor | None, negative: Tensor | None, guided: bool) -> list[Tensor] | None:
+    """Return embeddings as the pipeline takes them: under guidance the negative ones come first."""
     if image_embeds is None:
         return None
-    return [torch.cat([torch.zeros_like(image_embeds), image_embeds]) if guided else image_embeds]
+    negative = torch.zeros_like(image_embeds) if negative is None else negative
+    return [torch.cat([negative, image_embeds]) if guided else image_embeds]

@@ -17,35 +17,41 @@ from torch import Tensor
 from lit_multiip.backbone.components import BackboneError
 from lit_multiip.backbone.encoders import PhotoEncoder
 from lit_multiip.backbone.ip_adapter import (
+    LORA_RANK,
     find_adapter_file,
     install_ip_adapter,
     ip_adapter_from_text,
     ip_adapter_parameters,
     read_adapter_record,
     read_ip_adapter,
+    read_layout,
+    require_lora,
 )
+from lit_multiip.backbone.layouts import PLAIN
 from lit_multiip.backbone.lora import LORA_FILE, add_lora, lora_disabled, read_lora, require_peft
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.record import RECORD, read_record
 from lit_multiip.files import hash_file
-from lit_multiip.methods.aggregators import Aggregator, SelfAttention
+from lit_multiip.methods.aggregators import Aggregator, OfKinds, SelfAttention
 from lit_multiip.methods.method import Batch, Method, References
 
 VALIDATION_TIMES = (0.125, 0.375, 0.625, 0.875)  # t / T, the centres of four bins
 
 
 class MultiIPAdapter(Method):
-    """Trains the aggregator, Linear, LayerNorm, K' and V'; everything else is frozen (eq. 1/17, section 3.5).
+    """Trains the aggregator and the adapter: its projection, K', V', and FaceID's LoRA (eq. 1/17, section 3.5).
 
     Args:
         backbone: frozen; shared with the data.
-        aggregator: G; gets the embedding width.
+        aggregator: G; gets the width of an embedding, or of a patch token.
         ip_adapter: `auto` (the backbone's published adapter, else its ip_adapter/, else `text`), `text` (from the text
-            K and V), a file, or hub id and file. An exported adapter brings its aggregator's weights too. With a face
+            K and V), a file, or hub id and file; of the layout in `backbone.layout`, or of the one that the published
+            adapter has. An exported adapter brings its aggregator's weights too. With a face
             network in CLIP's place `auto` is `text`; with one beside CLIP, an adapter made for CLIP alone starts with
             zeros for the face.
         trained: `adapter`, or `aggregator` alone.
-        lora_rank: of LoRA on all of the UNet's attention, trained with the adapter (needs peft); None adds none.
+        lora_rank: of LoRA on all of the UNet's attention, trained with the adapter (needs peft); None adds none, but
+            FaceID's, which is a part of the adapter and has its own rank, or 128.
         lr_schedule: a schedule of `diffusers.optimization.get_scheduler`, stepped every optimiser step.
         kwargs: of `Method`.
     """
@@ -82,28 +88,75 @@ class MultiIPAdapter(Method):
     def build(self) -> None:
         """Load the UNet and install the adapter."""
         self.unet = self.backbone.load("unet", self.frozen_dtype)
-        width, face = self.backbone.embed_dim, self.backbone.face_encoder
-        path = self.backbone.adapter_file() if self.ip_adapter == "auto" else self.ip_adapter
-        if path is None or path == "text":
-            state: Any = ip_adapter_from_text(self.unet, width)
+        face, layout, shapes = self.backbone.face_encoder, self.backbone.layout, self.backbone.photo_shapes()
+        widths = [shape[-1] for shape in shapes.values()]
+        path = self.check_adapter()
+        if path is None:
+            rank = self.lora_rank or LORA_RANK
+            state: Any = ip_adapter_from_text(self.unet, widths, layout=layout, lora_rank=rank)
             self.adapter_is_random = True
         else:
             state = read_ip_adapter(path)
             self._adapter_file = find_adapter_file(path)
             if RECORD in state or path == self.ip_adapter:  # a published adapter is a part of the backbone
                 self.trained_on = read_record(state.get(RECORD))
-            if face is not None and face.beside_clip:
-                _widen(state["image_proj"], self.backbone.clip_dim, width)
-        install_ip_adapter(self.unet, state, width)
-        self.aggregator = self.make_aggregator(width)
+            if layout is PLAIN and face is not None and face.beside_clip:
+                _widen(state["image_proj"], self.backbone.clip_dim, *widths)
+        if layout.lora:
+            self._take_rank(require_lora(layout, state, f"IP-Adapter file '{path}'"), path)
+        install_ip_adapter(self.unet, state, widths)
+        parts = {kind: self.make_aggregator(shape[-1]) for kind, shape in shapes.items()}
+        self.aggregator = OfKinds(parts, shapes) if len(parts) > 1 else next(iter(parts.values()))
         if path is not None and "aggregator" in state:
             self._load_aggregator(state["aggregator"], path)
-        if self.lora_rank is not None:
+        if self.adds_lora:
             add_lora(self.unet, self.lora_rank)
-        if path is not None and path != "text":
+        if path is not None and not layout.lora:
             self._load_lora(path)
         for parameter in ip_adapter_parameters(self.unet).values():
             parameter.requires_grad_(self.trained == "adapter")
+
+    @property
+    def adds_lora(self) -> bool:
+        """Whether there is LoRA beside the adapter, rather than none, or in it."""
+        return self.lora_rank is not None and not self.backbone.layout.lora
+
+    def check_adapter(self) -> str | None:
+        """Return the adapter's file, None for one made from the text K and V; only shapes of weights are read.
+
+        Raises:
+            BackboneError: it is of another layout than the backbone's, or made for another encoder of photos.
+        """
+        path = self.backbone.adapter_file() if self.ip_adapter == "auto" else self.ip_adapter
+        layout = self.backbone.layout
+        if path is None or path == "text":
+            return None
+        found, state = read_layout(path)
+        if found is not layout:
+            raise BackboneError(
+                f"IP-Adapter file '{path}' is {found.title}, and photos are encoded for {layout.title}: set "
+                f"backbone.layout={found.name}, or give an adapter of the layout {layout.name}"
+            )
+        if layout is not PLAIN:
+            layout.check_widths(state["image_proj"], self.backbone.widths, f"IP-Adapter file '{path}'")
+        if layout.lora:
+            require_lora(layout, state, f"IP-Adapter file '{path}'")
+        return path
+
+    def configure_callbacks(self) -> list[Any]:
+        """Check the adapter too before any photo is encoded."""
+        self.check_adapter()
+        return super().configure_callbacks()
+
+    def _take_rank(self, rank: int, path: str | None) -> None:
+        """Take the rank of FaceID's own LoRA for the model's."""
+        require_peft(rank)
+        if self.lora_rank not in (None, rank):
+            raise BackboneError(
+                f"IP-Adapter file '{path}' has LoRA of rank {rank}, and model.lora_rank is {self.lora_rank}: leave "
+                "model.lora_rank out"
+            )
+        self.lora_rank = rank
 
     def _load_aggregator(self, weights: dict[str, Tensor], path: str) -> None:
         """Load the aggregator of an exported adapter, whose K' and V' were trained on its output."""
@@ -138,20 +191,26 @@ class MultiIPAdapter(Method):
 
     # ---- training -----------------------------------------------------------------------------------------------
 
-    def condition(self, references: Tensor) -> Tensor:
-        """Aggregate one set of embeddings a sample, (B, R, D) -> (B, M, D); a set without a face (NaN) gives zeros."""
+    def condition(self, references: Tensor, blank: Tensor | None = None) -> Tensor:
+        """Aggregate one set of embeddings a sample, (B, R, D) -> (B, M, D), or of patch tokens, (B, R, T, D).
+
+        Args:
+            references: of a batch.
+            blank: of a batch, what stands for no photo, (B, ...); None takes zeros. A set without a face gives it.
+        """
         if self.backbone.face_encoder is None:
             embeds: Tensor = self.aggregator(references)
             return embeds
-        faceless = references.isnan().flatten(1).any(dim=1)[:, None, None]  # (B, 1, 1)
-        embeds = self.aggregator(references.masked_fill(faceless, 0.0))
-        return embeds.masked_fill(faceless, 0.0)
+        faceless = references.flatten(1).isnan().any(dim=1)  # (B,)
+        embeds = self.aggregator(references.masked_fill(_over(faceless, references), 0.0))
+        return torch.where(_over(faceless, embeds), _no_photo(embeds, blank), embeds)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Restore the held-out photos of a batch of `HeldOutGroups` items."""
         x = self.latents(batch["moments"], batch["latent_noise"])  # (B, C, h, w)
-        embeds = self.condition(batch["references"])  # (B, M, D)
-        embeds = embeds * ~batch["drop_image"][:, None, None]  # zeros AFTER aggregation
+        blank = batch.get("blank")
+        embeds = self.condition(batch["references"], blank)  # (B, M, D)
+        embeds = torch.where(_over(batch["drop_image"], embeds), _no_photo(embeds, blank), embeds)  # AFTER aggregation
         t = (batch["time"] * self.noise.config.num_train_timesteps).long()  # (B,)
         error = self.denoising_loss(x, batch["eps"], t, batch["text"], embeds)  # (B,)
         loss = (error * self.loss_weights(t)).mean()
@@ -167,10 +226,11 @@ class MultiIPAdapter(Method):
         count = int(weight.sum())
         # Lightning averages these numbers over ranks as integers, so they are multiples of the number of ranks
         size = count * (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
-        right = self.condition(batch["references"])
-        variants = {"right": right, "dropped": 0 * right}
+        blank = batch.get("blank")
+        right = self.condition(batch["references"], blank)
+        variants = {"right": right, "dropped": _no_photo(right, blank)}
         if "other_references" in batch:  # not where there is only one person
-            variants["shuffled"] = self.condition(batch["other_references"])
+            variants["shuffled"] = self.condition(batch["other_references"], blank)
         sums = dict.fromkeys(variants, torch.zeros((), device=x.device))
         for number, time in enumerate(VALIDATION_TIMES):
             generators = [torch.Generator().manual_seed(int(seed) + number) for seed in batch["seed"]]
@@ -194,13 +254,15 @@ class MultiIPAdapter(Method):
 
         Args:
             batch: of `TaskDataset` items.
-            references: the task's own, none (scale 0 and no LoRA), another person's, or zeros for the aggregated
-                embedding.
+            references: the task's own, none (scale 0 and no LoRA), another person's, or what stands for no photo
+                after the aggregator.
             ip_scale: overrides `sampling.ip_scale`.
         """
-        embeds = self.condition(batch["other_references" if references == "other" else "references"])
+        blank = batch.get("blank")
+        embeds = self.condition(batch["other_references" if references == "other" else "references"], blank)
+        negative = _no_photo(embeds, blank)
         if references == "zero":
-            embeds = torch.zeros_like(embeds)
+            embeds = negative
         alone = references == "none" and self.lora_rank is not None
         with lora_disabled(self.unet) if alone else nullcontext():
             return self.sampler(
@@ -210,6 +272,7 @@ class MultiIPAdapter(Method):
                 [int(seed) for seed in batch["seed"]],
                 self.image_side,
                 0.0 if references == "none" else ip_scale,
+                negative,
             )
 
     def on_test_start(self) -> None:
@@ -253,14 +316,18 @@ class MultiIPAdapter(Method):
 
     def method(self) -> str:
         """Return the name of the aggregator, and of what is added to the plain method."""
-        added = ["LoRA"] * (self.lora_rank is not None)
-        if (face := self.backbone.face_encoder) is not None:
+        added, layout = ["LoRA"] * self.adds_lora, self.backbone.layout
+        if layout is not PLAIN:
+            added.append(layout.title.removeprefix("IP-Adapter "))
+        elif (face := self.backbone.face_encoder) is not None:
             added.append("face and CLIP" if face.beside_clip else "face")
-        return " + ".join([type(self.aggregator).__name__, *added])
+        return " + ".join([self.aggregator.name, *added])
 
     def settings(self) -> str:
-        """Return name and arguments of the aggregator."""
-        return f"{type(self.aggregator).__name__}({self.aggregator.extra_repr()})"
+        """Return name and arguments of the aggregator, and the adapter's layout where it is not the plain one."""
+        layout = self.backbone.layout
+        of = "" if layout is PLAIN else f" of {layout.name}"
+        return f"{self.aggregator.name}({self.aggregator.extra_repr()}){of}"
 
     def provenance(self) -> dict[str, Any]:
         """Return the facts of a checkpoint."""
@@ -295,6 +362,16 @@ class MultiIPAdapter(Method):
             "image_encoder": self.backbone.image_encoder,
             "face_encoder": None if face is None else asdict(face),
         }
+
+
+def _over(flags: Tensor, embeds: Tensor) -> Tensor:
+    """Give flags (B,) as many dimensions as embeddings have."""
+    return flags.view(-1, *[1] * (embeds.ndim - 1))
+
+
+def _no_photo(embeds: Tensor, blank: Tensor | None) -> Tensor:
+    """Return what stands for no photo, (B, ...), in the shape of conditions (B, M, ...); zeros where there is none."""
+    return torch.zeros_like(embeds) if blank is None else blank[:, None].to(embeds).expand_as(embeds)
 
 
 def _widen(projection: dict[str, Tensor], clip: int, width: int) -> None:

@@ -236,23 +236,30 @@ def layout_of(projection: nn.Module | None) -> Layout | None:
     return next((layout for layout in LAYOUTS if layout.projection == type(projection).__name__), None)
 
 
+_K, _V, _KV = ".to_k.", ".to_v.", ".to_kv."  # in the names of a resampler's weights
+
+
 def join_kv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Join a resampler's K and V, which diffusers keeps apart, to the published `to_kv`; others stay as they are."""
-    values = {key: value for key, value in weights.items() if ".to_v." not in key}
-    return {
-        key.replace(".to_k.", ".to_kv."): torch.cat([value, weights[key.replace(".to_k.", ".to_v.")]])
-        if ".to_k." in key
-        else value
-        for key, value in values.items()
-    }
+    """Join a resampler's K and V, which diffusers keeps apart, to the published `to_kv`; others stay as they are.
+
+    Args:
+        weights: of an adapter, of which `image_proj.*` are the projection's.
+    """
+    joined: dict[str, Tensor] = {}
+    for key, value in weights.items():
+        if key.startswith("image_proj.") and _K in key:
+            joined[key.replace(_K, _KV)] = torch.cat([value, weights[key.replace(_K, _V)]])
+        elif not (key.startswith("image_proj.") and _V in key):
+            joined[key] = value
+    return joined
 
 
 def split_kv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Take a resampler's published `to_kv` apart; the inverse of `join_kv`."""
     parts: dict[str, Tensor] = {}
     for key, value in weights.items():
-        if ".to_kv." in key:
-            parts[key.replace(".to_kv.", ".to_k.")], parts[key.replace(".to_kv.", ".to_v.")] = value.chunk(2)
+        if key.startswith("image_proj.") and _KV in key:
+            parts[key.replace(_KV, _K)], parts[key.replace(_KV, _V)] = value.chunk(2)
         else:
             parts[key] = value
     return parts

@@ -152,7 +152,8 @@ def compare_adapter(model: MultiIPAdapter, folder: Path, embeds: Mapping[str, Te
     own, empty = (model.backbone.encode_prompts(texts, [prompt]) for prompt in (CHECK_PROMPT, ""))
     sampler = Sampler(model.backbone, model.unet, check_sampling(model))
     given = {name: value.to(model.device) for name, value in embeds.items()}
-    negative, right = (join_rows([half[n : n + 1] for half in given.values()]) for n in (0, 1))
+    parts = [given[name] for name in (EMBEDS, CLIP_EMBEDS) if name in given]
+    negative, right = (join_rows([part[n : n + 1] for part in parts]) for n in (0, 1))
     [ours] = sampler(own, empty, right, [0], model.image_side, negative_embeds=negative).cpu()
 
     pipe = plain_pipeline(model)

@@ -62,8 +62,9 @@ def flat(state: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     return {f"{section}.{name}": value for section, values in state.items() for name, value in values.items()}
 
 
-def backbone(folder: Path, layout: str, network: str, **options: Any) -> Backbone:
-    face = FaceEncoder(network, beside_clip=layout == "faceid_plus_v2", detector=None) if "faceid" in layout else None
+def backbone(folder: Path, kind: str, network: str, **options: Any) -> Backbone:
+    """With the face network that a layout takes; the layout itself is told by an option, or by the adapter's file."""
+    face = FaceEncoder(network, beside_clip=kind == "faceid_plus_v2", detector=None) if "faceid" in kind else None
     return Backbone(str(folder), face_encoder=face, **options)
 
 
@@ -361,8 +362,8 @@ def test_what_does_not_fit_is_refused_in_one_sentence_before_a_photo_is_encoded(
             MultiIPAdapter(own, **options).configure_callbacks()
         assert "\n" not in str(found.value)
 
-    def own(layout: str, net: str = network, **options: Any) -> Backbone:
-        return backbone(tiny_backbone, layout, net, **options)
+    def own(kind: str, net: str = network, **options: Any) -> Backbone:
+        return backbone(tiny_backbone, kind, net, **options)
 
     refused(
         "without its LoRA.*give the published .bin", own("faceid", published_adapter=str(tmp_path / "bare.safetensors"))

@@ -146,7 +146,7 @@ class Published(nn.Module):
         for number, name in enumerate(processors):
             own = {k.removeprefix(f"{number}."): v for k, v in weights.items() if k.startswith(f"{number}.")}
             processors[name] = Attention(own, tokens) if own else processors[name]
-        unet.set_attn_processor(processors)
+        unet.set_attn_processor(dict(processors))  # which empties what it is given
         self.processors = processors
 
     def forward(self, noisy: Tensor, t: Tensor, text: Tensor, *photo: Tensor, added: Any = None) -> Tensor:

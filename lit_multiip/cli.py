@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import Namespace, dict_to_namespace
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -253,11 +254,22 @@ class CLI(LightningCLI):
                     raise
 
 
+def choose_precision() -> str:
+    """Return `bf16-mixed` where this machine multiplies 16-bit matrices in hardware, and `32-true` elsewhere.
+
+    On a CPU without such a unit (AMX) a training step takes 1.7 times as long in bf16-mixed.
+    """
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    find = getattr(torch.cpu, "get_capabilities", dict)  # of newer versions of torch
+    return "bf16-mixed" if find().get("amx_bf16") else "32-true"
+
+
 def trainer_defaults() -> dict[str, Any]:
     """Return the Trainer's defaults: the miniature's steps, and the callbacks that every run has."""
     return {
         "accelerator": "auto",
-        "precision": "bf16-mixed",
+        "precision": choose_precision(),
         "max_steps": 1000,
         "val_check_interval": 250,  # optimiser steps, see ValidateBySteps
         "check_val_every_n_epoch": None,

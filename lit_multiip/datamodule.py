@@ -21,7 +21,7 @@ from lit_multiip.data.groups import Balance, Target, draw_references, stable_has
 from lit_multiip.data.people import MiniFaces, PeopleSource, Person, read_person
 from lit_multiip.data.photos import DataError, Photo, distinct_photos
 from lit_multiip.data.split import Split, select_people, split_people
-from lit_multiip.data.tasks import Task, make_tasks
+from lit_multiip.data.tasks import Task, add_intruders, make_tasks
 from lit_multiip.data.variants import describe_augment, vary
 from lit_multiip.datasets import (
     EpochSampler,
@@ -93,6 +93,7 @@ class MultiPhotoData(L.LightningDataModule):
         variants: of every training photo, encoded once like any photo; 1 takes the photos alone.
         augment: makes a photo's variants but the first, which is the photo itself; such as
             `torchvision.transforms.v2.RandomHorizontalFlip`.
+        intruders: so many of a person's references are photos of other people, in tests; in training 0 to so many.
         seed: of the split, the groups and the tasks.
         training_seed: of the training groups alone, for several trainings on one protocol; None takes `seed`.
         predict: what `predict` draws.
@@ -134,6 +135,7 @@ class MultiPhotoData(L.LightningDataModule):
         crop: FaceCrop | None = None,
         variants: int = 1,
         augment: Callable[[Any], Any] | None = None,
+        intruders: int = 0,
     ) -> None:
         super().__init__()
         if variants < 1 or (variants > 1) != (augment is not None):
@@ -166,7 +168,7 @@ class MultiPhotoData(L.LightningDataModule):
         self.cache_dir, self.encode_batch_size, self.seed = cache_dir, encode_batch_size, seed
         self.training_seed = seed if training_seed is None else training_seed
         self.predict_args, self.person = predict or PredictArgs(), person
-        self.variants, self.augment = variants, augment
+        self.variants, self.augment, self.intruders = variants, augment, intruders
         self.per_person = False  # setup asks the trainer's module
         self.split: Split | None = None
         self.features: Features | None = None
@@ -193,6 +195,8 @@ class MultiPhotoData(L.LightningDataModule):
             raise DataError(f"data.person='{self.person}' is for methods that learn one person: leave it out of fit")
         if stage == "fit" and self.per_person and self.variants > 1:
             raise DataError("data.variants is for methods that train on held-out groups: leave it and augment out")
+        if stage == "fit" and self.per_person and self.intruders:
+            raise DataError("data.intruders is for methods that train on held-out groups, and for tests: leave it out")
         if stage == "predict" and self.predict_args.photos is not None:
             self._setup_predict(*self.read_references(self.predict_args.photos))
             return
@@ -215,6 +219,7 @@ class MultiPhotoData(L.LightningDataModule):
         if stage == "test":
             people = select_people(getattr(self.split, self.tested), 2, self.tested_people, self.seed)
             self.tasks = make_tasks(people, self.references, self.held_out, self.seeds, self.seed)
+            self.tasks = add_intruders(self.tasks, self.intruders, self.seed)
         tasks = [*self.validation_tasks, *self.tasks]
         self.strangers = self._find_stranger(self.validation_tasks) | self._find_stranger(self.tasks)
         references = [photo for task in tasks for photo in task.references]
@@ -311,7 +316,7 @@ class MultiPhotoData(L.LightningDataModule):
             item = reference_set(self.tuning.person, self.tuning.references, self.features)
             return DataLoader(OnePerson(item), batch_size=1)
         references = 1 if self.target == "reference" else self.references
-        choices = (self.balance, self.target, self.drop, self.variants, self.augment)
+        choices = (self.balance, self.target, self.drop, self.variants, self.augment, self.intruders)
         groups = HeldOutGroups(self.split.train, self.features, self.training_seed, references, *choices)
         rank, world = self._rank_and_world()
         sampler = EpochSampler(len(groups), self.training_seed, rank, world, self._start(len(groups) // world))

@@ -18,7 +18,7 @@ from lit_multiip.backbone.encoders import replace_missing
 from lit_multiip.backbone.features import Features
 from lit_multiip.data.groups import Balance, Group, Target, draw_references, held_out_group, stable_hash
 from lit_multiip.data.people import Person
-from lit_multiip.data.photos import Photo
+from lit_multiip.data.photos import DataError, Photo
 from lit_multiip.data.tasks import Task
 from lit_multiip.data.variants import Augment, vary
 
@@ -36,6 +36,7 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         drop: probabilities to drop the image condition, the text, and both (published: 5 % each).
         variants: of a photo, one of which is drawn each time that it is a target or a reference.
         augment: makes variants 1 .. `variants` - 1; variant 0 is the photo itself.
+        intruders: 0 to so many of a sample's references are photos of other people; every number is as likely.
     """
 
     def __init__(
@@ -49,7 +50,13 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         drop: tuple[float, float, float] = (0.05, 0.05, 0.05),
         variants: int = 1,
         augment: Augment | None = None,
+        intruders: int = 0,
     ) -> None:
+        if not 0 <= intruders <= references or (intruders and len(people) < 2):
+            raise DataError(
+                f"data.intruders is {intruders}: give 0 to {references} (data.references), and two people or more"
+            )
+        self.intruders = intruders
         self.variants, self.augment = variants, augment
         self.people, self.features, self.seed = people, features, seed
         self.references, self.target, self.drop = references, target, drop
@@ -73,7 +80,14 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         else:
             group = held_out_group(len(photos), self.references + 1, number, rng)
         chosen = [group.target] if self.target == "reference" else group.references
-        return photos[group.target], [photos[i] for i in chosen]
+        references = [photos[i] for i in chosen]
+        if self.intruders:
+            rng = np.random.default_rng([self.seed, epoch, index, 3])
+            for place in rng.permutation(len(references))[: rng.integers(self.intruders + 1)]:
+                step = 1 + int(rng.integers(len(self.people) - 1))  # to anybody else
+                other = self.people[(person_index + step) % len(self.people)].photos
+                references[place] = other[int(rng.integers(len(other)))]
+        return photos[group.target], references
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         """Return one sample.

@@ -16,7 +16,7 @@ from lit_multiip.__main__ import PLAIN, main
 from lit_multiip.backbone.faces import FaceEncoder
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
-from lit_multiip.cli import CLI, SHORT
+from lit_multiip.cli import CLI, SHORT, choose_precision
 from lit_multiip.methods.aggregators import Aggregator
 from lit_multiip.runs import choose_run
 
@@ -149,6 +149,22 @@ def test_the_help_of_a_command_shows_its_short_options(capsys):
         "inspect": {"run"},
         "export": {"run", "photos"},
     }
+
+
+@pytest.mark.parametrize(
+    ("gpu", "capabilities", "precision"),
+    [
+        (True, {}, "bf16-mixed"),
+        (False, {}, "32-true"),
+        (None, {"amx_bf16": True}, "bf16-mixed"),
+        (None, {"avx512_bf16": True}, "32-true"),
+    ],
+)
+def test_the_default_precision_is_what_the_machine_has_a_unit_for(gpu, capabilities, precision, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu is not None)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: gpu)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities, raising=False)
+    assert choose_precision() == precision
 
 
 @pytest.mark.parametrize("value", ["nan", ".nan", ".inf", "x"])

@@ -215,11 +215,12 @@ def test_predict_without_photos_takes_a_test_person_and_their_prompts(tiny_backb
         ({"predict": PredictArgs(None, [""], [0])}, "prompts that are not empty"),
         ({"predict": PredictArgs(None, None, [])}, "at least one seed"),
         ({"min_photos": 12}, "min_photos = 12"),
+        ({"intruders": 10}, "data.intruders is 10: give 0 to 9"),
     ],
 )
 def test_impossible_data_is_refused(tiny_backbone, cache, wrong, message):
     with pytest.raises(DataError, match=message):
-        made(tiny_backbone, cache, "predict", **wrong)
+        made(tiny_backbone, cache, "test" if "intruders" in wrong else "predict", **wrong)
 
 
 def test_the_training_seed_moves_the_groups_and_nothing_else(tiny_backbone, cache):
@@ -237,6 +238,16 @@ def test_fewer_training_people_leave_the_others_as_they_are(tiny_backbone, cache
     names = [{person.name for person in split.train} for split in splits if split is not None]
     assert [len(group) for group in names] == [6, 4, 2] and names[2] < names[1] < names[0]
     assert all(split is not None and split.test == splits[0].test for split in splits if splits[0] is not None)
+
+
+def test_intruders_are_in_training_and_in_tests_and_not_in_validation(tiny_backbone, cache):
+    plain, mixed = (made(tiny_backbone, cache, "fit", intruders=count) for count in (0, 3))
+    assert plain.validation_tasks == mixed.validation_tasks
+    a, b = (next(iter(data.train_dataloader())) for data in (plain, mixed))
+    changed = (a["references"] != b["references"]).any(dim=2).sum(dim=1)  # (B,)
+    assert 0 < changed.max() <= 3 and torch.equal(a["eps"], b["eps"]) and a["photo"] == b["photo"]
+    mixed.setup("test")
+    assert all(sum(photo.person != task.person for photo in task.references) == 3 for task in mixed.tasks)
 
 
 @pytest.mark.parametrize("side", ["test", "validation", "train"])

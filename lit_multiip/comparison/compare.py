@@ -154,7 +154,8 @@ def make_steps(plan: Plan, inputs: Inputs) -> list[Step]:
             # what is tested
             anchors = name == plan.reference and seed == plan.seeds[0]
             tested = {"score.anchors": anchors, **plan.test_options, **row.test_options}
-            key = inputs.key("test", [*configs, *_as_arguments(options | tested)], depends)
+            untrained = row.run is None and not row.fit
+            key = inputs.key("test", [*configs, *_as_arguments(options | tested)], depends, untrained)
             tested["score.output"] = str(run / "test")
             steps.append(Step(name, seed, "test", run, [*begin, *_as_arguments(tested)], key))
     return steps
@@ -176,22 +177,27 @@ class Inputs:
         self._backbones: dict[str, list[str]] = {}
         self._runs: dict[str, tuple[list[str], str]] = {}
 
-    def key(self, command: Literal["fit", "test"], arguments: Sequence[str], depends: str = "") -> str:
+    def key(
+        self, command: Literal["fit", "test"], arguments: Sequence[str], depends: str = "", untrained: bool = False
+    ) -> str:
         """Return a hash of what the result of a command depends on.
 
         Args:
             command: how scores are made matters to `test` alone.
             arguments: configs and options.
             depends: hash of what it tests.
+            untrained: whether a test is of the method as it is.
         """
         try:
             config = self.parser.parse_args(list(arguments), with_meta=False)
-        except ArgumentError as error:
+            values = config.as_dict()
+            config.score.extractors = None  # which would read their weights
+            built = self.parser.instantiate_classes(config)
+            if untrained:
+                built.model.check_untrained()
+        except (ArgumentError, BackboneError) as error:
             said = f"{command} {shlex.join(arguments)}: {' '.join(str(error).split())}"
             raise CompareError(f"the plan cannot be carried out, {said}") from error
-        values = config.as_dict()
-        config.score.extractors = None  # which would read their weights
-        built = self.parser.instantiate_classes(config)
         facts = [depends, *self._fingerprint_backbone(config, built.data.backbone)]
         facts.append(self._fingerprint_people(config, built.data))
         facts.append(repr(built.model.sampling))  # in a config null stands for its defaults

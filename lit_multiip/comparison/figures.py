@@ -1,7 +1,7 @@
 """Figures of a comparison, each drawn once by matplotlib and saved as PNG, SVG and PDF.
 
-Methods x people as the paper's Figure 6, paired differences with their intervals, and the plane of identity against
-prompt agreement.
+Methods x people as the paper's Figure 6, paired differences with their intervals, and identity against prompt agreement
+or against seconds.
 """
 
 from __future__ import annotations
@@ -265,5 +265,36 @@ def plane(series: Sequence[Series], x_title: str, y_title: str, title: str) -> F
                 axes.plot(*one.points[one.chosen], "o", color=colour, markerfacecolor="none", markersize=13)
         axes.set(xlabel=x_title, ylabel=y_title)
         axes.set_title(title, fontsize=10)
+        figure.legend(loc="outside lower left", frameon=False)
+    return figure
+
+
+def identity_by_seconds(comparison: Comparison, extractor: str) -> Figure | None:
+    """Draw each row's identity, with its 95% interval, against the seconds that it takes to learn a person.
+
+    Returns:
+        None where fewer than two rows have both.
+    """
+    key, found = f"identity_held_out/{extractor}", []
+    for row in comparison.present:
+        seconds, score = comparison.costs(row)["personalise"], comparison.scores[row.key].get(key)
+        if seconds and score is not None:
+            found.append((row.title, seconds, score))
+    if len(found) < 2:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((6.4, 3.6 + 0.22 * len(found)), dpi=200, layout="constrained")
+        axes = figure.subplots()
+        axes.grid(color=RULE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        for number, (title, seconds, score) in enumerate(found):
+            repeats, place = divmod(number, len(PALETTE))
+            ends = [abs(score.value - bound) for bound in (score.low, score.high) if bound is not None]
+            bars = [[end] for end in ends] if len(ends) == 2 else None
+            style: dict[str, Any] = {"fmt": "os^Dv"[repeats % 5], "color": PALETTE[place], "label": title, "capsize": 2}
+            axes.errorbar([seconds], [score.value], yerr=bars, **style)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")  # its own writes powers as formulas
+        axes.set(xlabel="seconds to personalise, a person", ylabel=f"identity by {extractor} (higher is better)")
         figure.legend(loc="outside lower left", frameon=False)
     return figure

@@ -75,6 +75,10 @@ def draw_figures(comparison: Comparison, out: Path) -> list[tuple[str, str]]:
             figures.save(figures.forest(found), out / f"differences_{name}")
             title = comparison.row(comparison.reference).title
             drawn.append((f"differences_{name}.png", f"{title} minus each row by {name}, with 95% intervals"))
+        costs = figures.identity_by_seconds(comparison, name)
+        if costs is not None:
+            figures.save(costs, out / f"seconds_{name}")
+            drawn.append((f"seconds_{name}.png", f"Identity by {name} against seconds to personalise a person"))
     return drawn
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -91,6 +91,37 @@ def _draw(person: Person, references: int, held_out: int, seed: int) -> tuple[tu
     targets = shuffled[len(chosen) :][:n_held_out]
     extra = rng.integers(len(chosen), size=references - len(chosen))
     return (*chosen, *(chosen[i] for i in extra)), sorted(targets, key=lambda photo: natural_key(photo.name))
+
+
+def add_intruders(tasks: Sequence[Task], count: int, seed: int = 0) -> list[Task]:
+    """Replace references by photos of other people of the same tasks, as in an album that was mixed up.
+
+    Args:
+        tasks: of two people or more, where `count` is not 0.
+        count: how many references of every person are replaced, at drawn places; the same ones in all of a person's
+            tasks.
+        seed: of all draws, which are a function of (seed, person's name) and of who is tested.
+
+    Raises:
+        DataError: there is nobody else, or `count` is out of range.
+    """
+    if count == 0:
+        return list(tasks)
+    sets = {task.person: task.references for task in tasks}
+    most = min(map(len, sets.values()))
+    if not 0 <= count <= most:
+        raise DataError(f"data.intruders is {count}: give 0 to {most}, the number of references")
+    if len(sets) < 2:
+        raise DataError(f"data.intruders is {count}, and there is one person only: test two or more")
+    mixed = {}
+    for person, own in sets.items():
+        rng = np.random.default_rng(_hash(seed, person, "intruders"))
+        others, references = [other for other in sets if other != person], list(own)
+        for place in rng.permutation(len(own))[:count]:
+            photos = sets[others[rng.integers(len(others))]]
+            references[place] = photos[rng.integers(len(photos))]
+        mixed[person] = tuple(references)
+    return [replace(task, references=mixed[task.person]) for task in tasks]
 
 
 def _noise_seed(seed: int, photo: Photo, k: int) -> int:

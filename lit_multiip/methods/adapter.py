@@ -127,9 +127,8 @@ class MultiIPAdapter(Method):
         Raises:
             BackboneError: it is of another layout than the backbone's, or made for another encoder of photos.
         """
-        path = self.backbone.adapter_file() if self.ip_adapter == "auto" else self.ip_adapter
-        layout = self.backbone.layout
-        if path is None or path == "text":
+        path, layout = self._adapter_path(), self.backbone.layout
+        if path is None:
             return None
         found, state = read_layout(path)
         if found is not layout:
@@ -157,6 +156,11 @@ class MultiIPAdapter(Method):
                 "model.lora_rank out"
             )
         self.lora_rank = rank
+
+    def _adapter_path(self) -> str | None:
+        """Return where the adapter's weights are; None where it is made from the text K and V, at random in part."""
+        path = self.backbone.adapter_file() if self.ip_adapter == "auto" else self.ip_adapter
+        return None if path == "text" else path
 
     def _load_aggregator(self, weights: dict[str, Tensor], path: str) -> None:
         """Load the aggregator of an exported adapter, whose K' and V' were trained on its output."""
@@ -298,8 +302,13 @@ class MultiIPAdapter(Method):
     def refuse_random_adapter(self) -> None:
         """Raise `BackboneError` if the adapter was made at random and never trained."""
         if self.adapter_is_random:
+            self.check_untrained()
+
+    def check_untrained(self) -> None:
+        """Raise `BackboneError` if the adapter is made at random."""
+        if self._adapter_path() is None:
             raise BackboneError(
-                f"the adapter was made at random and never trained (model.ip_adapter '{self.ip_adapter}', backbone "
+                f"the adapter is made at random and was never trained (model.ip_adapter '{self.ip_adapter}', backbone "
                 f"'{self.backbone.path}'): give a trained one by --model.ip_adapter <file>, or run fit first and then "
                 "this on its run"
             )

@@ -120,6 +120,9 @@ class Method(L.LightningModule):
         """
         raise NotImplementedError
 
+    def check_untrained(self) -> None:
+        """Refuse a method that must be trained before it draws; nothing is built yet."""
+
     def method(self) -> str:
         """Return the name of the method, as in tables."""
         raise NotImplementedError

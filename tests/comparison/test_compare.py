@@ -196,6 +196,7 @@ def test_a_grid_is_a_row_for_every_combination_and_its_first_is_the_default(conf
         ({"rows": {"a": {"configs": ["none.yaml"], "title": "A"}}}, r"'none.yaml', which is not a file"),
         ({"rows": {"a": {"configs": [], "title": "A", "grid": {"data.seed": []}}}}, r"no value for 'data.seed'"),
         ({"options": {"data.no_such": 1}}, r"no_such"),
+        ({"options": {"model.ip_adapter": "text"}}, r"the adapter is made at random and was never trained"),
     ],
 )
 def test_a_plan_that_cannot_work_is_refused_before_anything_runs(change, message, config, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Figures: what they show, and that it lies inside of them."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,18 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lit_multiip.comparison.figures import CELL, PALETTE, Panel, Series, figure6, forest, panels, plane, save
+from lit_multiip.comparison.figures import (
+    CELL,
+    PALETTE,
+    Panel,
+    Series,
+    figure6,
+    forest,
+    identity_by_seconds,
+    panels,
+    plane,
+    save,
+)
 from lit_multiip.comparison.tests import load_comparison
 from lit_multiip.evaluation.intervals import Score
 
@@ -102,3 +114,26 @@ def test_every_row_has_a_colour_its_front_is_joined_and_its_choice_ringed(tmp_pa
 def test_one_point_can_be_drawn():
     figure = plane([Series("one", [(0.5, 0.5), (0.5, 0.5)], front=[0, 1], chosen=1)], "x", "y", "title")
     assert written_outside(figure) == []
+
+
+def test_identity_stands_against_the_seconds_a_person_takes(loaded, tmp_path):
+    assert identity_by_seconds(loaded, "critic") is None  # no test says what a person took
+    folder = write_comparison(tmp_path / "mini")
+    for row, seconds in (("ip_adapter", 0.6), ("avg_pool", 600.0)):
+        file = folder / row / "version_0" / "test" / "metrics.json"
+        metrics = json.loads(file.read_text())
+        metrics["seconds"]["personalise"] = seconds
+        file.write_text(json.dumps(metrics))
+    comparison = load_comparison(folder)
+    figure = identity_by_seconds(comparison, "critic")
+    assert figure is not None
+    saved(figure, tmp_path)
+    [axes] = figure.axes
+    points = [container.lines[0].get_xydata()[0] for container in axes.containers]
+    people = comparison.protocol["people"]
+    expected = [comparison.scores[row]["identity_held_out/critic"].value for row in ("ip_adapter", "avg_pool")]
+    assert np.allclose(points, [(0.6 / people, expected[0]), (600 / people, expected[1])])
+    assert axes.get_xscale() == "log" and "100" in [label.get_text() for label in axes.get_xticklabels()]
+    score = comparison.scores["avg_pool"]["identity_held_out/critic"]
+    [bar] = axes.containers[1].lines[2][0].get_segments()
+    assert np.allclose(bar[:, 1], (score.low, score.high))

@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler
 
 from lit_multiip.data.groups import draw_references
 from lit_multiip.data.people import Person
-from lit_multiip.data.photos import FilePhoto
+from lit_multiip.data.photos import DataError, FilePhoto
 from lit_multiip.datasets import EpochSampler, HeldOutGroups, ShareSampler
 
 
@@ -48,6 +48,25 @@ def test_the_target_is_never_among_its_references(balance):
             target, references = data.draw(epoch, index)
             assert target not in references and len(references) == 9
             assert {photo.person for photo in references} == {target.person}
+
+
+def test_intruders_of_other_people_are_0_to_so_many_of_a_samples_references():
+    people = [person(name, 12) for name in "abcd"]
+    plain, mixed = groups(*people), groups(*people, intruders=3)
+    counts, others = Counter(), Counter()
+    for epoch in range(100):
+        for index in range(len(plain)):
+            (target, references), (same, changed) = plain.draw(epoch, index), mixed.draw(epoch, index)
+            foreign = [photo.person for photo in changed if photo.person != target.person]
+            assert target == same and target not in changed
+            assert len(foreign) == sum(a != b for a, b in zip(references, changed, strict=True))
+            counts[len(foreign)] += 1
+            others.update((target.person, name) for name in foreign)
+    assert counts.keys() == {0, 1, 2, 3} and min(counts.values()) > 0.22 * sum(counts.values())
+    assert len(others) == 12 and min(others.values()) > 0.8 * max(others.values())
+    for wrong, who in ((10, people), (-1, people), (1, people[:1])):
+        with pytest.raises(DataError, match=f"data.intruders is {wrong}: give 0 to 9 .*and two people or more"):
+            groups(*who, intruders=wrong)
 
 
 def test_every_photo_of_a_group_is_held_out_once_an_epoch_and_the_others_are_its_references():

@@ -8,7 +8,7 @@ from PIL import Image
 
 from lit_multiip.data.people import Person
 from lit_multiip.data.photos import DataError, Photo
-from lit_multiip.data.tasks import image_files, make_tasks, protocol
+from lit_multiip.data.tasks import add_intruders, image_files, make_tasks, protocol
 
 
 @dataclass(frozen=True)
@@ -155,3 +155,30 @@ def test_every_task_has_its_own_file_also_where_photos_differ_in_their_suffix_al
     assert files == [f"Ann/{stem}_s{k}.png" for stem in ("1.jpg", "1.png", "2") for k in (0, 1)]
     assert len(set(image_files(tasks))) == len(tasks)
     assert {PurePath(file).parent.name for file in image_files(tasks)} == {"Ann", "Bob"}
+
+
+def test_intruders_take_the_place_of_so_many_references_and_change_nothing_else():
+    tasks = make_tasks([person(f"p{i}", "abcdefghijklmn") for i in range(30)], seeds=2)
+    assert add_intruders(tasks, 0) == tasks
+    held_out = {task.held_out for task in tasks}
+    for count in (1, 3, 9):
+        mixed = add_intruders(tasks, count)
+        places: Counter[int] = Counter()
+        for before, after in zip(tasks, mixed, strict=True):
+            assert replace(after, references=before.references) == before
+            changed = [i for i in range(9) if after.references[i] != before.references[i]]
+            assert len(changed) == count
+            assert all(after.references[i].person != after.person for i in changed)
+            assert not set(after.references) & held_out
+            places.update(changed)
+        assert {len({t.references for t in mixed if t.person == f"p{i}"}) for i in range(30)} == {1}
+        assert len(places) == 9  # also the first, which single-photo methods see
+        assert protocol(mixed)["sha256"] != protocol(tasks)["sha256"]
+    assert add_intruders(tasks, 3) == add_intruders(tasks, 3) != add_intruders(tasks, 3, seed=1)
+    for count, some, message in (
+        (10, tasks, "give 0 to 9"),
+        (-1, tasks, "give 0 to 9"),
+        (1, tasks[:8], "one person only"),
+    ):
+        with pytest.raises(DataError, match=message):
+            add_intruders(some, count)

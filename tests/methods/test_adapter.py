@@ -113,7 +113,7 @@ def test_an_adapter_made_at_random_is_not_drawn_with_until_it_is_trained(tmp_pat
     module = built(backbone, AvgPool)
     for start in (module.on_test_start, module.on_predict_start):
         with pytest.raises(
-            BackboneError, match=r"made at random and never trained .*--model\.ip_adapter <file>, or run"
+            BackboneError, match=r"made at random and was never trained .*--model\.ip_adapter <file>, or run"
         ):
             start()
     assert module.describe()["ip_adapter_sha256"] is None

@@ -152,7 +152,7 @@ class Features:
 
     def row_bytes(self) -> dict[str, int]:
         """Return the bytes of a row of each kind on disk, by the encoders' configurations."""
-        shapes = self.backbone.feature_shapes()
+        shapes = self.backbone.feature_shapes() | (self._shapes if self.kinds else {})
         return {kind: math.prod(shape) * (4 if kind in FLOAT32 else 2) for kind, shape in shapes.items()}
 
     def _forecast(self, missing: dict[str, int]) -> None:

@@ -178,10 +178,10 @@ class Backbone:
         return self._unet.get("addition_embed_type") == "text_time"
 
     def feature_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the stored features of one photo or prompt, by their kind; see `features.py`."""
+        """Return the shapes of the stored features of a target or prompt, by their kind; see `features.py`."""
         channels, height, width = self.latent_shape
         tokens = int(self.config("text_encoder")["max_position_embeddings"])
-        shapes: dict[str, tuple[int, ...]] = self.photo_shapes() | {
+        shapes: dict[str, tuple[int, ...]] = {
             "latent": (2 * channels, height, width),
             "text": (tokens, int(self._unet["cross_attention_dim"])),
         }

@@ -45,10 +45,9 @@ class MultiIPAdapter(Method):
         backbone: frozen; shared with the data.
         aggregator: G; gets the width of an embedding, or of a patch token.
         ip_adapter: `auto` (the backbone's published adapter, else its ip_adapter/, else `text`), `text` (from the text
-            K and V), a file, or hub id and file; of the layout in `backbone.layout`, or of the one that the published
-            adapter has. An exported adapter brings its aggregator's weights too. With a face
-            network in CLIP's place `auto` is `text`; with one beside CLIP, an adapter made for CLIP alone starts with
-            zeros for the face.
+            K and V), a file, or hub id and file, of the backbone's layout. An exported adapter brings its aggregator's
+            weights too. Where the published adapter is of another layout, or a face network stands in CLIP's place,
+            `auto` is `text`; with one beside CLIP, a plain adapter made for CLIP alone starts with zeros for the face.
         trained: `adapter`, or `aggregator` alone.
         lora_rank: of LoRA on all of the UNet's attention, trained with the adapter (needs peft); None adds none, but
             FaceID's, which is a part of the adapter and has its own rank, or 128.

@@ -135,7 +135,11 @@ class Features:
         }
         if "tokens" in self.kinds and conditions:
             items["tokens"] = conditions | {BLANK_KEY: BLANK}
-        encoders: dict[str, Callable[[], Encoder]] = {kind: partial(self._embedder, kind) for kind in self.kinds} | {
+        encoders: dict[str, Callable[[], Encoder]] = {
+            kind: self._embedder if kind == "embeds" else partial(load_photo_encoder, self.backbone, kind, self.device)
+            for kind in self.kinds
+        }
+        encoders |= {
             "latent": self._latent_encoder,
             "text": lambda: self._text_encoder("prompt_embeds"),
         }
@@ -248,8 +252,8 @@ class Features:
                     stored, rows, started = [], [], time.monotonic()
         shards.refresh()
 
-    def _embedder(self, kind: str = "embeds") -> Encoder:
-        return load_photo_encoder(self.backbone, kind, self.device)
+    def _embedder(self) -> Encoder:
+        return load_photo_encoder(self.backbone, "embeds", self.device)
 
     def _latent_encoder(self) -> Encoder:
         return load_latent_encoder(self.backbone, self.device)

@@ -317,7 +317,11 @@ class SavePredictions(L.Callback):
         assert self.folder is not None
         module: Any = pl_module
         requests, side = self._data.requests, module.image_side
-        references = requests[0].references
+        drawing = requests[0].drawing
+        shown = {requests[0].person: list(requests[0].references)} | drawing.rows()
+        if drawing.weighted:  # each photo once, whatever its weight
+            shown = {name: list(dict.fromkeys(photos)) for name, photos in shown.items()}
+        most = max(map(len, shown.values()))
         prompts = list(dict.fromkeys(request.prompt for request in requests))
         seeds = list(dict.fromkeys(request.seed for request in requests))
         files = {(request.prompt, request.seed): self._file(index) for index, request in enumerate(requests)}
@@ -326,15 +330,20 @@ class SavePredictions(L.Callback):
             for prompt in prompts
         ]
         title = f"{requests[0].person}, {module.method()}"
-        numbers = [f"reference {number + 1}" for number in range(len(references))]
+        numbers = [f"reference {number + 1}" for number in range(most)]
+        cells: list[list[Cell]] = [
+            [*squares(photos, side), *[None] * (most - len(photos))] for photos in shown.values()
+        ]
         grids = (
-            labelled_grid([squares(references, side)], [requests[0].person], numbers, side, title),
+            labelled_grid(cells, list(shown), numbers, side, title),
             labelled_grid(rows, prompts, [f"seed {seed}" for seed in seeds], side),
         )
         _stack(*grids).save(self.folder / "grid.png")
         facts = {
             "person": requests[0].person,
-            "references": [photo.name for photo in references],
+            "references": [photo.name for photo in requests[0].references],
+            "beside": {name: [photo.name for photo in photos] for name, photos in drawing.rows().items()},
+            "masks": len(drawing.masks),
             "images": [
                 {"file": self._file(index).name, "prompt": request.prompt, "seed": request.seed}
                 for index, request in enumerate(requests)

@@ -17,11 +17,12 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_multiip import callbacks, runs
+from lit_multiip.backbone.ip_adapter import Scale
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.console import blame_config
 from lit_multiip.datamodule import MultiPhotoData, PredictArgs
-from lit_multiip.evaluation import faces, vision  # noqa: F401  so that a config may call their extractors by name
+from lit_multiip.evaluation import faces, onnx, vision  # noqa: F401  so that a config may call their extractors by name
 from lit_multiip.evaluation.callback import ScoreTest
 from lit_multiip.files import UsageError, only_writer
 from lit_multiip.finite import RequireFinite
@@ -41,18 +42,23 @@ SHORT: dict[str, tuple[type[Any], tuple[str, ...], dict[str, dict[str, Any]]]] =
         Sampling,
         ("test", "predict"),
         {
-            "ip_scale": {"type": float, "help": "weight of the photos"},
+            "ip_scale": {"type": Scale, "help": "weight of the photos, or weights by block"},
             "guidance_scale": {"type": float, "help": "weight of the text"},
             "steps": {"type": int, "help": "denoising steps"},
+            "ip_start": {"type": float, "help": "share of the steps after which photos begin to act"},
+            "ip_end": {"type": float, "help": "share of the steps after which they no longer do"},
         },
     ),
     "data.predict": (
         PredictArgs,
         ("predict",),
         {
-            "photos": {"type": str, "help": "folder with photos of one person"},
+            "photos": {"type": str, "nargs": "+", "help": "folder with photos of one person, or several with masks"},
             "prompts": {"type": str, "nargs": "+", "help": "what to draw"},
             "seeds": {"type": int, "nargs": "+", "help": "an image each per prompt"},
+            "weights": {"type": float, "nargs": "+", "help": "one a photo, in the order of their names"},
+            "negatives": {"type": str, "help": "folder with photos to draw away from"},
+            "masks": {"type": str, "nargs": "+", "help": "a picture a person, white where their photos act"},
         },
     ),
 }
@@ -82,6 +88,7 @@ class CLI(LightningCLI):
     """
 
     commands = LightningCLI.subcommands()  # by name, the arguments of the Trainer's method that are no options
+    without_run: tuple[str, ...] = ()  # commands that take the newest run where there is one, and need none
     trainer: callbacks.Trainer
     run_folder: Path  # into which all is written, whatever the logger
     continued: Path | None = None  # the run that fit goes on with, in its own folder
@@ -97,7 +104,7 @@ class CLI(LightningCLI):
         if typed and typed[0] in self.commands:  # a parser takes 0.3 s, so no other one is built
             self.commands = {typed[0]: self.commands[typed[0]]}
         kwargs: dict[str, Any] = parser_kwargs | {name: {"command": name} for name in self.commands}
-        self.chosen = runs.choose_run(typed, self.commands) if run else None
+        self.chosen = runs.choose_run(typed, self.commands, self.without_run) if run else None
         if self.chosen is not None:
             command, folder, _ = self.chosen
             kwargs[command]["default_config_files"] = [glob.escape(str(folder / "config.yaml"))]
@@ -261,8 +268,8 @@ def choose_precision() -> str:
     """
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    find = getattr(torch.cpu, "get_capabilities", dict)  # of newer versions of torch
-    return "bf16-mixed" if find().get("amx_bf16") else "32-true"
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of newer versions of torch
+    return "bf16-mixed" if capabilities.get("amx_bf16") else "32-true"
 
 
 def trainer_defaults() -> dict[str, Any]:

@@ -26,7 +26,13 @@ from lit_multiip.methods.method import Method
 
 DEBUG = "LIT_MULTIIP_DEBUG"
 BACKBONE = tuple(inspect.signature(Backbone).parameters)
-BY_NAME = {"model": Method, "aggregator": Aggregator, "source": PeopleSource, "extractors": Extractor}
+BY_NAME = {
+    "model": Method,
+    "aggregator": Aggregator,
+    "source": PeopleSource,
+    "extractors": Extractor,
+    "extractor": Extractor,
+}
 
 
 @contextmanager

@@ -5,21 +5,31 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from lit_multiip.backbone.face_crop import FaceCrop
+from lit_multiip.backbone.face_crop import FaceCrop, find_faces
+from lit_multiip.backbone.face_weight import FaceMaps, FaceWeight
 from lit_multiip.backbone.features import Features
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.checking import check_photos
-from lit_multiip.data.groups import Balance, Target, draw_references, stable_hash
-from lit_multiip.data.people import MiniFaces, PeopleSource, Person, read_person
-from lit_multiip.data.photos import DataError, Photo, distinct_photos
+from lit_multiip.data.drawing import (
+    NOTHING,
+    Drawing,
+    PredictArgs,
+    draw_person,
+    draw_together,
+    read_masks,
+    without_copies,
+)
+from lit_multiip.data.groups import Balance, Target
+from lit_multiip.data.people import MiniFaces, PeopleSource, Person, check_names_differ, read_person
+from lit_multiip.data.photos import DataError, Photo
 from lit_multiip.data.split import Split, select_people, split_people
 from lit_multiip.data.tasks import Task, add_intruders, make_tasks
 from lit_multiip.data.variants import describe_augment, vary
@@ -40,22 +50,6 @@ logger = logging.getLogger(__name__)
 MOST_WORKERS = 256  # of a loader; more are a slip
 
 
-@dataclass
-class PredictArgs:
-    """What `predict` draws: every prompt with every seed, of one person.
-
-    Args:
-        photos: folder with photos of the person, any number; None takes data.person, else the first test person, and
-            the references that a test gives them.
-        prompts: what to draw; None takes a prompt a scene of the reference photos.
-        seeds: one image each per prompt.
-    """
-
-    photos: str | None = None
-    prompts: list[str] | None = None
-    seeds: list[int] = field(default_factory=lambda: [0, 1])
-
-
 class MultiPhotoData(L.LightningDataModule):
     """Groups of a person's photos for training, and tasks for validation, test and predict.
 
@@ -73,7 +67,7 @@ class MultiPhotoData(L.LightningDataModule):
         balance: `person` (every person gives N targets an epoch) or `photo` (every photo is a target once).
         target: `held_out`, or `reference` to train as the published single-photo IP-Adapter (references = 1).
         drop: probabilities of dropping image, text and both in training.
-        test_fraction: of the people, where neither the source nor a list decides.
+        test_fraction: of the people, where neither source nor list decides; 1 makes test people of all in any case.
         validation_fraction: of the training side.
         train_names: file with the names of training people, one a line (LFW's people files, too).
         validation_names: likewise.
@@ -98,7 +92,9 @@ class MultiPhotoData(L.LightningDataModule):
         training_seed: of the training groups alone, for several trainings on one protocol; None takes `seed`.
         predict: what `predict` draws.
         person: whom fit learns, where the method learns one person; whom predict draws.
-        crop: cut every photo to a square at its face, for encoders and scores alike; None takes its central square.
+        crop: cut every photo to a square at its face, or to a fixed share of its middle, for encoders and scores alike;
+            None takes its central square.
+        face_weight: weigh the training loss more in the target's face; None weighs all places alike.
     """
 
     def __init__(
@@ -136,6 +132,7 @@ class MultiPhotoData(L.LightningDataModule):
         variants: int = 1,
         augment: Callable[[Any], Any] | None = None,
         intruders: int = 0,
+        face_weight: FaceWeight | None = None,
     ) -> None:
         super().__init__()
         if variants < 1 or (variants > 1) != (augment is not None):
@@ -169,6 +166,8 @@ class MultiPhotoData(L.LightningDataModule):
         self.training_seed = seed if training_seed is None else training_seed
         self.predict_args, self.person = predict or PredictArgs(), person
         self.variants, self.augment, self.intruders = variants, augment, intruders
+        self.face_weight = face_weight
+        self.face_maps: FaceMaps | None = None  # of the training photos, once fit is set up
         self.per_person = False  # setup asks the trainer's module
         self.split: Split | None = None
         self.features: Features | None = None
@@ -182,10 +181,11 @@ class MultiPhotoData(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Fetch or extract the source once, on one process, and find the faces where photos are cut at them."""
         people = self.source.people()
-        if self.crop is not None:
+        if self.crop is not None and self.crop.share is None:
             chosen = select_people(people, self.min_photos, self.max_people, self.seed)
             readable = check_photos(chosen, self.on_unreadable)
-            self.crop.find([photo for person in readable for photo in person.photos], self.cache_dir)
+            photos = [photo for person in readable for photo in person.photos]
+            find_faces(self.crop.detector, photos, self.cache_dir)
 
     def setup(self, stage: str) -> None:
         """Choose and split the people, then encode what this stage will need."""
@@ -197,8 +197,10 @@ class MultiPhotoData(L.LightningDataModule):
             raise DataError("data.variants is for methods that train on held-out groups: leave it and augment out")
         if stage == "fit" and self.per_person and self.intruders:
             raise DataError("data.intruders is for methods that train on held-out groups, and for tests: leave it out")
+        if stage != "predict" and self.per_person and self.face_weight is not None:
+            raise DataError("data.face_weight is for methods that train on held-out groups: leave it out")
         if stage == "predict" and self.predict_args.photos is not None:
-            self._setup_predict(*self.read_references(self.predict_args.photos))
+            self._setup_predict(*self._read_drawing(self.predict_args.photos))
             return
         if self.split is None:
             self.split = self._split()
@@ -211,15 +213,13 @@ class MultiPhotoData(L.LightningDataModule):
             self.tuning = self._tested(self._find(self.person))
             training = list(self.tuning.references)
         elif stage == "fit":
-            training = [photo for person in self.split.train for photo in person.photos]
+            training = [photo for person in self.split.people_of("train") for photo in person.photos]
         if stage in ("fit", "validate") and not self.per_person:
             self.validation_tasks = make_tasks(
-                self.split.validation, self.references, self.validation_held_out, 1, self.seed
+                self.split.people_of("validation"), self.references, self.validation_held_out, 1, self.seed
             )
         if stage == "test":
-            people = select_people(getattr(self.split, self.tested), 2, self.tested_people, self.seed)
-            self.tasks = make_tasks(people, self.references, self.held_out, self.seeds, self.seed)
-            self.tasks = add_intruders(self.tasks, self.intruders, self.seed)
+            self.draw_tasks()
         tasks = [*self.validation_tasks, *self.tasks]
         self.strangers = self._find_stranger(self.validation_tasks) | self._find_stranger(self.tasks)
         references = [photo for task in tasks for photo in task.references]
@@ -228,11 +228,42 @@ class MultiPhotoData(L.LightningDataModule):
         prompts = [photo.prompt for photo in (*training, *held_out)]
         varied = [vary(photo, v, self.augment) for photo in training for v in range(self.variants)]
         self._build([*varied, *references], [*varied, *held_out], prompts)
+        if stage == "fit" and self.face_weight is not None:
+            self.face_maps = self.face_weight.maps(varied, self.backbone, self.cache_dir)
+
+    def draw_tasks(self) -> list[Task]:
+        """Draw the tasks of a test, and encode nothing."""
+        if self.split is None:
+            self.split = self._split()
+        people = select_people(self.split.people_of(self.tested), 2, self.tested_people, self.seed)
+        tasks = make_tasks(people, self.references, self.held_out, self.seeds, self.seed)
+        self.tasks = add_intruders(tasks, self.intruders, self.seed)
+        return self.tasks
 
     def read_references(self, folder: str) -> tuple[Person, tuple[Photo, ...]]:
         """Read a folder with photos of one person, any number, and draw `references` of them."""
         [person] = self._cut(check_photos([read_person(folder)], self.on_unreadable, progress=False))
-        return person, self._draw_references(_distinct(person))
+        return person, self._draw_references(person)
+
+    def _read_drawing(self, folders: str | list[str]) -> tuple[Person, tuple[Photo, ...], Drawing]:
+        """Read what `predict` names, and refuse what does not fit before anything is encoded."""
+        args, read = self.predict_args, partial(check_photos, on_unreadable=self.on_unreadable, progress=False)
+        people = [read_person(folder) for folder in ([folders] if isinstance(folders, str) else folders)]
+        negatives = [] if args.negatives is None else self._cut(read([read_person(args.negatives)]))
+        if not people:
+            raise DataError("data.predict.photos names no folder: give one a person")
+        check_names_differ(people)
+        people, masks = self._cut(read(people)), read_masks(args.masks or ())
+        options = {"weights": args.weights, "negatives": negatives, "masks": masks}
+        return people[0], *self.draw_together(people, **options)
+
+    def draw_together(self, people: Sequence[Person], **options: Any) -> tuple[tuple[Photo, ...], Drawing]:
+        """Draw the references of people in one picture, by the options of `data.drawing.draw_together`."""
+        if self.per_person and (len(people) > 1 or any(options.values())):
+            raise DataError("a method that tunes on one person takes no weights, negatives or masks: leave them out")
+        first, drawing = draw_together(people, self.references, self.seed, **options)
+        drawing.check_side(self.backbone.image_side)
+        return first, drawing
 
     def _find(self, name: str | None) -> Person:
         """Return the person of that name, on whichever side of the split."""
@@ -271,29 +302,26 @@ class MultiPhotoData(L.LightningDataModule):
     def _split(self) -> Split:
         people = select_people(self.source.people(), self.min_photos, self.max_people, self.seed)
         people = check_photos(people, self.on_unreadable)
-        people = [_distinct(person) for person in people]
+        people = [without_copies(person) for person in people]
         people = self._cut(select_people(people, self.min_photos, None, self.seed))
         split = split_people(people, self.seed, self.test_fraction, self.validation_fraction, **self.names)
-        if self.training_people is not None:
+        if self.training_people is not None and split.train:
             split = replace(split, train=select_people(split.train, 2, self.training_people, self.seed))
         sizes = len(split.train), len(split.validation), len(split.test)
         logger.info("people: %d train, %d validation, %d test", *sizes)
         return split
 
     def _draw_references(self, person: Person) -> tuple[Photo, ...]:
-        photos, rng = person.photos, np.random.default_rng([self.seed, stable_hash(person.name)])
-        if len(photos) != self.references:
-            what = "the surplus is dropped" if len(photos) > self.references else "missing ones are drawn again"
-            logger.warning("%s has %d photos, %d are used: %s", person.name, len(photos), self.references, what)
-        return tuple(photos[i] for i in draw_references(range(len(photos)), self.references, rng))
+        return draw_person(person, self.references, self.seed)
 
-    def _setup_predict(self, person: Person, references: tuple[Photo, ...]) -> None:
-        prompts = self.predict_args.prompts or list(dict.fromkeys(photo.prompt for photo in person.photos))[:4]
-        seeds = self.predict_args.seeds
-        if not seeds or not all(prompts):
+    def _setup_predict(self, person: Person, references: tuple[Photo, ...], drawing: Drawing = NOTHING) -> None:
+        args = self.predict_args
+        prompts = args.prompts or list(dict.fromkeys(photo.prompt for photo in person.photos))[:4]
+        if not args.seeds or not all(prompts):
             raise DataError("data.predict needs at least one seed, and prompts that are not empty")
-        self.requests = [Request(person.name, references, prompt, seed) for prompt in prompts for seed in seeds]
-        self._build(list(references), [], prompts)
+        rest = (person.name, references)
+        self.requests = [Request(*rest, prompt, seed, drawing) for prompt in prompts for seed in args.seeds]
+        self._build([*references, *drawing.photos()], [], prompts)
 
     def _build(self, photos: Iterable[Photo], targets: Iterable[Photo], prompts: Iterable[str]) -> None:
         """Encode photos that condition, photos whose latents are needed, and prompts."""
@@ -316,7 +344,7 @@ class MultiPhotoData(L.LightningDataModule):
             item = reference_set(self.tuning.person, self.tuning.references, self.features)
             return DataLoader(OnePerson(item), batch_size=1)
         references = 1 if self.target == "reference" else self.references
-        choices = (self.balance, self.target, self.drop, self.variants, self.augment, self.intruders)
+        choices = (self.balance, self.target, self.drop, self.variants, self.augment, self.intruders, self.face_maps)
         groups = HeldOutGroups(self.split.train, self.features, self.training_seed, references, *choices)
         rank, world = self._rank_and_world()
         sampler = EpochSampler(len(groups), self.training_seed, rank, world, self._start(len(groups) // world))
@@ -393,11 +421,3 @@ class MultiPhotoData(L.LightningDataModule):
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-
-
-def _distinct(person: Person) -> Person:
-    """Keep one photo of those with equal content, so that a copy of a target is never among its references."""
-    kept = distinct_photos(person.photos)
-    if len(kept) < len(person.photos):
-        logger.warning("%s: %d photos are copies of others and left out", person.name, len(person.photos) - len(kept))
-    return replace(person, photos=kept)

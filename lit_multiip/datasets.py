@@ -6,6 +6,7 @@ import math
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any
 
 import lightning as L
@@ -15,7 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, default_collate
 
 from lit_multiip.backbone.encoders import replace_missing
+from lit_multiip.backbone.face_weight import FaceMaps
 from lit_multiip.backbone.features import Features
+from lit_multiip.data.drawing import NOTHING, Drawing
 from lit_multiip.data.groups import Balance, Group, Target, draw_references, held_out_group, stable_hash
 from lit_multiip.data.people import Person
 from lit_multiip.data.photos import DataError, Photo
@@ -37,6 +40,7 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         variants: of a photo, one of which is drawn each time that it is a target or a reference.
         augment: makes variants 1 .. `variants` - 1; variant 0 is the photo itself.
         intruders: 0 to so many of a sample's references are photos of other people; every number is as likely.
+        face_maps: of all targets; None makes no `loss_map`.
     """
 
     def __init__(
@@ -51,12 +55,13 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         variants: int = 1,
         augment: Augment | None = None,
         intruders: int = 0,
+        face_maps: FaceMaps | None = None,
     ) -> None:
         if not 0 <= intruders <= references or (intruders and len(people) < 2):
             raise DataError(
                 f"data.intruders is {intruders}: give 0 to {references} (data.references), and two people or more"
             )
-        self.intruders = intruders
+        self.intruders, self.face_maps = intruders, face_maps
         self.variants, self.augment = variants, augment
         self.people, self.features, self.seed = people, features, seed
         self.references, self.target, self.drop = references, target, drop
@@ -102,6 +107,7 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
             drop_image: whether the image condition is dropped, () bool.
             time: t / T in [0, 1), () float64.
             latent_noise, eps: standard normal, (C, h, w); the posterior's and the diffusion's.
+            loss_map: with `face_maps`, weights of the places of the loss, (h, w) of mean 1.
         """
         epoch, index = key
         target, references = self.draw(epoch, index)
@@ -126,7 +132,7 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
             "time": torch.tensor(rng.random(), dtype=torch.float64),
             "latent_noise": torch.randn(shape, generator=generator),
             "eps": torch.randn(shape, generator=generator),
-        }
+        } | ({} if self.face_maps is None else {"loss_map": self.face_maps(target)})
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -185,12 +191,13 @@ class ShareSampler(Sampler[int]):
 
 @dataclass(frozen=True)
 class Request:
-    """One image to draw: the references, the prompt and the seed."""
+    """One image to draw: the references, the prompt and the seed, and what else acts on it."""
 
     person: str
     references: tuple[Photo, ...]
     prompt: str
     seed: int
+    drawing: Drawing = NOTHING
 
 
 def conditions(features: Features, references: Sequence[Photo], person: str) -> dict[str, Tensor]:
@@ -261,11 +268,30 @@ class TaskDataset(Dataset[dict[str, Any]]):
             item |= conditions(self.features, task.references, task.person)
             if others := self.others.get(task.person):
                 item["other_references"] = replace_missing(self.features.embeds(others), others[0].person)
-        if not isinstance(task, Request):
+        if isinstance(task, Request):
+            item |= self._draw_by(task)
+        else:
             item["photo"] = f"{task.person}/{task.held_out.name}"
             item["moments"] = self.features.moments(task.held_out)
             item["text"] |= self.features.sizes(task.held_out)
         return item
+
+    def _draw_by(self, request: Request) -> dict[str, Any]:
+        """Return what `Drawing` adds: `beside` and `negatives`, (R, D) a person, `masks` (P, H, W) and `weighted`."""
+        drawing, item = request.drawing, dict[str, Any]()
+        if drawing.beside:
+            item["beside"] = [self._embeds(photos) for photos in drawing.beside]
+        if drawing.negatives:  # as many as the photos that they stand against, so that both make as many tokens
+            people = (request.references, *drawing.beside)
+            item["negatives"] = [self._embeds(list(islice(cycle(drawing.negatives), len(one)))) for one in people]
+        if drawing.masks:
+            item["masks"] = torch.from_numpy(np.stack(drawing.masks))
+        if drawing.weighted:
+            item["weighted"] = torch.tensor(True)
+        return item
+
+    def _embeds(self, photos: Sequence[Photo]) -> Tensor:
+        return replace_missing(self.features.embeds(photos), photos[0].person)
 
 
 class OnePerson(IterableDataset[dict[str, Any]]):

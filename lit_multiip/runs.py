@@ -144,7 +144,9 @@ def newest_run(root: Path = Path("runs")) -> tuple[Path, Path] | None:
     return None
 
 
-def choose_run(args: Sequence[str], commands: Container[str]) -> tuple[str, Path, Path] | None:
+def choose_run(
+    args: Sequence[str], commands: Container[str], without_run: Container[str] = ()
+) -> tuple[str, Path, Path] | None:
     """Choose the run whose config a command line leaves out; None where it needs none.
 
     `fit --ckpt_path last` without a config takes the newest run. Another command takes `--run`, or the newest run where
@@ -154,6 +156,7 @@ def choose_run(args: Sequence[str], commands: Container[str]) -> tuple[str, Path
     Args:
         args: the command line, the command first.
         commands: those that take a run.
+        without_run: those of them that need none.
 
     Returns:
         The subcommand, the run's folder and its checkpoint.
@@ -179,6 +182,8 @@ def choose_run(args: Sequence[str], commands: Container[str]) -> tuple[str, Path
         )
     elif not folder:
         run, checkpoint = newest_run() or (Path("runs"), None)
+        if checkpoint is None and command in without_run:
+            return None
     else:
         run, checkpoint = Path(folder), best_checkpoint(Path(folder))
         if not (run / "config.yaml").is_file():

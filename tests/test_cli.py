@@ -17,6 +17,7 @@ from lit_multiip.backbone.faces import FaceEncoder
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.cli import CLI, SHORT, choose_precision
+from lit_multiip.datamodule import PredictArgs
 from lit_multiip.methods.aggregators import Aggregator
 from lit_multiip.runs import choose_run
 
@@ -47,7 +48,7 @@ def here(tmp_path, monkeypatch):
 # Which run
 
 
-COMMANDS = ("fit", "validate", "test", "predict", "inspect", "export")
+COMMANDS = ("fit", "validate", "test", "predict", "inspect", "export", "tasks", "score")
 
 
 def chosen(*args: str) -> tuple[str, Path, Path] | None:
@@ -89,6 +90,12 @@ def test_ranks_that_lightning_starts_take_the_run_of_the_process_that_started_th
     assert chosen("test") == choice
 
 
+def test_a_command_that_loads_no_weights_needs_no_run(here):
+    assert choose_run(("tasks", "--output", "a"), COMMANDS, ("tasks",)) is None
+    run = write_run(here, "a/version_0").relative_to(here)
+    assert choose_run(("tasks",), COMMANDS, ("tasks",)) == ("tasks", run, run / "checkpoints" / "last.ckpt")
+
+
 def test_without_a_run_it_is_said_what_to_run(here, capsys):
     for command in ("test", "predict"):
         message = refusal(capsys, command, code=2)
@@ -122,7 +129,10 @@ def test_short_options_set_what_they_stand_for(here, monkeypatch):
     args = ["predict", "--config", "c.yaml", "--photos", "dir", "--prompts", "a,b", "c:", "--seeds", "3", "4"]
     config = settled(monkeypatch, *args, "--ip_scale", "0.5", "--steps", "7")
     assert config.model.init_args.sampling.as_dict() == asdict(Sampling(7, 2.0, 0.5))
-    assert config.data.predict.as_dict() == {"photos": "dir", "prompts": ["a,b", "c:"], "seeds": [3, 4]}
+    asked = {"photos": ["dir"], "prompts": ["a,b", "c:"], "seeds": [3, 4]}
+    assert config.data.predict.as_dict() == {**asdict(PredictArgs()), **asked}
+    config = settled(monkeypatch, "predict", "--config", "c.yaml", "--ip_scale", "{up: {block_0: [0, 1]}, mid: 0.5}")
+    assert config.model.init_args.sampling.ip_scale == {"up": {"block_0": [0, 1]}, "mid": 0.5}
     config = settled(
         monkeypatch, "test", "--model.aggregator", "AvgPool", "--config", "c.yaml", "--guidance_scale", "5"
     )
@@ -140,12 +150,12 @@ def test_the_help_of_a_command_shows_its_short_options(capsys):
     for command in COMMANDS:
         text = help_of(capsys, command)
         shown[command] = {name for name in ("run", *short) if f"--{name} " in text}
-    drawn = {"run", "ip_scale", "guidance_scale", "steps"}
+    drawn = {"run", "ip_scale", "guidance_scale", "steps", "ip_start", "ip_end"}
     assert shown == {
         "fit": set(),
         "validate": {"run"},
         "test": drawn,
-        "predict": drawn | {"photos", "prompts", "seeds"},
+        "predict": drawn | {"photos", "prompts", "seeds", "weights", "negatives", "masks"},
         "inspect": {"run"},
         "export": {"run", "photos"},
     }

@@ -121,7 +121,7 @@ def test_a_config_of_a_method_writes_out_where_its_defaults_are_not_the_first_me
 
     first, second = map(defaults, CLASSES)
     differing = {name for name in first.keys() & second.keys() if first[name] != second[name]}
-    assert len(first.keys() & second.keys()) == 10 and differing == {"optimizer", "lr_schedule"}
+    assert len(first.keys() & second.keys()) == 11 and differing == {"optimizer", "lr_schedule"}
     written = yaml.safe_load((ROOT / "configs" / "dreambooth.yaml").read_text())["model"]["init_args"]
     assert differing <= written.keys()
 

@@ -125,6 +125,51 @@ def test_bare_predict_writes_images_and_grid_into_a_new_folder(fitted, monkeypat
     assert (run_of(fitted) / "predict" / "Ann_Lee-3" / "003_in-a-scarf_seed1.png").read_bytes() != first
 
 
+def test_predict_takes_two_people_by_their_masks_with_weights_and_negatives(fitted, monkeypatch, capsys):
+    monkeypatch.chdir(fitted)
+    for name, count in (("Bo", 3), ("Cy", 2), ("unwanted", 1)):
+        Path(name).mkdir()
+        for number in range(count):
+            Image.new("RGB", (50, 40), (60 * number, len(name), 99 * count % 256)).save(f"{name}/{number}.png")
+    for name, box in (("left", (0, 0, 16, 32)), ("right", (16, 0, 32, 32))):
+        mask = Image.new("L", (32, 32))
+        mask.paste(255, box)
+        mask.save(f"{name}.png")
+    plain = ["predict", "--photos", "Bo", "Cy", "--prompts", "two people", "--seeds", "1"]
+    options = ["--masks", "left.png", "right.png", "--weights", "2", "1", "0", "1", "1", "--negatives", "unwanted"]
+    scales = ["--ip_scale", "{mid: 1, up: {block_0: [0.5, 1]}}", "--ip_end", "0.5"]
+    main([*plain, *options, *scales])
+    made = run_of(fitted) / "predict" / "Bo"
+    facts = json.loads((made / "predict.json").read_text())
+    assert sorted(facts["references"]) == ["0.png", "0.png", "1.png"]
+    beside = {name: sorted(photos) for name, photos in facts["beside"].items()}
+    assert beside == {"Cy": ["0.png", "1.png"], "drawn away from": ["0.png"]} and facts["masks"] == 2
+    sampling = facts["model"]["sampling"]
+    assert sampling["ip_scale"] == {"mid": 1, "up": {"block_0": [0.5, 1]}} and sampling["ip_end"] == 0.5
+    image = (made / "000_two-people_seed1.png").read_bytes()
+    main([*plain, *options])
+    assert (run_of(fitted) / "predict" / "Bo-2" / "000_two-people_seed1.png").read_bytes() != image
+
+    # what does not fit is refused before anything is drawn
+    Image.new("L", (64, 64), 255).save("large.png")
+    one = ["predict", "--photos", "Bo", "--prompts", "a person"]
+    for args, message in (
+        (plain, "0 masks and 2 people: give one mask a person"),
+        ([*one, "--masks", "large.png"], "mask 1 has 64 x 64 px, and pictures have 32 x 32"),
+        ([*one, "--masks", "Bo/0.txt"], "mask 'Bo/0.txt' cannot be read"),
+        ([*one, "--weights", "1", "2"], "2 weights for 3 photos: give one each, in the order 0.png, 1.png, 2.png"),
+        ([*one, "--weights", "1", ".nan", "1"], "a photo's weight is nan"),
+        ([*one, "--negatives", "nobody"], "nobody does not exist"),
+        ([*one, "--ip_start", "0.9", "--ip_end", "0.1"], "ip_start=0.9 and ip_end=0.1"),
+        ([*one, "--ip_scale", "{up: .nan}"], "ip_scale.up=nan is not finite"),
+        ([*one, "--ip_scale", "{up: {block_7: 1}}"], "'up.block_7', and in up this UNet attends in block_0"),
+        (["predict", "--weights", "1", "2"], "give --photos <folder>"),
+        ([*one, "--negatives", "unwanted", "--guidance_scale", "1"], "negative photos act through guidance"),
+    ):
+        assert message in refusal(capsys, *args, code=None)
+    assert not (run_of(fitted) / "predict" / "Bo-3").exists() or not list((run_of(fitted) / "predict").glob("Bo-3/0*"))
+
+
 def test_bare_inspect_looks_at_the_newest_run(fitted, monkeypatch, capsys):
     monkeypatch.chdir(fitted)
     main(["inspect", "--people", "2", "--data.held_out", "1"])
@@ -164,6 +209,40 @@ def test_a_test_person_on_the_checkpoints_record_is_refused_in_one_line(fitted, 
     args = [*config_args(run_of(fitted) / "config.yaml"), "--ckpt_path", str(tmp_path / "leaky.ckpt")]
     message = refusal(capsys, "test", *args)
     assert message.startswith("error: 1 of 3 test people were trained or validated on, such as 'test_000001'")
+
+
+def test_a_finished_run_is_scored_on_another_folder_of_people_all_of_them_test_people(
+    fitted, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for person in ("Ann", "Bo"):
+        for number in range(10):
+            file = tmp_path / "people" / person / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), (25 * number, 99, ord(person[0]))).save(file)
+    others = ["--data.source", "Folder", "--data.source.init_args.path", str(tmp_path / "people")]
+    others += ["--data.test_fraction", "1", "--score.output", str(tmp_path / "others")]
+    before = (run_of(fitted) / "test" / "metrics.json").read_bytes() if (run_of(fitted) / "test").exists() else b""
+    main(["test", "--run", str(run_of(fitted)), *others])
+    results = json.loads((tmp_path / "others" / "metrics.json").read_text())
+    assert results["protocol"]["people"] == 2 and results["protocol"]["tasks"] == 2
+    training = results["audit"]["training"]
+    assert (training["status"], training["people"], training["people_seen"], training["photos_seen"]) == (
+        *("recorded", 5, 0, 0),
+    )
+    assert {"SelfAttention", "other_person", "vae_round_trip"} <= {name.split("(")[0] for name in results["rows"]}
+    assert "real_vs_real" not in results["rows"]  # which takes photos of training people
+    assert not before or (run_of(fitted) / "test" / "metrics.json").read_bytes() == before
+
+    # somebody whom it was trained on is refused by name, and so is everything but a test
+    (tmp_path / "people" / "Bo").rename(tmp_path / "people" / "train_000001")
+    message = refusal(capsys, "test", "--run", str(run_of(fitted)), *others)
+    assert message.startswith("error: 1 of 2 test people were trained or validated on, such as 'train_000001'")
+    for command, options in (("test", ["--data.tested", "validation"]), ("validate", [])):
+        message = refusal(capsys, command, "--run", str(run_of(fitted)), *others, *options)
+        assert "data.test_fraction=1 makes test people of everyone, no validation people: lower it" in message
+    message = refusal(capsys, "fit", "--config", str(run_of(fitted) / "config.yaml"), *others)
+    assert "no train people: lower it" in message
 
 
 def validations(run: Path) -> list[int]:

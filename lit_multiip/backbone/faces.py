@@ -5,9 +5,7 @@ They run on the CPU whatever the device of the images, so that the same image gi
 
 from __future__ import annotations
 
-import importlib
 import json
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,15 +15,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from lit_multiip.backbone.onnx import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    OnnxNetwork,
+    Pixels,
+    check_normalisation,
+    import_faces,
+    normalise,
+    resized,
+    weights_file,
+)
 from lit_multiip.files import first_line, hash_file, hash_text
 
 YUNET = "opencv/face_detection_yunet/face_detection_yunet_2023mar.onnx"
-Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
-Landmarks = npt.NDArray[np.float32]  # (5, 2), x and y in px: eyes, nose, corners of the mouth
+Landmarks = npt.NDArray[np.float32]  # (5, 2), x and y in px: eyes, nose, corners of the mouth; or (68, 2)
 
 # Where recognisers that were trained on aligned faces (ArcFace, SFace, ...) expect the landmarks in a square of 112 px:
 # https://github.com/deepinsight/insightface, arcface_dst
@@ -34,7 +41,6 @@ TEMPLATE: Landmarks = np.array(
     dtype=np.float32,
 )
 TEMPLATE_SIDE = 112  # px
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class FaceDetector:
@@ -61,7 +67,7 @@ class FaceDetector:
         """
         height, width = pixels.shape[:2]
         scale = self.side / max(height, width)
-        seen = pixels if scale == 1 else _resized(pixels, (round(width * scale), round(height * scale)))
+        seen = pixels if scale == 1 else resized(pixels, (round(width * scale), round(height * scale)))
         with self._lock:
             self._network.setInputSize((seen.shape[1], seen.shape[0]))
             _, rows = self._network.detect(to_bgr(seen))  # (F, 15), or None
@@ -69,6 +75,10 @@ class FaceDetector:
         found[:, :14:2] *= width / seen.shape[1]
         found[:, 1:14:2] *= height / seen.shape[0]
         return found[np.argsort(-found[:, 2] * found[:, 3], kind="stable")]
+
+    def boxes(self, pixels: Pixels) -> npt.NDArray[np.float32]:
+        """Return x, y, width and height of all faces in px, (F, 4), the largest first."""
+        return self.faces(pixels)[:, :4]
 
     def largest(self, pixels: Pixels) -> npt.NDArray[np.float32] | None:
         """Return the row of the face with the largest box, (15,), or None where no face is found."""
@@ -79,6 +89,10 @@ class FaceDetector:
         """Return five landmarks of the largest face, or None where no face is found."""
         row = self.largest(pixels)
         return None if row is None else row[4:14].reshape(5, 2)
+
+    def points(self, pixels: Pixels) -> Landmarks | None:
+        """Return all landmarks of the largest face that the detector knows, (L, 2), or None where no face is found."""
+        return self.landmarks(pixels)
 
 
 class FaceNetwork:
@@ -109,41 +123,17 @@ class FaceNetwork:
         crop: tuple[float, float, float] = (0.5, 0.5, 1.0),
         detector: FaceDetector | None = None,
     ) -> None:
-        if colours not in ("rgb", "bgr"):
-            raise ValueError(f"colours is {colours!r}: channels are in the order 'rgb' or 'bgr'")
-        if min(std) <= 0:
-            raise ValueError(f"std is {tuple(std)}: values are divided by it, so it must be above zero")
+        check_normalisation(std, colours)
         x, y, share = crop
         if not (0 < share <= 1 and 0 <= x <= 1 and 0 <= y <= 1):
             raise ValueError(f"crop is {tuple(crop)}: its centre and its side are shares in 0..1, the side above zero")
-        runtime = import_faces("onnxruntime")
-        file = weights_file(path)
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # it warns of initialisers that could be removed
-        try:
-            self._session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # each of its faults has a class of its own, below Exception alone
-            raise ValueError(f"'{file}' is no ONNX network that onnxruntime reads ({first_line(error)})") from error
-        given, *more = self._session.get_inputs()
-        shape = list(given.shape)  # names in place of sizes that are not fixed
-        fixed = shape[2] if len(shape) == 4 and isinstance(shape[2], int) and shape[2] == shape[3] else None
-        if more or len(shape) != 4 or (shape[1] not in (3, None) and not isinstance(shape[1], str)):
-            inputs = f"{shape} and {len(more)} more inputs" if more else f"{shape}"
-            raise ValueError(f"'{file}' takes {inputs}: give a network of images alone, (B, 3, S, S)")
-        if side is None and fixed is None:
-            raise ValueError(f"'{file}' takes {shape}, whose side is not fixed: set side, such as 112")
-        if side is not None and (side < 1 or fixed not in (None, side)):
-            raise ValueError(f"side is {side} and '{file}' takes {shape}: leave side out")
-        self.side = side or fixed or 0
-        self.batch = shape[0] if isinstance(shape[0], int) and shape[0] > 0 else None
-        blank = np.zeros((1, 3, self.side, self.side), dtype=np.float32)
-        self.width: int = self._embeddings(blank).shape[1]  # E
+        self._network = OnnxNetwork(path, side)
+        self.side, self.file, self.sha256 = self._network.side, self._network.file, self._network.sha256
+        self.width = self._network.widths[0]  # E
         if self.width < 2:
-            raise ValueError(f"'{file}' gives one number an image: give a network whose first output is (B, E)")
+            raise ValueError(f"'{self.file}' gives one number an image: give a network whose first output is (B, E)")
         self.colours, self.crop, self.detector = colours, (x, y, share), detector
-        self.mean, self.std = np.asarray(mean, dtype=np.float32), np.asarray(std, dtype=np.float32)
-        self.path, self.file, self.sha256 = path, file, hash_file(file)
+        self.path, self.mean, self.std = path, mean, std
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
@@ -152,10 +142,7 @@ class FaceNetwork:
         seen = [face for face in faces if face is not None]
         found = np.empty((0, self.width), dtype=np.float32)
         if seen:
-            order = 1 if self.colours == "rgb" else -1
-            values = np.stack(seen).astype(np.float32)[..., ::order] / 255  # (F, S, S, 3)
-            inputs = np.asarray((values - self.mean) / self.std, dtype=np.float32)
-            found = self._embeddings(inputs.transpose(0, 3, 1, 2))  # (F, E)
+            [found] = self._network(normalise(np.stack(seen), self.mean, self.std, self.colours))  # (F, E)
         rows = rows_with_gaps(found, [face is not None for face in faces])
         return F.normalize(rows, dim=-1).to(images.device)
 
@@ -169,18 +156,7 @@ class FaceNetwork:
         edge = share * min(height, width)
         left = min(max(x * width - edge / 2, 0.0), width - edge)
         top = min(max(y * height - edge / 2, 0.0), height - edge)
-        return _resized(pixels, (self.side, self.side), (left, top, left + edge, top + edge))
-
-    def _embeddings(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """(F, 3, S, S) => (F, E), as many at a time as the network takes."""
-        name, parts, size = self._session.get_inputs()[0].name, [], self.batch or len(batch)
-        for start in range(0, len(batch), size):
-            part = batch[start : start + size]
-            short = size - len(part)
-            padded = np.concatenate([part, np.zeros((short, *part.shape[1:]), np.float32)]) if short else part
-            output = self._session.run(None, {name: np.ascontiguousarray(padded, dtype=np.float32)})[0]
-            parts.append(np.asarray(output, dtype=np.float32).reshape(size, -1)[: len(part)])
-        return np.concatenate(parts)
+        return resized(pixels, (self.side, self.side), (left, top, left + edge, top + edge))
 
 
 @dataclass(frozen=True)
@@ -240,39 +216,6 @@ def aligned(pixels: Pixels, landmarks: Landmarks, side: int = TEMPLATE_SIDE) -> 
     return np.asarray(warped, dtype=np.uint8)
 
 
-def weights_file(given: str) -> Path:
-    """Return the path of a file of weights, given as such or as `org/repository/file` on the Hugging Face hub.
-
-    Raises:
-        FileNotFoundError: it is not there, and the hub does not give it.
-    """
-    path = Path(given).expanduser()
-    if path.is_file():
-        return path
-    if path.is_absolute() or path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+/[\w./-]+", given) or given[0] == ".":
-        raise FileNotFoundError(f"no file '{given}': give a file of weights, or org/repository/file.onnx on the hub")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    repository, file = "/".join(given.split("/")[:2]), "/".join(given.split("/")[2:])
-    try:
-        return Path(hf_hub_download(repository, file))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise FileNotFoundError(
-            f"'{given}' is no file here, and the hub does not give {file} of {repository} ({first_line(error)}): fetch "
-            f"https://huggingface.co/{repository}/resolve/main/{file} where there is a network, and give its path"
-        ) from error
-
-
-def import_faces(module: str) -> Any:
-    """Import onnxruntime or OpenCV, or say how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = {"cv2": "OpenCV"}.get(module, module)
-        raise ValueError(f"faces need {package}, which is not installed: pip install 'lit_multiip[faces]'") from error
-
-
 def load_opencv(create: Any, file: Path, *options: Any) -> Any:
     """Build one of OpenCV's networks from a file."""
     try:
@@ -289,11 +232,6 @@ def arrays_of(images: Tensor) -> Iterator[Pixels]:
 def to_bgr(pixels: Pixels) -> Pixels:
     """Turn RGB into the order of channels that OpenCV takes."""
     return np.ascontiguousarray(pixels[..., ::-1])
-
-
-def _resized(pixels: Pixels, size: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> Pixels:
-    """Scale an image, or a box of it (left, top, right, bottom in px), to a size (width, height)."""
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC, box=box))
 
 
 def rows_with_gaps(found: npt.NDArray[np.float32], present: Sequence[bool]) -> Tensor:

@@ -7,6 +7,7 @@ of `unet.attn_processors`. FaceID's LoRA is `ip_adapter.{0,1,2,...}.to_{q,k,v,ou
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -24,7 +25,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_multiip.backbone.components import BackboneError, hub_place
-from lit_multiip.backbone.layouts import LORA_PARTS, PLAIN, Layout, join_kv, layout_of, recognise, split_kv
+from lit_multiip.backbone.layouts import (
+    LORA_PARTS,
+    PLAIN,
+    Layout,
+    check_sections,
+    join_kv,
+    layout_of,
+    recognise,
+    refuse_version_1,
+    split_kv,
+)
 from lit_multiip.backbone.lora import add_lora, remove_lora
 from lit_multiip.files import first_line
 
@@ -35,6 +46,7 @@ RECORD = "lit_multiip"  # key of a safetensors file's metadata
 LORA_RANK = 128  # of the published FaceID adapters
 
 State = dict[str, dict[str, Tensor]]
+Scale = float | dict[str, Any]  # lambda in every layer, or by block, as diffusers' `set_ip_adapter_scale` takes it
 
 
 def _host(unet: UNet2DConditionModel) -> Any:
@@ -122,8 +134,8 @@ def _read(path: str, device: str) -> State:
         ) from error
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise BackboneError(f"IP-Adapter file '{path}' is broken ({first_line(error)}): fetch it again") from error
-    _check_sections(state, f"IP-Adapter file '{path}'")
-    _refuse_version_1(recognise(state["image_proj"]), file.name)
+    check_sections(state, f"IP-Adapter file '{path}'")
+    refuse_version_1(recognise(state["image_proj"]), file.name)
     return state
 
 
@@ -183,7 +195,7 @@ def install_ip_adapter(
     Raises:
         BackboneError: `state` is incomplete, or made for another UNet or image encoder.
     """
-    _check_sections(state, "the adapter")
+    check_sections(state, "the adapter")
     layout = _check_fit(unet, state, None if embed_dim is None else _widths(embed_dim))
     own = _nested(split_kv(_flat(state)))
     weights = _nested({key: value for key, value in _flat(state).items() if "_lora." not in key})
@@ -229,12 +241,56 @@ def require_lora(layout: Layout, state: Mapping[str, Any], what: str) -> int:
     return rank
 
 
-def set_ip_scale(unet: UNet2DConditionModel, scale: float) -> None:
-    """Set lambda of eq. (3)/(19), the weight of the image attention, in every layer; 0 gives the plain backbone."""
-    if not math.isfinite(scale):
-        raise ValueError(f"ip_scale must be finite, got {scale}: 0 ignores the photos, 1 is the published weight")
+def set_ip_scale(unet: UNet2DConditionModel, scale: Scale) -> None:
+    """Set lambda of eq. (3)/(19), the weight of the image attention; 0 gives the plain backbone.
+
+    Args:
+        unet: with an adapter.
+        scale: one number for every layer, or by block as `check_ip_scale` says; 0 in blocks that are not named.
+    """
+    check_ip_scale(scale, unet)
     _require_installed(unet)
-    _host(unet).set_ip_adapter_scale(float(scale))
+    try:
+        _host(unet).set_ip_adapter_scale(copy.deepcopy(scale) if isinstance(scale, dict) else float(scale))
+    except ValueError as error:
+        raise BackboneError(f"ip_scale={scale} does not fit this UNet ({first_line(error)}): {_SCALES}") from error
+
+
+def check_ip_scale(scale: Scale, unet: UNet2DConditionModel | None = None) -> None:
+    """Refuse a scale that is not finite, or that names no block.
+
+    Args:
+        scale: a number, or a mapping of `down`, `mid` and `up` to a number, a list with a number a layer, or a mapping
+            of `block_0`, `block_1`, ... to these.
+        unet: whose blocks must be there; None checks the form alone.
+    """
+    for place, value in _scale_places(scale):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            where = f"ip_scale.{place}" if place else "ip_scale"
+            raise BackboneError(f"{where}={value} is not finite: 0 ignores the photos, 1 is the published weight")
+        if place and not re.fullmatch(r"mid|(down|up)(\.block_\d+)?", place):
+            raise BackboneError(f"ip_scale names '{place}': {_SCALES}")
+        if unet is not None and "." in place:
+            side, block = place.split(".")
+            blocks = unet.down_blocks if side == "down" else unet.up_blocks
+            known = [f"block_{i}" for i, module in enumerate(blocks) if hasattr(module, "attentions")]
+            if block not in known:
+                raise BackboneError(f"ip_scale names '{place}', and in {side} this UNet attends in {', '.join(known)}")
+
+
+_SCALES = "give a number, or numbers by block, such as {up: {block_0: [0, 1, 0]}}, of down, mid and up"
+
+
+def _scale_places(scale: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every number of a scale with its place, such as `up.block_0`."""
+    if isinstance(scale, Mapping):
+        for key, value in scale.items():
+            yield from _scale_places(value, f"{place}.{key}".lstrip("."))
+    elif isinstance(scale, list) and place:
+        for value in scale:
+            yield place, value
+    else:
+        yield place, scale
 
 
 @contextmanager
@@ -328,27 +384,6 @@ def _nested(flat: Mapping[str, Tensor], copy: bool = True) -> State:
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {f"{section}.{k}": v for section in ("image_proj", "ip_adapter") for k, v in state[section].items()}
-
-
-def _check_sections(state: Any, what: str) -> None:
-    """Refuse whatever holds no adapter's weights."""
-    projection, attention = (
-        state.get(name) if isinstance(state, Mapping) else None for name in ("image_proj", "ip_adapter")
-    )
-    if not isinstance(projection, Mapping) or not isinstance(attention, Mapping):
-        raise BackboneError(f"{what} lacks the sections 'image_proj' and 'ip_adapter': give IP-Adapter weights")
-    odd = [key for key, value in (*projection.items(), *attention.items()) if not isinstance(value, Tensor)]
-    if odd:
-        raise BackboneError(f"{what} has something other than a tensor under '{odd[0]}': give IP-Adapter weights")
-
-
-def _refuse_version_1(layout: Layout, name: str) -> None:
-    """Refuse FaceID Plus of version 1, which only its published name tells apart from version 2."""
-    if layout.name == "faceid_plus_v2" and "faceid-plus_" in name:
-        raise BackboneError(
-            f"IP-Adapter file '{name}' is FaceID Plus of version 1, which is drawn in another way: give version 2, "
-            f"'{name.replace('faceid-plus_', 'faceid-plusv2_')}'"
-        )
 
 
 def _check_fit(unet: UNet2DConditionModel, state: Mapping[str, Any], widths: tuple[int, ...] | None) -> Layout:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_multiip.backbone.components import BackboneError
+from lit_multiip.backbone.faces import FaceEncoder
 
 HEAD = 64  # width of a head of attention; diffusers' loader knows no other
 LORA_PARTS = ("q", "k", "v", "out")  # of an attention layer, as FaceID's files name them
@@ -65,6 +66,21 @@ class Layout(ABC):
     def prepare(self, projection: nn.Module) -> None:
         """Set what a projection does beside its weights."""
         return None
+
+    def check_face(self, face: FaceEncoder | None) -> None:
+        """Refuse a face network that the layout does not take, or the lack of one that it takes."""
+        if "face" not in self.kinds:
+            if face is not None:
+                raise BackboneError(
+                    f"{self.title} takes the patch tokens of CLIP alone: leave backbone.face_encoder out, or set "
+                    "backbone.layout to faceid or faceid_plus_v2"
+                )
+        elif face is None or face.beside_clip != ("tokens" in self.kinds):
+            beside = "true" if "tokens" in self.kinds else "false"
+            raise BackboneError(
+                f"{self.title} takes a face network's embedding: set backbone.face_encoder.path, and "
+                f"backbone.face_encoder.beside_clip to {beside} (configs/with/{self.name}.yaml)"
+            )
 
     def check_widths(self, weights: Mapping[str, Tensor], widths: Sequence[int], what: str) -> None:
         """Refuse a projection for another encoder of photos, which `what` names, with the remedy."""
@@ -263,6 +279,27 @@ def split_kv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             parts[key] = value
     return parts
+
+
+def check_sections(state: Any, what: str) -> None:
+    """Refuse whatever holds no adapter's weights."""
+    projection, attention = (
+        state.get(name) if isinstance(state, Mapping) else None for name in ("image_proj", "ip_adapter")
+    )
+    if not isinstance(projection, Mapping) or not isinstance(attention, Mapping):
+        raise BackboneError(f"{what} lacks the sections 'image_proj' and 'ip_adapter': give IP-Adapter weights")
+    odd = [key for key, value in (*projection.items(), *attention.items()) if not isinstance(value, Tensor)]
+    if odd:
+        raise BackboneError(f"{what} has something other than a tensor under '{odd[0]}': give IP-Adapter weights")
+
+
+def refuse_version_1(layout: Layout, name: str) -> None:
+    """Refuse FaceID Plus of version 1, which only its published name tells apart from version 2."""
+    if layout.name == "faceid_plus_v2" and "faceid-plus_" in name:
+        raise BackboneError(
+            f"IP-Adapter file '{name}' is FaceID Plus of version 1, which is drawn in another way: give version 2, "
+            f"'{name.replace('faceid-plus_', 'faceid-plusv2_')}'"
+        )
 
 
 def join_rows(parts: Sequence[Tensor]) -> Tensor:

@@ -20,6 +20,8 @@ import diffusers
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_multiip.backbone.components import (
@@ -42,9 +44,12 @@ from lit_multiip.backbone.components import (
 from lit_multiip.backbone.faces import FaceEncoder
 from lit_multiip.backbone.ip_adapter import read_layout
 from lit_multiip.backbone.layouts import PLAIN, Layout, find_layout
+from lit_multiip.data.record import Record, read_record
 from lit_multiip.files import first_line
 
 logger = logging.getLogger(__name__)
+
+TRAINED_ON = "trained_on.safetensors"  # in a backbone's folder: the record of the people whom it was trained on
 
 
 class Backbone:
@@ -140,6 +145,16 @@ class Backbone:
 
     def _pipeline_class(self) -> Any:
         return component_class("diffusers", read_index(self.place).get("_class_name", ""), self.path)
+
+    def trained_on(self) -> Record | None:
+        """Read the record of the people whom the backbone was trained on; None where its folder has none."""
+        file = Path(self.place, TRAINED_ON)
+        if not file.is_file():
+            return None
+        try:
+            return read_record(load_file(file))
+        except (OSError, SafetensorError) as error:
+            raise BackboneError(f"'{file}' cannot be read ({first_line(error)}): fetch the backbone again") from error
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
 
@@ -256,26 +271,14 @@ class Backbone:
         Raises:
             BackboneError: it takes a face network that is not given, or none where one is.
         """
-        layout, face = self._layout, self.face_encoder
+        layout = self._layout
         if layout is None:
             found = self._adapter_candidate()
             layout = PLAIN if found is None else read_layout(found)[0]
             if not self.uses_clip and "face" not in layout.kinds:
                 layout = PLAIN  # no published adapter takes a face network's embeddings but FaceID's
-        if layout is PLAIN:
-            return layout
-        if "face" not in layout.kinds:
-            if face is not None:
-                raise BackboneError(
-                    f"{layout.title} takes the patch tokens of CLIP alone: leave backbone.face_encoder out, or set "
-                    "backbone.layout to faceid or faceid_plus_v2"
-                )
-        elif face is None or face.beside_clip != ("tokens" in layout.kinds):
-            beside = "true" if "tokens" in layout.kinds else "false"
-            raise BackboneError(
-                f"{layout.title} takes a face network's embedding: set backbone.face_encoder.path, and "
-                f"backbone.face_encoder.beside_clip to {beside} (configs/with/{layout.name}.yaml)"
-            )
+        if layout is not PLAIN:
+            layout.check_face(self.face_encoder)
         return layout
 
     def photo_shapes(self) -> dict[str, tuple[int, ...]]:

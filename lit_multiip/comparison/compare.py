@@ -61,6 +61,7 @@ def compare(
     seeds: list[int] | None = None,
     only: list[str] | None = None,
     output: str = OUTPUT,
+    trained: str | None = None,
     processes: PositiveInt = 1,
     dry_run: bool = False,
 ) -> None:
@@ -77,13 +78,13 @@ def compare(
         seeds: training seeds of the rows that have them; [0] by default. Data, split and test tasks stay the same.
         only: run these rows; the report is of all that is there.
         output: the folder to write; finished steps in it are kept.
+        trained: folder of a finished comparison of these rows, whose runs are tested and not trained again.
         processes: steps at a time, each with its share of the CPU cores and a log in its run's folder.
         dry_run: print the commands, and run none.
     """
     seeds = [0] if seeds is None else seeds
-    plan = Plan(
-        rows, reference, title, contrasts or [], configs or [], options or {}, test_options or {}, seeds, output
-    )
+    given = (contrasts or [], configs or [], options or {}, test_options or {}, seeds, output, trained)
+    plan = Plan(rows, reference, title, *given)
     plan.check(only)
     steps = make_steps(plan.expand(only), Inputs())
     if dry_run:
@@ -140,9 +141,9 @@ def make_steps(plan: Plan, inputs: Inputs) -> list[Step]:
 
             # what is trained, or was
             depends, begin = "", [*configs, *given]
-            if row.run is not None:
-                configs, depends = inputs.read_run(row.run)
-                begin = ["--run", row.run, *given]
+            if (earlier := plan.run_of(name, row, seed)) is not None:
+                configs, depends = inputs.read_run(earlier)
+                begin = ["--run", earlier, *given]
             elif row.fit:
                 depends = inputs.key("fit", begin)
                 if depends not in fitted:
@@ -151,13 +152,17 @@ def make_steps(plan: Plan, inputs: Inputs) -> list[Step]:
                     steps.append(Step(name, seed, "fit", run, [*begin, *logged], depends))
                 begin = ["--run", str(fitted.setdefault(depends, run))]
 
-            # what is tested
+            # what is tested, or scored as it is
             anchors = name == plan.reference and seed == plan.seeds[0]
             tested = {"score.anchors": anchors, **plan.test_options, **row.test_options}
-            untrained = row.run is None and not row.fit
+            command: Literal["test", "score"] = "test" if row.images is None else "score"
+            if row.images is not None:
+                depends = inputs.hash_images(row.images)
+            untrained = row.run is None and row.images is None and not row.fit
             key = inputs.key("test", [*configs, *_as_arguments(options | tested)], depends, untrained)
             tested["score.output"] = str(run / "test")
-            steps.append(Step(name, seed, "test", run, [*begin, *_as_arguments(tested)], key))
+            tested |= {} if row.images is None else {"images": row.images, "name": row.title}
+            steps.append(Step(name, seed, command, run, [*begin, *_as_arguments(tested)], key))
     return steps
 
 
@@ -223,6 +228,12 @@ class Inputs:
                 values.pop(of_fit, None)
             self._runs[run] = ["--config", json.dumps(values)], hash_file(checkpoint)
         return self._runs[run]
+
+    def hash_images(self, folder: str) -> str:
+        """Return a hash of the images that another program drew."""
+        root = Path(folder).expanduser()
+        files = sorted(file for file in root.rglob("*") if file.is_file())
+        return hash_text(json.dumps([[str(file.relative_to(root)), hash_file(file)] for file in files]))
 
     def _fingerprint_people(self, config: Namespace, data: MultiPhotoData) -> str:
         """Hash all people, photos, prompts and roles of a source."""

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
+from lit_multiip.comparison.steps import read_stamp
 from lit_multiip.files import LitMultiIPError
 
 OUTPUT = "runs/compare/mini"
@@ -37,6 +38,7 @@ class Row:
         seeds: train it once per training seed; otherwise it has no training seed.
         seed_options: what a training seed is given to; data, split and test tasks have their own.
         run: a run that was trained before, to be tested in place of a fit of its own.
+        images: folder of images that another program drew for what `tasks` wrote, to be scored as they are.
         options: of both commands, such as `model.trained: aggregator`.
         paper: the paper's own figures.
         test_options: of its tests alone.
@@ -50,6 +52,7 @@ class Row:
     seeds: bool = False
     seed_options: list[str] = field(default_factory=lambda: ["seed_everything", "data.training_seed"])
     run: str | None = None
+    images: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     paper: dict[str, float] | None = None
     test_options: dict[str, Any] = field(default_factory=dict)
@@ -84,6 +87,7 @@ class Plan:
     test_options: Mapping[str, Any] = field(default_factory=dict)
     seeds: Sequence[int] = (0,)
     output: str = OUTPUT
+    trained: str | None = None
 
     def check(self, only: Sequence[str] | None = None) -> None:
         """Refuse what cannot work before anything is run."""
@@ -92,12 +96,22 @@ class Plan:
             raise CompareError(f"there is no row '{key}': the plan has {', '.join(self.rows)}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise CompareError(f"seeds are {list(self.seeds)}: give at least one, each once")
+        if self.trained is not None and not (Path(self.trained) / "plan.json").is_file():
+            raise CompareError(f"'{self.trained}' is no comparison: give --trained a folder that `compare` wrote")
+        if self.trained is not None and Path(self.trained).resolve() == Path(self.output).resolve():
+            raise CompareError(f"--trained and --output are both '{self.output}': give --output a folder of its own")
         for key, row in self.rows.items():
             if not re.fullmatch(r"\w[\w.-]*", key):
                 raise CompareError(f"row '{key}' cannot be a folder: use letters, digits, '.', '_' and '-'")
             for config in [*row.configs, *self.configs]:
                 if not Path(config).is_file():
                     raise CompareError(f"row '{key}' names the config '{config}', which is not a file")
+            if row.images is not None and not Path(row.images).expanduser().is_dir():
+                raise CompareError(f"row '{key}' has images in '{row.images}', which is not a folder: draw them first")
+            if row.images is not None and (row.fit or row.seeds or row.run is not None or row.grid):
+                raise CompareError(
+                    f"row '{key}' has images, which nothing here draws: leave out fit, seeds, run and grid"
+                )
             for option, values in row.grid.items():
                 if not values:
                     raise CompareError(f"row '{key}' has no value for '{option}' in its grid: give one or more")
@@ -113,6 +127,19 @@ class Plan:
         kept = {k: row for key, rows in combined.items() if only is None or key in only for k, row in rows.items()}
         contrasts = [replace(c, minus=(default[c.minus[0]], default[c.minus[1]])) for c in self.contrasts]
         return replace(self, rows=kept, reference=default[self.reference], contrasts=contrasts)
+
+    def run_of(self, key: str, row: Row, seed: int) -> str | None:
+        """Return the run that a row tests in place of a fit of its own: its own `run`, or that of `trained`."""
+        if row.run is not None or self.trained is None or not row.fit:
+            return row.run
+        place = Path(self.trained) / key / f"version_{seed}"
+        if (place / "config.yaml").is_file():
+            return str(place)
+        # rows that are trained alike share one training, and the test says whose
+        command = read_stamp(place / "test.json").get("command", [])
+        if command[1:2] != ["--run"]:
+            raise CompareError(f"'{place}' holds no finished run: finish the comparison '{self.trained}' first")
+        return str(command[2])
 
     def seeds_of(self, row: Row) -> Sequence[int]:
         """Return the training seeds of a row; a row without any has the first in the names of its folders alone."""

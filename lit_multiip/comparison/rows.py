@@ -53,6 +53,11 @@ class ComparedRow:
     tests: list[TestResult]  # one a training
     missing: list[str]  # versions that are planned and not there
 
+    @property
+    def drawn_elsewhere(self) -> bool:
+        """Whether another program drew its images."""
+        return any("images" in test.metrics["describe"] for test in self.tests)
+
 
 @dataclass(frozen=True)
 class Anchor:
@@ -184,12 +189,13 @@ class Comparison:
             return dict.fromkeys(("personalise", "image", "parameters"))
         seconds = [test.metrics["seconds"] for test in row.tests]
         tuning = [float(s["personalise"]) for s in seconds if s.get("personalise") is not None]
+        drawing = [float(s["method"]) for s in seconds if s["method"] is not None]
         facts = row.tests[0].metrics["describe"]
         described, tuned = facts.get("trained_parameters"), row.trained or facts.get("per_person", False)
         return {
             "personalise": float(np.mean(tuning)) / self.protocol["people"] if tuning else None,
-            "image": float(np.mean([s["method"] for s in seconds])) / self.protocol["tasks"],
-            "parameters": (described if described is None else float(described)) if tuned else 0.0,
+            "image": float(np.mean(drawing)) / self.protocol["tasks"] if drawing else None,
+            "parameters": None if described is None else float(described) if tuned else 0.0,
         }
 
     def notes(self) -> list[str]:
@@ -207,10 +213,13 @@ class Comparison:
                 notes.append(f"{row.title}: {key} is left out: {reason}.")
             alike: dict[str, list[str]] = {}
             for key, (missing, images) in self.undefined[row.key].items():
-                why = "face not found in" if key.startswith(("identity", "nearest_reference")) else "undefined for"
+                of_faces = key.startswith(("identity", "nearest_reference", "copy_paste"))
+                why = "face not found in" if of_faces else "undefined for"
                 if missing < images:
                     alike.setdefault(f"{why} {missing} of {images} images, which are not in the mean", []).append(key)
             notes += [f"{row.title}: {', '.join(keys)}: {what}." for what, keys in alike.items()]
+            if row.drawn_elsewhere:
+                notes.append(f"{row.title}: drawn by another program; how, and what it was trained on, is not known.")
             trained = dict.fromkeys((test.fit_commit, test.metrics.get("commit")) for test in row.tests)
             for fitted, tested in trained:
                 if fitted is not None and fitted != tested:
@@ -230,7 +239,7 @@ class Comparison:
     def _varying_facts(self) -> dict[str, list[str]]:
         """Facts in which rows differ and need not, as `value (rows)`."""
         facts: dict[str, Callable[[TestResult], Any]] = {
-            "backbone": lambda test: Path(str(test.metrics["describe"].get("backbone"))).name,
+            "backbone": lambda test: _name_of(test.metrics["describe"].get("backbone")),
             "sampling": lambda test: test.metrics["describe"].get("sampling"),
             "commit": lambda test: short_commit(test.metrics.get("commit")),
             "package versions": lambda test: test.metrics.get("versions"),
@@ -241,6 +250,8 @@ class Comparison:
             for row in self.present:
                 for test in row.tests:
                     value = fact(test)
+                    if value is None and row.drawn_elsewhere:
+                        continue
                     if isinstance(value, Mapping):
                         value = ", ".join(f"{k} {v}" for k, v in value.items())
                     of = titles.setdefault(str(value), [])
@@ -248,6 +259,10 @@ class Comparison:
             if len(titles) > 1:
                 differing[what] = [f"{value} ({', '.join(of)})" for value, of in titles.items()]
         return differing
+
+
+def _name_of(path: str | None) -> str | None:
+    return None if path is None else Path(path).name
 
 
 def short_commit(commit: str | None) -> str:

@@ -30,11 +30,11 @@ class StepError(LitMultiIPError):
 
 
 class Step(NamedTuple):
-    """One command: `fit` or `test` of a row and training seed."""
+    """One command: `fit`, `test` or `score` of a row and training seed."""
 
     row: str
     seed: int
-    command: Literal["fit", "test"]
+    command: Literal["fit", "test", "score"]
     run: Path
     arguments: list[str]
     key: str  # of all that its result depends on
@@ -51,7 +51,7 @@ class Step(NamedTuple):
 
     def is_done(self) -> bool:
         """Whether its result is there, and for this very key."""
-        if self.command == "test" and not (self.run / "test" / "metrics.json").is_file():
+        if self.command != "fit" and not (self.run / "test" / "metrics.json").is_file():
             return False
         if self.command == "fit" and best_checkpoint(self.run) is None:
             return False

@@ -120,6 +120,10 @@ def make_points(
         for name, changes in changed.items():
             if name not in plan.rows:
                 raise CompareError(f"there is no row '{name}', which {part} names: the plan has {', '.join(plan.rows)}")
+            if plan.rows[name].images is not None:
+                raise CompareError(
+                    f"no setting changes the images of row '{name}', drawn elsewhere: leave it out of {part}"
+                )
             try:
                 row = replace(plan.rows[name], **changes)
             except TypeError as error:

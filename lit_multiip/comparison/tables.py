@@ -380,6 +380,8 @@ def _count_trainings(row: ComparedRow) -> str:
     planned = len(row.tests) + len(row.missing)
     if row.missing:
         return f"{len(row.tests)} of {planned}"
+    if row.drawn_elsewhere:
+        return "elsewhere"
     per_person = any(test.metrics["describe"].get("per_person", False) for test in row.tests)
     return str(planned) if row.trained or per_person or planned > 1 else "none"
 

@@ -1,6 +1,7 @@
 """Photos, people and tasks: what they are, where they come from, who trains and who tests. Loads no torch."""
 
 from lit_multiip.data.checking import check_photos
+from lit_multiip.data.hf_dataset import HFDataset
 from lit_multiip.data.lfw import LFW
 from lit_multiip.data.people import Folder, MiniFaces, PeopleSource, Person, read_person
 from lit_multiip.data.photos import DataError, DrawnPhoto, FilePhoto, Photo
@@ -13,6 +14,7 @@ __all__ = [
     "DrawnPhoto",
     "FilePhoto",
     "Folder",
+    "HFDataset",
     "MiniFaces",
     "PeopleSource",
     "Person",

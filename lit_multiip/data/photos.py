@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -19,6 +21,17 @@ MIN_SIDE = 16  # px
 
 class DataError(LitMultiIPError):
     """Photos, captions or lists of people that cannot be used; the message names the value and the remedy."""
+
+
+class FaceBox(NamedTuple):
+    """Where a face lies in a photo, and the photo's size, in px."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    photo_width: float
+    photo_height: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +64,10 @@ class Photo(ABC):
         """Return the photo that this one was cut from, or itself."""
         return self
 
+    def face_box(self) -> FaceBox | None:
+        """Return where the face lies if the photo's source knows it; None leaves it to a detector."""
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class FilePhoto(Photo):
@@ -66,16 +83,9 @@ class FilePhoto(Photo):
                 raise DataError("it is not a file" if self.path.exists() else "it does not exist")
             if self.path.stat().st_size == 0:
                 raise DataError("the file is empty")
-            with Image.open(self.path, formats=("JPEG", "PNG", "WEBP", "BMP")) as file:
-                file.load()
-                image = _to_rgb(ImageOps.exif_transpose(file))
-            if min(image.size) < MIN_SIDE:
-                raise DataError(f"it has {image.width} x {image.height} px, and each side needs at least {MIN_SIDE} px")
-            return image
-        except UnidentifiedImageError:
-            raise DataError(f"{self.path}: not a JPEG, PNG, WebP or BMP picture") from None
-        except Exception as error:  # Pillow's decoders also raise SyntaxError, struct.error, zlib.error, ...
+        except (OSError, DataError) as error:
             raise DataError(f"{self.path}: {error}") from error
+        return decode(self.path, str(self.path))
 
     def content_key(self) -> str:
         """Return the SHA-256 (hex) of the file's bytes, which are read once."""
@@ -100,6 +110,37 @@ class DrawnPhoto(Photo):
         """Return the SHA-256 (hex) of the recipe and the drawing code: an edited drawing is another picture."""
         recipe = f"mini_faces {_hash_of_drawing_code()} seed={self.seed} index={self.index} number={self.number}"
         return hash_text(recipe)
+
+    def face_box(self) -> FaceBox:
+        """Return the box around the head, without hair, hat and ears."""
+        traits = mini_faces.person(self.seed, self.index).values
+        shot = mini_faces.scene(self.seed, self.index, self.number)
+        half_width, half_height = 15.6 + 1.8 * traits["face_width"], 20.5  # of the ellipse in `mini_faces.draw`
+        cos, sin = math.cos(shot.tilt), math.sin(shot.tilt)
+        half_x = shot.scale * math.hypot(half_width * cos, half_height * sin)
+        half_y = shot.scale * math.hypot(half_width * sin, half_height * cos)
+        x, y = mini_faces.SIDE / 2 + shot.shift[0], 33 + shot.shift[1]
+        return FaceBox(x - half_x, y - half_y, 2 * half_x, 2 * half_y, mini_faces.SIDE, mini_faces.SIDE)
+
+
+def decode(source: Path | IO[bytes], where: str) -> Image.Image:
+    """Decode a JPEG, PNG, WebP or BMP picture in full, as RGB; see `Photo.image`.
+
+    Args:
+        source: its file, or its bytes.
+        where: what messages call it.
+    """
+    try:
+        with Image.open(source, formats=("JPEG", "PNG", "WEBP", "BMP")) as file:
+            file.load()
+            image = _to_rgb(ImageOps.exif_transpose(file))
+        if min(image.size) < MIN_SIDE:
+            raise DataError(f"it has {image.width} x {image.height} px, and each side needs at least {MIN_SIDE} px")
+        return image
+    except UnidentifiedImageError:
+        raise DataError(f"{where}: not a JPEG, PNG, WebP or BMP picture") from None
+    except Exception as error:  # Pillow's decoders also raise SyntaxError, struct.error, zlib.error, ...
+        raise DataError(f"{where}: {error}") from error
 
 
 @cache

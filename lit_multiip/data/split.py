@@ -52,15 +52,20 @@ def select_people(
 
 @dataclass(slots=True)
 class Split:
-    """Three groups of people; nobody is in two of them and none is empty, or `DataError` is raised."""
+    """Three groups of people; nobody is in two of them and none is empty, or `DataError` is raised.
+
+    Attributes:
+        test_alone: whether there are test people alone, and nobody to train on.
+    """
 
     train: list[Person]
     validation: list[Person]
     test: list[Person]
+    test_alone: bool = False
 
     def __post_init__(self) -> None:
         """Check that the sides are disjoint and that none is empty."""
-        for side in SIDES:
+        for side in SIDES[2:] if self.test_alone else SIDES:
             if not getattr(self, side):
                 sizes = ", ".join(f"{len(getattr(self, other))} {other}" for other in SIDES)
                 raise DataError(
@@ -68,6 +73,14 @@ class Split:
                     "or change the fractions or lists of names"
                 )
         check_names_differ([*self.train, *self.validation, *self.test])
+
+    def people_of(self, side: str) -> list[Person]:
+        """Return the people of a side, whom something needs; refuse where `test_fraction` = 1 left none there."""
+        people: list[Person] = getattr(self, side)
+        if not people:
+            remedy = "lower it, or set data.tested to test"
+            raise DataError(f"data.test_fraction=1 makes test people of everyone, no {side} people: {remedy}")
+        return people
 
 
 def split_people(
@@ -85,10 +98,13 @@ def split_people(
     left out where both have one. Without a list, `test_fraction` of the people are drawn for test, and
     `validation_fraction` of the train side for validation. The order of `people` does not matter.
 
+    A `test_fraction` of 1 makes test people of everyone, whatever the source or lists say: people whom a finished run
+    is scored on.
+
     Args:
         people: whom to split; see `select_people`.
         seed: of the draws.
-        test_fraction: share of the people that is for test, in (0, 1); the paper's 2:1 is 1/3.
+        test_fraction: share of the people that is for test, in (0, 1); the paper's 2:1 is 1/3. Or 1, for everyone.
         validation_fraction: share of the train side that is for validation, in (0, 1).
         train_names: file with one name a line, or one of LFW's own (`peopleDevTrain.txt`), as are the next two.
         test_names: the same for test, such as LFW's `peopleDevTest.txt`.
@@ -99,10 +115,13 @@ def split_people(
             for a source that fixes its own split.
     """
     for name, fraction in (("test_fraction", test_fraction), ("validation_fraction", validation_fraction)):
-        if not 0 < fraction < 1:
-            raise DataError(f"{name} is {fraction}: it must lie between 0 and 1, both excluded")
+        if not 0 < fraction < 1 and (name, fraction) != ("test_fraction", 1):
+            also = "; 1 makes test people of everyone" if name == "test_fraction" else ""
+            raise DataError(f"{name} is {fraction}: it must lie between 0 and 1, both excluded{also}")
     people = sorted(people, key=lambda person: natural_key(person.name))
     check_names_differ(people)
+    if test_fraction == 1:
+        return Split([], [], people, test_alone=True)
     given = {"train": train_names, "validation": validation_names, "test": test_names}
     lists = {side: path for side, path in given.items() if path is not None}
     if any(person.split for person in people):
@@ -134,7 +153,8 @@ def _split_by_source(people: Sequence[Person], lists: Mapping[str, str]) -> Spli
             f"the source fixes the split of some people only ({shorten(unknown)}): give everyone one of "
             f"{', '.join(SIDES)}, or nobody"
         )
-    return Split(*([person for person in people if person.split == side] for side in SIDES))
+    train, validation, test = ([person for person in people if person.split == side] for side in SIDES)
+    return Split(train, validation, test)
 
 
 def _split_by_lists(people: Sequence[Person], lists: Mapping[str, str]) -> dict[str, list[Person]]:

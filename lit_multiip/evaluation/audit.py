@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from lit_multiip.data import mini_faces
@@ -31,6 +32,7 @@ from lit_multiip.data.record import (
     unknown_record,
 )
 from lit_multiip.data.tasks import Task
+from lit_multiip.evaluation.pictures import to_picture
 from lit_multiip.files import LitMultiIPError
 from lit_multiip.methods.method import Method
 from lit_multiip.pixels import square
@@ -47,7 +49,7 @@ SIGNATURE_SIDE = 32  # px
 SIMILAR_PIXELS = 0.95
 
 FloatArray = npt.NDArray[np.float64]
-Pairs = list[tuple[Photo, Photo]]
+Pairs = Sequence[tuple[Photo, Photo | str]]  # a held-out photo, and a reference of it or an image's name
 
 
 class LeakError(LitMultiIPError):
@@ -58,7 +60,7 @@ class LeakError(LitMultiIPError):
 
 
 def find_record(trainer: Any, method: Method) -> tuple[str, Record | None]:
-    """Find out what the tested weights were trained on: those of a checkpoint, and those that its method started from.
+    """Find out what tested weights were trained on: a checkpoint's, the method's first ones, and the backbone's.
 
     Returns:
         `recorded`, `nothing` where this project trained nothing, or `unknown` where some weights carry no record; and
@@ -73,7 +75,7 @@ def find_record(trainer: Any, method: Method) -> tuple[str, Record | None]:
         own = unknown_record() if "://" in str(path) else read_checkpoint(Path(path)).get(RECORD, unknown_record())
     elif trainer.global_step > 0:  # fit and test of one Trainer
         own = training_record([*trainer.datamodule.split.train, *trainer.datamodule.split.validation])
-    record = merge_records(own, method.trained_on)
+    record = merge_records(own, method.trained_on, method.backbone.trained_on())
     if record is None:
         return "nothing", None
     return "unknown" if is_incomplete(record) else "recorded", record if len(record["people"]) else None
@@ -150,7 +152,7 @@ def _check_training(
         if seen := [name for name, digest in names.items() if digest in people]:
             raise LeakError(
                 f"{len(seen)} of {len(names)} test people were trained or validated on, such as '{seen[0]}': test with "
-                "the split, seed and source that the weights were trained with, or leave them out"
+                "the split, seed and source that the weights and their backbone were trained with, or leave them out"
             )
         if copies := [photo for photo, key in keys.items() if bytes.fromhex(key) in photos]:
             raise LeakError(
@@ -168,6 +170,47 @@ def _check_training(
             "trained on: test on the range called test"
         )
     return {"status": status, **facts, "drawn_people_of_other_roles": 0 if drawn else None}
+
+
+def audit_images(
+    tasks: Sequence[Task], images: Tensor, files: Sequence[str], show_progress: bool = True
+) -> dict[str, Any]:
+    """Check images that were drawn elsewhere: none may be a held-out photo.
+
+    Args:
+        tasks: the test.
+        images: one a task, (T, 3, H, W) uint8.
+        files: their names.
+        show_progress: show a bar while they are compared.
+
+    Returns:
+        `same_photo`, 0 or refused, and `near_duplicates` of each image and the held-out photo of its task.
+
+    Raises:
+        LeakError: an image is a held-out photo, pixel by pixel, as the scores see it.
+    """
+    held_out = dict.fromkeys(task.held_out for task in tasks)
+    real = {photo: make_signature(square(photo.image(), images.shape[-1])) for photo in held_out}
+    photos = {signature.digest: photo for photo, signature in real.items()}
+    similar = []
+    bar = tqdm(images, "comparing images", unit="image", delay=3, disable=not show_progress)
+    for task, image, file in zip(tasks, bar, files, strict=True):
+        made = make_signature(to_picture(image))
+        if (copy := photos.get(made.digest)) is not None:
+            raise LeakError(
+                f"image '{file}' is the held-out photo '{copy.name}' of '{copy.person}': draw it from its prompt and "
+                "its references, for held-out photos are what it is compared with"
+            )
+        similar.append(pixel_similarity(made, real[task.held_out]))
+    pairs = [(task.held_out, file) for task, file in zip(tasks, files, strict=True)]
+    near = near_duplicates(pairs, np.array(similar), SIMILAR_PIXELS, "image")
+    if near["count"]:
+        logger.warning(
+            "%d of %d images are near-duplicates of their held-out photo, such as '%s' (%.3f): look at them; "
+            "metrics.json lists all",
+            *(near["count"], len(tasks), near["largest"]["image"], near["largest"]["similarity"]),
+        )
+    return {"same_photo": 0, "near_duplicates": {"pixels": near}}
 
 
 # ---- near-duplicates --------------------------------------------------------------------------------------------
@@ -210,19 +253,20 @@ def pixel_similarity(a: Signature, b: Signature) -> float:
     return float(max(min((a.grey * grey).mean(), (a.colour * colour).mean()) for grey, colour in views))
 
 
-def near_duplicates(pairs: Pairs, similarity: FloatArray, threshold: float) -> dict[str, Any]:
-    """List the pairs that are as similar as `threshold` or more.
+def near_duplicates(pairs: Pairs, similarity: FloatArray, threshold: float, other: str = "reference") -> dict[str, Any]:
+    """List the pairs that are as similar as `threshold` or more; `other` is what the second of a pair is called.
 
     Returns:
         `threshold`, `count`, `largest` (the most similar pair, whether near or not) and `pairs`, all of them, the most
-        similar first; a pair has `person`, `held_out`, `reference` and `similarity`.
+        similar first; a pair has `person`, `held_out`, `reference` (or what `other` says) and `similarity`.
     """
     order = np.argsort(-similarity, kind="stable")
     count = int((similarity >= threshold).sum())
 
     def describe(i: int) -> dict[str, Any]:
-        held_out, reference = pairs[i]
-        names = {"person": held_out.person, "held_out": held_out.name, "reference": reference.name}
+        held_out, second = pairs[i]
+        name = second if isinstance(second, str) else second.name
+        names = {"person": held_out.person, "held_out": held_out.name, other: name}
         return {**names, "similarity": float(similarity[i])}
 
     near = [describe(i) for i in order[:count]]
@@ -243,6 +287,11 @@ def summary(audit: Mapping[str, Any]) -> str:
         most = near["largest"]
         nearest = f"nearest {most['similarity']:.3f}, {most['person']}: {most['held_out']} and {most['reference']}"
         lines.append(f"- near-duplicates by {by} ({near['threshold']:g} or more): {near['count'] or 'none'}; {nearest}")
+    if "images" in audit:
+        near = audit["images"]["near_duplicates"]["pixels"]
+        most = near["largest"]
+        nearest = f"{near['count'] or 'none'}; nearest {most['similarity']:.3f}, {most['image']}"
+        lines.append(f"- a held-out photo among the images: none; near-duplicates of its own: {nearest}")
     training = audit["training"]
     known = f"; no test person among the {training['people']} people on record" if training["people"] else ""
     lines.append(

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_multiip.data.record import Record
 from lit_multiip.data.tasks import Task, image_files, protocol
 from lit_multiip.datamodule import MultiPhotoData
 from lit_multiip.evaluation import audit
 from lit_multiip.evaluation import results as report
-from lit_multiip.evaluation.critic import CriticExtractor, shipped_critic
-from lit_multiip.evaluation.extractors import Extractor, refuse_conditioning_network
+from lit_multiip.evaluation.critic import SHIPPED, CriticExtractor, shipped_critic
+from lit_multiip.evaluation.extractors import Extractor, refuse_conditioning_network, refuse_training_network
 from lit_multiip.evaluation.intervals import Score
 from lit_multiip.evaluation.pictures import draw_tasks, first_tasks
 from lit_multiip.evaluation.scoring import RealPhotos, RowScores, Scorer, choose_other_photos, draw_strangers
@@ -63,7 +64,9 @@ class ScoreTest(L.Callback):
     pass over the references and the aggregator, measured on one person), `class_images` what drawing those took where
     they were not there yet, `method` and `anchors` drawing alone. `scoring` is rank 0's.
 
-    A network may not both condition and score: see `refuse_conditioning_network`.
+    A network may not both condition and score, nor both train, by `model.identity_loss`, and score: see
+    `refuse_conditioning_network` and `refuse_training_network`. Of the miniature's critics, where they are not named,
+    the one that trained is left out.
 
     A face that an extractor does not find leaves that image's scores undefined. It is in no mean. How many there are
     is printed and stands in metrics.json, `faces_not_found.<extractor>.<row>` = [missing, images], of rows and of
@@ -108,11 +111,15 @@ class ScoreTest(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Load the extractors."""
-        if stage != "test":
-            return
+        if stage == "test":
+            self._load_extractors()
+
+    def _load_extractors(self) -> None:
+        self._named = self.extractors is not None
         if self.extractors is None:
-            other = shipped_critic("critic_b")
-            self.extractors = [CriticExtractor(), *([CriticExtractor(str(other))] if other.is_dir() else [])]
+            first, *others = SHIPPED
+            shipped = [first, *(name for name in others if shipped_critic(name).is_dir())]
+            self.extractors = [CriticExtractor(name) for name in shipped]
         names = [extractor.name for extractor in self.extractors]
         if len(set(names)) < len(names):
             raise ValueError(f"extractors are called {', '.join(names)}: their scores would be mixed up; rename one")
@@ -120,17 +127,36 @@ class ScoreTest(L.Callback):
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check, before anything is drawn, that nothing leaks, results can be written, and no extractor conditions."""
         module, data = _parts_of(trainer, pl_module)
-        for extractor in self._loaded():
-            refuse_conditioning_network(extractor, module.backbone)
-        self._output = self._find_output(trainer)
-        self._show_progress = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        self._audit = audit.audit_tasks(data.tasks, *audit.find_record(trainer, module), self._show_progress)
-        if trainer.is_global_zero:
-            audit.warn(self._audit)
-            self._lock.enter_context(only_writer(self._output))
+        self.extractors = self._allowed(module)
+        self._begin(trainer, data.tasks, *audit.find_record(trainer, module))
         self._index: list[Tensor] = []
         self._rows: dict[str, list[Tensor]] = defaultdict(list)
         self._seconds = {"method": 0.0, "anchors": 0.0}
+
+    def _begin(self, trainer: L.Trainer, tasks: Sequence[Task], status: str, record: Record | None) -> None:
+        """Find the folder, audit the tasks, and keep other processes out of the folder."""
+        self._output = self._find_output(trainer)
+        self._show_progress = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        self._audit = audit.audit_tasks(tasks, status, record, self._show_progress)
+        if trainer.is_global_zero:
+            audit.warn(self._audit)
+            self._lock.enter_context(only_writer(self._output))
+
+    def _allowed(self, module: Method) -> list[Extractor]:
+        """Return the extractors that may score the module; those that were named are refused otherwise."""
+        allowed = []
+        for extractor in self._loaded():
+            refuse_conditioning_network(extractor, module.backbone)
+            try:
+                refuse_training_network(extractor, module.identity_networks)
+                allowed.append(extractor)
+            except ValueError as error:
+                if self._named:
+                    raise
+                logger.warning("%s is left out: %s", extractor.name, error)
+        if not allowed:
+            raise ValueError("both critics trained the model, so neither may score it: give others by score.extractors")
+        return allowed
 
     def _find_output(self, trainer: L.Trainer) -> Path:
         """Return the folder of the test; it can be written to."""
@@ -215,11 +241,43 @@ class ScoreTest(L.Callback):
         index, rows = self._gather_rows(trainer)
         seconds = sum_over_ranks(trainer, module.spent | self._seconds)
         if trainer.is_global_zero:
-            scores = self._score_and_write(trainer, module, data, index, rows, seconds)
+            device = trainer.strategy.root_device
+            scores = self._score_and_write(data, index, rows, module.describe(), seconds, device)
             values = {f"test/{key}": score.value for key, score in scores.items()}
             pl_module.log_dict(values, rank_zero_only=True)
         trainer.strategy.barrier("scores")
         self._index, self._rows = [], defaultdict(list)
+
+    def score_images(
+        self,
+        trainer: L.Trainer,
+        data: MultiPhotoData,
+        images: Tensor,
+        names: Sequence[str],
+        describe: dict[str, Any],
+    ) -> None:
+        """Score images that were drawn elsewhere as `test` scores its own, and write the same files.
+
+        Rows that only a method of this project can draw are left out, and whom the network was trained on is unknown.
+
+        Args:
+            trainer: of one process.
+            data: whose tasks these are; they are drawn already.
+            images: one a task, (T, 3, H, W) uint8.
+            names: of their files, for messages.
+            describe: what is known of who drew them; `method` is the row's name.
+
+        Raises:
+            LeakError: a held-out photo is among its references or among the images.
+        """
+        self._load_extractors()
+        try:
+            self._begin(trainer, data.tasks, "unknown" if data.tested == "test" else data.tested, None)
+            self._audit["images"] = audit.audit_images(data.tasks, images, names, self._show_progress)
+            index, device = list(range(len(data.tasks))), trainer.strategy.root_device
+            self._score_and_write(data, index, {"method": images}, describe, {"method": None}, device)
+        finally:
+            self._lock.close()
 
     def _gather_rows(self, trainer: L.Trainer) -> tuple[list[int], dict[str, Tensor]]:
         """Return all ranks' tasks in order, and their images by row, (T, 3, H, W).
@@ -241,20 +299,19 @@ class ScoreTest(L.Callback):
 
     def _score_and_write(
         self,
-        trainer: L.Trainer,
-        module: Method,
         data: MultiPhotoData,
         index: list[int],
         rows: dict[str, Tensor],
-        seconds: dict[str, float],
+        describe: dict[str, Any],
+        seconds: dict[str, Any],
+        device: torch.device,
     ) -> dict[str, Score]:
-        """Write a new test folder, and return the method's scores."""
+        """Write a new test folder, and return the scores of the row `method`, which is called as `describe` says."""
         started = time.perf_counter()
         tasks = [data.tasks[i] for i in index]
         files = [image_files(data.tasks)[i] for i in index]
         if len(tasks) < len(data.tasks):
             logger.warning("%d of %d test tasks were drawn: scores are of these", len(tasks), len(data.tasks))
-        describe = module.describe()
         method = str(describe["method"])
         rows = {method if row == "method" else row: images for row, images in rows.items()}
 
@@ -266,9 +323,9 @@ class ScoreTest(L.Callback):
         at = first_tasks(tasks, self.grid_people)
         shown = {row.replace("_", " "): images[at] for row, images in rows.items()}
         title = f"{method}: made from the references and the held-out photo's prompt"
-        draw_tasks([tasks[i] for i in at], shown, module.image_side, title, 4).save(folder / "grid.png")
+        draw_tasks([tasks[i] for i in at], shown, rows[method].shape[-1], title, 4).save(folder / "grid.png")
 
-        photos, found = self._score(trainer, module, data, tasks, rows, method)
+        photos, found = self._score(data, tasks, rows, method, device)
 
         seconds["scoring"] = time.perf_counter() - started
         for name, (generated, held_out) in found.sets.items():
@@ -295,23 +352,16 @@ class ScoreTest(L.Callback):
         return found.rows[method]
 
     def _score(
-        self,
-        trainer: L.Trainer,
-        module: Method,
-        data: MultiPhotoData,
-        tasks: list[Task],
-        rows: dict[str, Tensor],
-        method: str,
+        self, data: MultiPhotoData, tasks: list[Task], rows: dict[str, Tensor], method: str, device: torch.device
     ) -> tuple[RealPhotos, RowScores]:
         """Score all rows by all extractors; the row real_other_photo is added to them."""
         assert data.split is not None  # after setup
         strangers = draw_strangers(tasks, data.split.train, data.seed) if self.anchors else []
         shown = [photo for task in tasks for photo in (task.held_out, *task.references)]
-        photos = RealPhotos([*shown, *strangers], module.image_side, self._show_progress)
+        photos = RealPhotos([*shown, *strangers], rows[method].shape[-1], self._show_progress)
         if self.anchors:
             rows = {**rows, "real_other_photo": photos.pixels[photos.find(choose_other_photos(tasks))]}
-        device, options = trainer.strategy.root_device, (self.groups, self.resamples)
-        scorer = Scorer(tasks, photos, strangers, *options, device, self._show_progress)
+        scorer = Scorer(tasks, photos, strangers, self.groups, self.resamples, device, self._show_progress)
         return photos, scorer.score(self._loaded(), rows, method, self.anchors)
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lit_multiip.data import mini_faces
 from lit_multiip.evaluation.extractors import Extraction, Extractor
 from lit_multiip.files import package_file
+from lit_multiip.methods.identity_loss import IdentityNetwork
 
 _COLOUR = f"({'|'.join(mini_faces.COLOUR_NAMES)})"
 _BACKGROUND, _SHIRT = re.compile(rf"\bin front of an? {_COLOUR} wall\b"), re.compile(rf"\bin an? {_COLOUR} shirt\b")
@@ -27,25 +28,29 @@ _COMPLETE = re.compile(
 )
 
 
+SHIPPED = ("critic", "critic_b")  # with the miniature
+
+
 def shipped_critic(name: str = "critic") -> Path:
     """Folder of a critic that ships with the miniature: `critic` or `critic_b`. It may not exist."""
     return package_file(f"mini/weights/{name}")
 
 
-class CriticExtractor(Extractor):
+class CriticExtractor(Extractor, IdentityNetwork):
     """A critic of drawn portraits. On real photos its scores mean little.
 
     Features are 64-d; logits are over the K people that it was trained on; features of unit norm are the identity.
 
     Args:
-        folder: what `Critic.save` wrote; its name becomes part of every score's key. None takes the package's own.
+        folder: what `Critic.save` wrote; its name becomes part of every score's key. `critic` and `critic_b` are the
+            package's own; None is `critic`.
     """
 
     can_identify = True
 
     def __init__(self, folder: str | None = None) -> None:
         super().__init__()
-        path = shipped_critic() if folder is None else Path(folder).expanduser()
+        path = shipped_critic(folder or SHIPPED[0]) if folder in (None, *SHIPPED) else Path(str(folder)).expanduser()
         if missing := [name for name in ("config.json", "model.safetensors") if not (path / name).is_file()]:
             raise FileNotFoundError(
                 f"no critic in '{path}' ({' and '.join(missing)} missing): give the folder of a critic, or make the "
@@ -62,6 +67,14 @@ class CriticExtractor(Extractor):
         features = raw.shape[1] ** 0.5 * F.normalize(raw, dim=1)
         return Extraction(features, logits, features)
 
+    def embed(self, images: Tensor) -> Tensor:
+        """See `IdentityNetwork.embed`; (B, 64)."""
+        side = mini_faces.SIDE
+        if images.shape[-2:] != (side, side):
+            images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+        features: Tensor = self.critic(images)[0]
+        return features
+
     def prompt_agreement(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Share of the scene attributes named by the prompt that the critic reads back, (B, 3, H, W) -> (B,) in 0..1.
 
@@ -76,6 +89,28 @@ class CriticExtractor(Extractor):
             correct = [read[name][number] == label for name, label in named.items()]
             shares.append(sum(correct) / len(correct) if correct else float("nan"))
         return torch.tensor(shares)
+
+
+class Resemblance(Extractor):
+    """Whom of the people that both critics know a drawn portrait resembles; it tells a stranger by one photo.
+
+    The embedding is sqrt(softmax(logits / 2)) of each critic, side by side, so that a cosine is the mean of their
+    Bhattacharyya coefficients.
+    """
+
+    name, can_identify = "resemblance", True
+    same_person = 0.35  # see tools/README.md
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.critics = nn.ModuleList(Critic.load(shipped_critic(name)) for name in ("critic", "critic_b"))
+        self.freeze()
+
+    def compute(self, images: Tensor) -> Extraction:
+        """See `Extractor.compute`."""
+        small = _resize(images)
+        parts = [F.softmax(critic(small)[1] / 2, dim=1).sqrt() for critic in self.critics]  # (B, K) each
+        return Extraction(embedding=torch.cat(parts, dim=1))
 
 
 def named_attributes(prompt: str) -> dict[str, int]:

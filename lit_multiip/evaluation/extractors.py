@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torchmetrics.image.fid import NoTrainInceptionV3
 
 from lit_multiip.backbone.pipeline import Backbone
+from lit_multiip.methods.identity_loss import digest_weights
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,15 @@ class Extraction:
 class Extractor(nn.Module, ABC):
     """A frozen network that scores images. A subclass gives `compute` and the attributes below, and calls `freeze`.
 
-    It never trains, never passes gradients, and runs in its own precision whatever autocast surrounds it, so that the
-    same image has the same score in every run.
+    It never trains. `extract` passes no gradients, and runs in its own precision whatever autocast surrounds it, so
+    that the same image has the same score in every run.
     """
 
     name: str  # part of every score's key
     num_features: int | None = None  # None: no features
     num_classes: int | None = None  # None: no logits
     can_identify: bool = False
+    same_person: float | None = None  # cosine of embeddings from which two photos show one person
     likeness: str = "identity"  # what closeness of embeddings says, the first part of those scores' keys
     source: str | None = None  # folder, file or hub id of its weights; what conditions the images may not score them
     sha256: str | None = None  # of its weights, where they are one file; tests by other weights are not compared
@@ -115,6 +117,22 @@ def refuse_conditioning_network(extractor: Extractor, backbone: Backbone) -> Non
         raise ValueError(
             f"extractor {extractor.name!r} has the weights of the image encoder that conditions "
             f"({(same or [encoder])[0]}), and would score its own work: take another extractor"
+        )
+
+
+def refuse_training_network(extractor: Extractor, identity_networks: Mapping[str, str]) -> None:
+    """Refuse an extractor whose network trained the model by an identity loss: it would score its own work.
+
+    It is known by its weights, wherever they lie.
+
+    Args:
+        extractor: is to score.
+        identity_networks: the names of those that trained, by `digest_weights`.
+    """
+    if identity_networks and digest_weights(extractor) in identity_networks:
+        raise ValueError(
+            f"extractor {extractor.name!r} is the network of the identity loss that trained the model, and would score "
+            "its own work: take another extractor"
         )
 
 

@@ -36,6 +36,7 @@ TITLES = {
     "similarity_held_out_mean": "similarity, mean photo ↑",
     "similarity_references": "similarity, references",
     "nearest_reference": "copying, nearest reference",  # to be read beside the row real held out
+    "copy_paste": "copying, published",  # WithAnyone's; low also where nobody is met
     "prompt": "prompt ↑",
     "fid": "FID ↓",
     "kid": "KID ↓",

@@ -182,6 +182,39 @@ def nearest_reference(generated: Features, references: Features) -> FloatArray:
     return nearest
 
 
+def copy_paste(generated: Features, held_out: Features, references: Features) -> FloatArray:
+    """The published score of copying: how much nearer an image is to a reference than to the held-out photo.
+
+        M = (theta_gt - theta_gr) / theta_tr,    theta_ab = arccos(cos(a, b))
+
+    of the embeddings of the image g, the held-out photo t and a reference r: 1 where the reference is copied, -1 where
+    the held-out photo is met, 0 where both are as near. From WithAnyone, arXiv 2510.14975, eq. (2), and `copy_geo` in
+    MultiID_Bench of its repository, which is 0 where theta_tr is below 1e-6. It was published for one reference; of
+    several, r is the one that the image is nearest to, as in `nearest_reference`. So the more references, the higher.
+
+    An embedding that is all NaN is a face that the network did not find: such references are left out.
+
+    Args:
+        generated: embeddings of the images, (T, D).
+        held_out: of each task's held-out photo, (T, D).
+        references: of each task's R references, (T, R, D).
+
+    Returns:
+        (T,), in -1..1; NaN where the face of the image or of the held-out photo, or those of all references, were not
+        found.
+    """
+    g, t, r = (_to_unit_if_found(as_float64(rows)) for rows in (generated, held_out, references))
+    if r.ndim != 3 or not r.shape[1] or not r[:, 0].shape == t.shape == g.shape:
+        raise ValueError(f"embeddings {g.shape}, {t.shape} and {r.shape} do not fit: give (T, D), (T, D), (T, R, D)")
+    to_references = np.einsum("td,trd->tr", g, r)  # (T, R), cosines
+    nearest = np.where(np.isnan(to_references), -np.inf, to_references).argmax(axis=1)  # (T,)
+    r = r[np.arange(len(r)), nearest]  # (T, D)
+    theta_gt, theta_gr, theta_tr = (np.arccos(np.clip((a * b).sum(axis=1), -1, 1)) for a, b in ((g, t), (g, r), (t, r)))
+    score: FloatArray = np.where(theta_tr < 1e-6, 0.0, (theta_gt - theta_gr) / np.maximum(theta_tr, 1e-6))
+    score[np.isnan(theta_gt + theta_gr)] = np.nan
+    return score
+
+
 def diversity(features: Features, groups: npt.ArrayLike) -> FloatArray:
     """How different the images of one task are over its seeds: mean of 1 - cos to the task's other images.
 

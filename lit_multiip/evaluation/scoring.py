@@ -17,7 +17,7 @@ from lit_multiip.data.photos import Photo
 from lit_multiip.data.tasks import Task
 from lit_multiip.evaluation.extractors import Extraction, Extractor
 from lit_multiip.evaluation.intervals import FloatArray, Score, person_mean
-from lit_multiip.evaluation.scores import diversity, identity_scores, nearest_reference
+from lit_multiip.evaluation.scores import copy_paste, diversity, identity_scores, nearest_reference
 from lit_multiip.evaluation.summaries import ImageSet, summarise
 from lit_multiip.pixels import square, to_tensor
 
@@ -162,6 +162,7 @@ class Scorer:
             held_out, references = real.embedding[self.held_out], real.embedding[self.references]  # (T, E), (T, R, E)
             identity = identity_scores(made.embedding, held_out, references, self.people)
             scores |= {f"{extractor.likeness}_{name}": values for name, values in identity.items()}
+            scores["copy_paste"] = copy_paste(made.embedding, held_out, references)
         if with_diversity and made.features is not None:
             scores["diversity"] = diversity(made.features, self.held_out)
         return scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -11,30 +12,40 @@ from time import perf_counter
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lit_multiip.backbone.components import BackboneError
 from lit_multiip.backbone.encoders import PhotoEncoder
 from lit_multiip.backbone.ip_adapter import (
     LORA_RANK,
+    Scale,
     find_adapter_file,
     install_ip_adapter,
     ip_adapter_from_text,
     ip_adapter_parameters,
     read_adapter_record,
     read_ip_adapter,
-    read_layout,
-    require_lora,
+    set_ip_scale,
 )
 from lit_multiip.backbone.layouts import PLAIN
-from lit_multiip.backbone.lora import LORA_FILE, add_lora, lora_disabled, read_lora, require_peft
+from lit_multiip.backbone.lora import add_lora, lora_disabled, require_peft
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.record import RECORD, read_record
-from lit_multiip.files import hash_file
+from lit_multiip.files import LitMultiIPError, hash_file
+from lit_multiip.methods.adapter_weights import (
+    check_file,
+    load_aggregator,
+    load_lora,
+    no_photo,
+    over,
+    take_rank,
+    widen,
+)
 from lit_multiip.methods.aggregators import Aggregator, OfKinds, SelfAttention
+from lit_multiip.methods.identity_loss import IdentityLoss, digest_weights
 from lit_multiip.methods.method import Batch, Method, References
 
+_NO = torch.zeros(1, dtype=torch.bool)
 VALIDATION_TIMES = (0.125, 0.375, 0.625, 0.875)  # t / T, the centres of four bins
 
 
@@ -51,6 +62,8 @@ class MultiIPAdapter(Method):
         trained: `adapter`, or `aggregator` alone.
         lora_rank: of LoRA on all of the UNet's attention, trained with the adapter (needs peft); None adds none, but
             FaceID's, which is a part of the adapter and has its own rank, or 128.
+        kv_lr_factor: K' and V' learn at the optimiser's rate times this; all else at the rate.
+        identity_loss: added to the squared error in training; None adds none.
         lr_schedule: a schedule of `diffusers.optimization.get_scheduler`, stepped every optimiser step.
         kwargs: of `Method`.
     """
@@ -72,13 +85,23 @@ class MultiIPAdapter(Method):
         ip_adapter: str = "auto",
         trained: Literal["adapter", "aggregator"] = "adapter",
         lora_rank: int | None = None,
+        kv_lr_factor: float = 1.0,
+        identity_loss: IdentityLoss | None = None,
         lr_schedule: str = "cosine",
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, lr_schedule=lr_schedule, **kwargs)
         require_peft(lora_rank)
+        if not 0 < kv_lr_factor < math.inf:
+            raise LitMultiIPError(f"model.kv_lr_factor={kv_lr_factor} must be above 0: 1 is one rate for all")
+        if kv_lr_factor != 1 and trained != "adapter":
+            raise LitMultiIPError(
+                f"model.kv_lr_factor={kv_lr_factor} has no effect, as model.trained={trained} leaves K' and V' as they "
+                "are: leave it at 1"
+            )
         self.make_aggregator, self.ip_adapter, self.trained = aggregator, ip_adapter, trained
-        self.lora_rank = lora_rank
+        self.lora_rank, self.kv_lr_factor, self.identity_loss = lora_rank, kv_lr_factor, identity_loss
+        self.identity_network = None if identity_loss is None else identity_loss.network  # so that it moves along
         self.adapter_is_random = False  # made from the text K and V with a random projection, and not yet trained
         self._adapter_file: Path | None = None  # from which the adapter's weights were read
 
@@ -100,20 +123,24 @@ class MultiIPAdapter(Method):
             if RECORD in state or path == self.ip_adapter:  # a published adapter is a part of the backbone
                 self.trained_on = read_record(state.get(RECORD))
             if layout is PLAIN and face is not None and face.beside_clip:
-                _widen(state["image_proj"], self.backbone.clip_dim, *widths)
+                widen(state["image_proj"], self.backbone.clip_dim, *widths)
         if layout.lora:
-            self._take_rank(require_lora(layout, state, f"IP-Adapter file '{path}'"), path)
+            self.lora_rank = take_rank(state, self.lora_rank, path)
         install_ip_adapter(self.unet, state, widths)
         parts = {kind: self.make_aggregator(shape[-1]) for kind, shape in shapes.items()}
         self.aggregator = OfKinds(parts, shapes) if len(parts) > 1 else next(iter(parts.values()))
         if path is not None and "aggregator" in state:
-            self._load_aggregator(state["aggregator"], path)
-        if self.adds_lora:
+            load_aggregator(self.aggregator, self.settings(), state["aggregator"], path)
+        if self.lora_rank is not None and not layout.lora:
             add_lora(self.unet, self.lora_rank)
-        if path is not None and not layout.lora:
-            self._load_lora(path)
+        if path is not None:
+            if not layout.lora:
+                load_lora(self.unet, self.lora_rank, path)
+            self.identity_networks |= read_adapter_record(path).get("identity_networks", {})
         for parameter in ip_adapter_parameters(self.unet).values():
             parameter.requires_grad_(self.trained == "adapter")
+        set_ip_scale(self.unet, self.sampling.ip_scale)  # refuses blocks that the UNet lacks
+        set_ip_scale(self.unet, 1.0)
 
     @property
     def adds_lora(self) -> bool:
@@ -126,19 +153,9 @@ class MultiIPAdapter(Method):
         Raises:
             BackboneError: it is of another layout than the backbone's, or made for another encoder of photos.
         """
-        path, layout = self._adapter_path(), self.backbone.layout
-        if path is None:
-            return None
-        found, state = read_layout(path)
-        if found is not layout:
-            raise BackboneError(
-                f"IP-Adapter file '{path}' is {found.title}, and photos are encoded for {layout.title}: set "
-                f"backbone.layout={found.name}, or give an adapter of the layout {layout.name}"
-            )
-        if layout is not PLAIN:
-            layout.check_widths(state["image_proj"], self.backbone.widths, f"IP-Adapter file '{path}'")
-        if layout.lora:
-            require_lora(layout, state, f"IP-Adapter file '{path}'")
+        path = self._adapter_path()
+        if path is not None:
+            check_file(self.backbone, path)
         return path
 
     def configure_callbacks(self) -> list[Any]:
@@ -146,42 +163,27 @@ class MultiIPAdapter(Method):
         self.check_adapter()
         return super().configure_callbacks()
 
-    def _take_rank(self, rank: int, path: str | None) -> None:
-        """Take the rank of FaceID's own LoRA for the model's."""
-        require_peft(rank)
-        if self.lora_rank not in (None, rank):
-            raise BackboneError(
-                f"IP-Adapter file '{path}' has LoRA of rank {rank}, and model.lora_rank is {self.lora_rank}: leave "
-                "model.lora_rank out"
-            )
-        self.lora_rank = rank
-
     def _adapter_path(self) -> str | None:
         """Return where the adapter's weights are; None where it is made from the text K and V, at random in part."""
         path = self.backbone.adapter_file() if self.ip_adapter == "auto" else self.ip_adapter
         return None if path == "text" else path
 
-    def _load_aggregator(self, weights: dict[str, Tensor], path: str) -> None:
-        """Load the aggregator of an exported adapter, whose K' and V' were trained on its output."""
-        own = self.settings()
-        found = read_adapter_record(path).get("aggregator", own)
-        own_keys = set(self.aggregator.state_dict())
-        if found != own or own_keys != set(weights):
-            what = found if found != own else f"another aggregator (weights {', '.join(sorted(weights))})"
-            raise BackboneError(f"adapter '{path}' was trained with {what}, not {own}: set model.aggregator likewise")
-        self.aggregator.load_state_dict(weights)
-
-    def _load_lora(self, path: str) -> None:
-        """Load the LoRA that an exported adapter was trained with, from beside the adapter's file."""
-        found = read_adapter_record(path).get("lora_rank")
-        if found is None:
-            return
-        if found != self.lora_rank:
-            raise BackboneError(
-                f"adapter '{path}' was trained with LoRA of rank {found}: set model.lora_rank={found}, not "
-                f"{self.lora_rank}"
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimiser of what is trained; with `kv_lr_factor` K' and V' are a group of their own."""
+        if self.kv_lr_factor == 1:
+            return super().build_optimizer()
+        named = self.trained_parameters()
+        kv = [parameter for name, parameter in named.items() if ".to_k_ip." in name or ".to_v_ip." in name]
+        others = [parameter for parameter in named.values() if not any(parameter is one for one in kv)]
+        optimizer = self.make_optimizer([{"params": others, "name": "others"}, {"params": kv, "name": "kv"}])
+        *_, group = optimizer.param_groups
+        if group.get("lr") is None:
+            raise LitMultiIPError(
+                f"model.kv_lr_factor={self.kv_lr_factor} needs an optimiser with a learning rate, and "
+                f"{type(optimizer).__name__} has none: set its lr, or leave the factor at 1"
             )
-        read_lora({"unet": self.unet}, find_adapter_file(str(Path(path).with_name(LORA_FILE))))
+        group["lr"] = group["lr"] * self.kv_lr_factor
+        return optimizer
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser of what is trained, and its schedule by the step."""
@@ -205,21 +207,46 @@ class MultiIPAdapter(Method):
             embeds: Tensor = self.aggregator(references)
             return embeds
         faceless = references.flatten(1).isnan().any(dim=1)  # (B,)
-        embeds = self.aggregator(references.masked_fill(_over(faceless, references), 0.0))
-        return torch.where(_over(faceless, embeds), _no_photo(embeds, blank), embeds)
+        embeds = self.aggregator(references.masked_fill(over(faceless, references), 0.0))
+        return torch.where(over(faceless, embeds), no_photo(embeds, blank), embeds)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Restore the held-out photos of a batch of `HeldOutGroups` items."""
         x = self.latents(batch["moments"], batch["latent_noise"])  # (B, C, h, w)
         blank = batch.get("blank")
         embeds = self.condition(batch["references"], blank)  # (B, M, D)
-        embeds = torch.where(_over(batch["drop_image"], embeds), _no_photo(embeds, blank), embeds)  # AFTER aggregation
+        embeds = torch.where(over(batch["drop_image"], embeds), no_photo(embeds, blank), embeds)  # AFTER aggregation
         t = (batch["time"] * self.noise.config.num_train_timesteps).long()  # (B,)
-        error = self.denoising_loss(x, batch["eps"], t, batch["text"], embeds)  # (B,)
+        predicted = self.denoise(x, batch["eps"], t, batch["text"], embeds)
+        error = self.prediction_error(predicted, x, batch["eps"], t, batch.get("loss_map"))  # (B,)
         loss = (error * self.loss_weights(t)).mean()
         self.watch.loss(error, "loss", self.global_step, batch)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        if self.identity_loss is not None:
+            x0 = self.predicted_x0(predicted, x, batch["eps"], t)
+            distance = self._identity_distance(self.identity_loss, x0, batch)
+            self.watch.loss(distance, "identity loss", self.global_step, batch)
+            self.log("train/identity_loss", distance.mean(), sync_dist=True)
+            loss = loss + self.identity_loss.weight * distance.mean()
         return loss
+
+    def _identity_distance(self, identity_loss: IdentityLoss, x0: Tensor, batch: Batch) -> Tensor:
+        """Return the identity loss of each sample, (B,); 0 for those that are not decoded.
+
+        Args:
+            identity_loss: compares images.
+            x0: predicted, scaled latents (B, C, h, w).
+            batch: of `HeldOutGroups` items.
+        """
+        decoded = (batch["time"] < identity_loss.max_time) & ~batch["drop_image"]  # (B,)
+        distance = torch.zeros(len(x0), device=x0.device)
+        if decoded.any():
+            mean, _ = batch["moments"][decoded].chunk(2, dim=1)
+            with torch.no_grad():
+                held_out = self.sampler.decode_signal(mean)
+            made = self.sampler.decode_signal(x0[decoded] / self.backbone.scaling_factor)
+            distance[decoded] = identity_loss(made, held_out)
+        return distance
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss at fixed noise a timestep bin, and the reference gap: what shuffling or dropping the photos costs."""
@@ -231,7 +258,7 @@ class MultiIPAdapter(Method):
         size = count * (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
         blank = batch.get("blank")
         right = self.condition(batch["references"], blank)
-        variants = {"right": right, "dropped": _no_photo(right, blank)}
+        variants = {"right": right, "dropped": no_photo(right, blank)}
         if "other_references" in batch:  # not where there is only one person
             variants["shuffled"] = self.condition(batch["other_references"], blank)
         sums = dict.fromkeys(variants, torch.zeros((), device=x.device))
@@ -252,30 +279,45 @@ class MultiIPAdapter(Method):
 
     # ---- drawing ------------------------------------------------------------------------------------------------
 
-    def generate(self, batch: Batch, references: References = "right", ip_scale: float | None = None) -> Tensor:
+    def generate(self, batch: Batch, references: References = "right", ip_scale: Scale | None = None) -> Tensor:
         """Draw the images of a batch of tasks: RGB, (B, 3, H, W) uint8.
 
         Args:
-            batch: of `TaskDataset` items.
+            batch: of `TaskDataset` items; masks of the first are those of all.
             references: the task's own, none (scale 0 and no LoRA), another person's, or what stands for no photo
                 after the aggregator.
             ip_scale: overrides `sampling.ip_scale`.
         """
         blank = batch.get("blank")
         embeds = self.condition(batch["other_references" if references == "other" else "references"], blank)
-        negative = _no_photo(embeds, blank)
         if references == "zero":
-            embeds = negative
+            embeds = no_photo(embeds, blank)
+        if batch.get("weighted", _NO).any() and not self.aggregator.counts_repeats:
+            raise LitMultiIPError(
+                f"{self.aggregator.name} gives photos no weights: leave out weights other than 0 and 1, or "
+                "take another model.aggregator, such as AvgPool"
+            )
+        people = [embeds, *(self.condition(rows, blank) for rows in batch.get("beside", ()))]  # (B, M, D) each
+        negative, masks = None, None
+        if "negatives" in batch:
+            negative = torch.cat([self.condition(rows, blank) for rows in batch["negatives"]], dim=1)
+        elif blank is not None and self.sampling.guidance_scale > 1:
+            negative = no_photo(torch.cat(people, dim=1), blank)
+        if "masks" in batch:  # (B, P, H, W); each person's embeddings share the weight
+            counts = [rows.shape[1] for rows in people]
+            pairs = zip(batch["masks"][0], counts, strict=True)
+            masks = torch.cat([(mask / count).expand(count, -1, -1) for mask, count in pairs])  # (M, H, W)
         alone = references == "none" and self.lora_rank is not None
         with lora_disabled(self.unet) if alone else nullcontext():
             return self.sampler(
                 batch["text"],
                 batch["negative_text"],
-                embeds,
+                torch.cat(people, dim=1),
                 [int(seed) for seed in batch["seed"]],
                 self.image_side,
                 0.0 if references == "none" else ip_scale,
                 negative,
+                masks,
             )
 
     def on_test_start(self) -> None:
@@ -313,8 +355,13 @@ class MultiIPAdapter(Method):
             )
 
     def on_train_start(self) -> None:
-        """Count the adapter as trained from here on."""
+        """Count the adapter as trained from here on, and by which network."""
         self.adapter_is_random = False
+        if self.identity_loss is not None:
+            network = self.identity_loss.network
+            self.identity_networks |= {digest_weights(network): network.name}
+            if self.gradient_checkpointing:
+                self.sampler.pipe.vae.enable_gradient_checkpointing()
 
     def photo_encoder(self) -> PhotoEncoder:
         """Load the encoder of photos, which is no part of the module."""
@@ -365,25 +412,10 @@ class MultiIPAdapter(Method):
         file = self.ip_adapter if self.ip_adapter in ("auto", "text") else "file"
         return super().describe() | {
             "aggregator": self.settings(),
+            "kv_lr_factor": self.kv_lr_factor,
+            "identity_loss": None if self.identity_loss is None else self.identity_loss.describe(),
             "ip_adapter": file,
             "ip_adapter_sha256": self._adapter_sha256,
             "image_encoder": self.backbone.image_encoder,
             "face_encoder": None if face is None else asdict(face),
         }
-
-
-def _over(flags: Tensor, embeds: Tensor) -> Tensor:
-    """Give flags (B,) as many dimensions as embeddings have."""
-    return flags.view(-1, *[1] * (embeds.ndim - 1))
-
-
-def _no_photo(embeds: Tensor, blank: Tensor | None) -> Tensor:
-    """Return what stands for no photo, (B, ...), in the shape of conditions (B, M, ...); zeros where there is none."""
-    return torch.zeros_like(embeds) if blank is None else blank[:, None].to(embeds).expand_as(embeds)
-
-
-def _widen(projection: dict[str, Tensor], clip: int, width: int) -> None:
-    """Widen a Linear (4 E, clip) that was made for CLIP alone, with zeros for the face's embedding beside it."""
-    weight = projection.get("proj.weight")
-    if weight is not None and weight.ndim == 2 and weight.shape[1] == clip:
-        projection["proj.weight"] = F.pad(weight, (0, width - clip))

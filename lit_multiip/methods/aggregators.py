@@ -33,6 +33,7 @@ class Aggregator(nn.Module, ABC):
     """
 
     weights_are: str | None = None  # what `photo_weights` are, such as "attention"
+    counts_repeats: bool = True  # whether a photo that is given twice counts twice
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -99,11 +100,14 @@ class Aggregator(nn.Module, ABC):
 
 def _places(tokens: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Call a function of embeddings (B, N, D) on each place of patch tokens, (B, N, T, D) => (B, T, ...)."""
-    return function(tokens.transpose(1, 2).flatten(0, 1)).unflatten(0, (tokens.shape[0], tokens.shape[2]))
+    rows = function(tokens.transpose(1, 2).flatten(0, 1))  # (B T, ...)
+    return rows.reshape(tokens.shape[0], tokens.shape[2], *rows.shape[1:])
 
 
 class First(Aggregator):
     """The first photo as given, (B, N, D) -> (B, 1, D): the IP-Adapter as published, with one reference."""
+
+    counts_repeats = False
 
     def aggregate(self, embeds: Tensor) -> Tensor:
         """Take row 0."""
@@ -114,6 +118,7 @@ class MaxPool(Aggregator):
     """Element-wise maximum over the photos, (B, N, D) -> (B, 1, D)."""
 
     weights_are = "share of dimensions won"
+    counts_repeats = False
 
     def aggregate(self, embeds: Tensor) -> Tensor:
         """Take the maximum over N."""
@@ -270,7 +275,7 @@ class SelfAttention(Aggregator):
 
     def aggregate_tokens(self, tokens: Tensor) -> Tensor:
         """Attend over all N T tokens, (B, N, T, D) => (B, M, T, D): a token takes from those of every photo."""
-        return self._pool(self._rows(tokens.flatten(1, 2)).unflatten(1, tokens.shape[1:3]))
+        return self._pool(self._rows(tokens.flatten(1, 2)).reshape_as(tokens))
 
     def _pool(self, rows: Tensor) -> Tensor:
         return rows.mean(dim=1, keepdim=True) if self.pool == "mean" else rows  # (B, M, ...)
@@ -280,7 +285,8 @@ class SelfAttention(Aggregator):
         if self.attend:
             query, key, value = map(self._split, (self.to_q(embeds), self.to_k(embeds), mixed))  # (B, h, N, d)
             mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # (B, N, D)
-        return embeds + mixed if self.residual else mixed  # (B, N, D)
+        rows: Tensor = embeds + mixed if self.residual else mixed  # (B, N, D)
+        return rows
 
     def attention_weights(self, embeds: Tensor) -> Tensor:
         """Weights softmax(Q K^T / sqrt(d)) for inspection.
@@ -299,7 +305,7 @@ class SelfAttention(Aggregator):
         weights = torch.softmax(logits, dim=-1)
         if embeds.ndim == 4:
             photos = embeds.shape[1:3]  # N, T
-            weights = weights.unflatten(3, photos).sum(dim=4).unflatten(2, photos).mean(dim=3)  # (B, h, N, N)
+            weights = weights.reshape(*weights.shape[:2], *photos, *photos).sum(dim=5).mean(dim=3)  # (B, h, N, N)
         return weights
 
     def photo_weights(self, embeds: Tensor) -> Tensor:
@@ -326,30 +332,31 @@ class OfKinds(Aggregator):
     def __init__(self, parts: Mapping[str, Aggregator], shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__(sum(math.prod(shape) for shape in shapes.values()))
         self.parts, self.shapes = nn.ModuleDict(parts), dict(shapes)
-        self.weights_are = self._first().weights_are
+        first = self._part(next(iter(shapes)))
+        self.weights_are, self.counts_repeats = first.weights_are, first.counts_repeats
 
     def aggregate(self, embeds: Tensor) -> Tensor:
         """Aggregate each kind by itself, (B, N, E + T H) => (B, M, E + T H)."""
-        return join_rows([self.parts[kind](value) for kind, value in split_rows(embeds, self.shapes).items()])
+        return join_rows([self._part(kind)(value) for kind, value in split_rows(embeds, self.shapes).items()])
 
     def photo_weights(self, embeds: Tensor) -> Tensor | None:
         """Return the mean of the kinds' weights, (B, N)."""
         self._check(embeds)
         if self.weights_are is None:
             return None
-        weights = [self.parts[kind].photo_weights(value) for kind, value in split_rows(embeds, self.shapes).items()]
-        return torch.stack(weights).mean(dim=0)
+        found = (self._part(kind).photo_weights(value) for kind, value in split_rows(embeds, self.shapes).items())
+        return torch.stack([weights for weights in found if weights is not None]).mean(dim=0)
 
     @property
     def name(self) -> str:
         """Name of the parts."""
-        return self._first().name
+        return self._part(next(iter(self.shapes))).name
 
     def extra_repr(self) -> str:
         """Show the options of the parts in `print(module)`."""
         return "; ".join(f"{kind}: {part.extra_repr()}" for kind, part in self.parts.items())
 
-    def _first(self) -> Aggregator:
-        part = next(iter(self.parts.values()))
+    def _part(self, kind: str) -> Aggregator:
+        part = self.parts[kind]
         assert isinstance(part, Aggregator)
         return part

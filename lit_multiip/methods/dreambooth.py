@@ -67,7 +67,8 @@ class DreamBooth(Method):
         tuned: the UNet, or the text encoder too.
         lora_rank: tune low-rank additions to the attention layers in place of the weights (needs peft).
         seed: of all draws.
-        kwargs: of `Method`; `sampling.ip_scale` must stay 1, as there is no image attention.
+        kwargs: of `Method`; `ip_scale`, `ip_start` and `ip_end` of `sampling` keep their defaults, as there is no image
+            attention.
     """
 
     per_person: ClassVar[bool] = True
@@ -103,11 +104,11 @@ class DreamBooth(Method):
         require_peft(lora_rank)
         if not identifier.strip() or not class_noun.strip():
             raise ValueError("identifier and class_noun must not be empty: give words such as 'sks' and 'person'")
-        if self.sampling.ip_scale != 1:
-            raise ValueError(
-                f"sampling.ip_scale={self.sampling.ip_scale} has no effect, as DreamBooth has no image attention: "
-                "leave it at 1"
-            )
+        for name, plain in (("ip_scale", 1), ("ip_start", 0), ("ip_end", 1)):
+            if (value := getattr(self.sampling, name)) != plain:
+                raise ValueError(
+                    f"sampling.{name}={value} has no effect, as DreamBooth has no image attention: leave it at {plain}"
+                )
         self.automatic_optimization = False  # fit takes the same steps as test
         self.steps, self.batch_size, self.seed = steps, batch_size, seed
         self.prior_weight, self.class_images = prior_weight, class_images

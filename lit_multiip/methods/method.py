@@ -11,7 +11,6 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import compute_snr
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -102,6 +101,7 @@ class Method(L.LightningModule):
         # Wall seconds of this process's test besides drawing: "personalise", for all people, and others by name.
         self.spent: dict[str, float] = {"personalise": 0.0}
         self.trained_on: Record | None = None  # the record of the weights that it starts from
+        self.identity_networks: dict[str, str] = {}  # whose loss has trained the weights: names by `digest_weights`
         self.unet: Any = None
         self._sampler: Sampler | None = None
 
@@ -161,9 +161,13 @@ class Method(L.LightningModule):
         """Return the parameters that are trained, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimiser of what is trained."""
+        return self.make_optimizer(list(self.trained_parameters().values()))
+
     def optimizer_and_schedule(self, steps: int) -> tuple[torch.optim.Optimizer, Any]:
         """Return the optimiser of what is trained, and its schedule over `steps`."""
-        optimizer = self.make_optimizer(list(self.trained_parameters().values()))
+        optimizer = self.build_optimizer()
         schedule = get_scheduler(
             self.lr_schedule, optimizer, num_warmup_steps=self.lr_warmup_steps, num_training_steps=steps
         )
@@ -222,11 +226,50 @@ class Method(L.LightningModule):
         Returns:
             (B,) float32.
         """
+        return self.prediction_error(self.denoise(x, eps, t, text, image_embeds), x, eps, t)
+
+    def denoise(
+        self, x: Tensor, eps: Tensor, t: Tensor, text: Mapping[str, Tensor], image_embeds: Tensor | None = None
+    ) -> Tensor:
+        """Return the UNet's prediction at step t, of the noise or of the velocity, (B, C, h, w) float32.
+
+        The arguments are those of `denoising_loss`.
+        """
         noised = self.noise.add_noise(x, eps, t)  # eq. (8)
-        predicted = self.backbone.predict(self.unet, noised, t, text, image_embeds)
-        velocity = self.noise.config.prediction_type == "v_prediction"
-        target = self.noise.get_velocity(x, eps, t) if velocity else eps
-        return F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
+        return self.backbone.predict(self.unet, noised, t, text, image_embeds).float()
+
+    @property
+    def predicts_velocity(self) -> bool:
+        """Whether the UNet predicts v = alpha eps - sigma x_0 in place of eps."""
+        return bool(self.noise.config.prediction_type == "v_prediction")
+
+    def prediction_error(
+        self, predicted: Tensor, x: Tensor, eps: Tensor, t: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return the mean squared error of a prediction of `denoise`, (B,) float32.
+
+        Args:
+            predicted: (B, C, h, w).
+            x: scaled latents of the target, (B, C, h, w).
+            eps: the noise, (B, C, h, w).
+            t: timesteps, (B,) int64.
+            weights: of places in the picture, (B, h, w) of mean 1; None weighs all alike.
+        """
+        target = self.noise.get_velocity(x, eps, t) if self.predicts_velocity else eps
+        error = F.mse_loss(predicted, target, reduction="none")
+        if weights is not None:
+            error = error * weights[:, None]
+        return error.mean(dim=(1, 2, 3))
+
+    def predicted_x0(self, predicted: Tensor, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Return x_0 by a prediction of `denoise`, scaled latents (B, C, h, w); the arguments are as there."""
+        alpha_bar = self.noise.alphas_cumprod.to(x.device)[t][:, None, None, None]
+        alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        noised = self.noise.add_noise(x, eps, t)
+        x0: Tensor = (
+            alpha * noised - sigma * predicted if self.predicts_velocity else (noised - sigma * predicted) / alpha
+        )
+        return x0
 
     def loss_weights(self, t: Tensor) -> Tensor:
         """Return the weight of a sample's loss at its timestep, Min-SNR of arXiv 2303.09556 with gamma = `snr_gamma`.
@@ -242,8 +285,10 @@ class Method(L.LightningModule):
         """
         if self.snr_gamma is None:
             return torch.ones(len(t), device=t.device)
-        snr = compute_snr(self.noise, t)  # (B,)
-        if self.noise.config.prediction_type == "v_prediction":
+        from diffusers.training_utils import compute_snr  # it loads models' code, which --help needs not
+
+        snr: Tensor = compute_snr(self.noise, t)  # type: ignore[no-untyped-call]  # (B,)
+        if self.predicts_velocity:
             return snr.clamp(max=self.snr_gamma) / (snr + 1)
         return (self.snr_gamma / snr).clamp(max=1)
 
@@ -276,7 +321,12 @@ class Method(L.LightningModule):
 
     def provenance(self) -> dict[str, Any]:
         """Return the facts of a checkpoint, some of which (`must_agree`) a model that loads it must share."""
-        return {"method": self.settings(), "backbone": self.backbone.path, "unet": self.backbone.fingerprint("unet")}
+        return {
+            "method": self.settings(),
+            "backbone": self.backbone.path,
+            "unet": self.backbone.fingerprint("unet"),
+            "identity_networks": self.identity_networks,
+        }
 
     def describe(self) -> dict[str, Any]:
         """Return method, backbone, sampling and number of trained parameters, for a results file."""
@@ -284,6 +334,7 @@ class Method(L.LightningModule):
             "method": self.method(),
             "settings": self.settings(),
             "per_person": self.per_person,
+            "snr_gamma": self.snr_gamma,
             "trained_parameters": sum(p.numel() for p in self.trained_parameters().values()),
             "sampling": self.sampling.describe(),
             "image_side": self.image_side,
@@ -313,6 +364,7 @@ class Method(L.LightningModule):
                 if theirs == ours:  # by name, and not by content
                     theirs, ours = f"{theirs} with content {found[key]}", own[key]
                 raise CheckpointError(f"the checkpoint is of another {what}: {theirs} (this model: {ours}); {remedy}")
+        self.identity_networks |= found.get("identity_networks", {})
         missing = set(self.trained_parameters()) ^ set(checkpoint["state_dict"])
         if missing:
             raise CheckpointError(f"the checkpoint and the model differ in weights such as '{min(missing)}'")

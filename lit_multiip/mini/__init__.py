@@ -1,1 +1,1 @@
-"""The miniature backbone: how it is made (``python -m lit_multiip make-mini``) and, under ``weights/``, its weights."""
+"""Small backbones: how they are made (`python -m lit_multiip make-mini`) and, under `weights/`, the miniature."""

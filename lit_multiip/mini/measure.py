@@ -1,8 +1,9 @@
-"""`python -m lit_multiip measure-mini`: what the miniature can do, on people that none of its networks has seen."""
+"""`python -m lit_multiip measure-mini`: what a small backbone can do, on people that none of its networks has seen."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lit_multiip.backbone.components import resolve_backbone
+from lit_multiip.backbone.face_crop import FaceCrop
+from lit_multiip.backbone.faces import FaceEncoder
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data import mini_faces
+from lit_multiip.data.people import PeopleSource, Person
+from lit_multiip.data.photos import DataError
+from lit_multiip.data.record import digest_name, digests_in
+from lit_multiip.data.split import select_people
 from lit_multiip.evaluation.critic import HEADS, Critic
+from lit_multiip.files import shorten
 from lit_multiip.mini.gate import GATE_PEOPLE, clip_embed, critic_embed, rank_one
+from lit_multiip.mini.measured import face_embeds, identify, image_embeds, round_trips
+from lit_multiip.mini.photos import Prompted, read_pixels
 from lit_multiip.mini.portraits import HIDDEN, labels_of
 from lit_multiip.pixels import to_pixels, to_signal
 
@@ -80,19 +90,72 @@ def text_to_image(backbone: str, prompts: list[str], seed: int, steps: int, guid
     return torch.cat(images)
 
 
-def measure_mini(
-    backbone: str = "mini", seed: int = 0, samples: int = 500, steps: int = 15, guidance_scale: float = 3.0
-) -> None:
-    """Print the miniature's figures as JSON.
+def measure_people(
+    backbone: str, people: Sequence[Person], crop: FaceCrop | None, face: FaceEncoder | None, work: Path
+) -> dict[str, Any]:
+    """Measure a backbone on photos of real people: its VAE's round trips, and who knows them from one and nine photos.
 
     Args:
-        backbone: the miniature's folder.
+        backbone: as `backbone.path`.
+        people: those with ten photos or more are found again; all photos go through the VAE.
+        crop: as `data.crop`.
+        face: a face network to measure beside the image encoder.
+        work: where photos are kept.
+    """
+    frozen = Backbone(backbone)
+    check_unseen(frozen, people)
+    cut = people if crop is None else crop(people, work / "features")
+    photos = [photo for person in cut for photo in person.photos]
+    data = Prompted(photos, read_pixels(photos, frozen.image_side, work))
+    embeds = {"image_encoder": image_embeds(frozen.load("image_encoder"), data)}
+    if face is not None:
+        embeds["face"] = face_embeds(face, data, work)
+    found = {name: {n: identify(rows, data.person, n) for n in (1, 9)} for name, rows in embeds.items()}
+    return {"photos": len(photos), "vae": round_trips(frozen.load("vae"), data), "identify": found}
+
+
+def check_unseen(backbone: Backbone, people: Sequence[Person]) -> None:
+    """Refuse people who are on the backbone's record."""
+    record = backbone.trained_on()
+    known = set() if record is None else digests_in(record, "people")
+    if seen := [person.name for person in people if digest_name(person.name) in known]:
+        raise DataError(
+            f"backbone '{backbone.path}' was trained on {len(seen)} of {len(people)} people: {shorten(seen)}: measure "
+            "it on others, or raise min_photos"
+        )
+
+
+def measure_mini(
+    backbone: str = "mini",
+    seed: int = 0,
+    samples: int = 500,
+    steps: int = 15,
+    guidance_scale: float = 3.0,
+    people: PeopleSource | None = None,
+    min_photos: int = 10,
+    crop: FaceCrop | None = None,
+    face: FaceEncoder | None = None,
+    work: str = "runs/faces/work",
+) -> None:
+    """Print a small backbone's figures as JSON: on drawn portraits, or on photos of real people.
+
+    Args:
+        backbone: its folder.
         seed: of portraits and noise.
         samples: text-to-image samples, and real portraits beside them. Round trips are of five times as many
             portraits, for most traits are hidden in most.
         steps: of DPM-Solver++.
         guidance_scale: of the text.
+        people: photos of real people to measure on; the options above are for drawn portraits alone.
+        min_photos: people with fewer are left out.
+        crop: of the photos, as `data.crop`.
+        face: a face network to measure beside the image encoder.
+        work: where the photos are kept as they are measured.
     """
+    if people is not None:
+        chosen = select_people(people.people(), min_photos)
+        print(json.dumps(measure_people(backbone, chosen, crop, face, Path(work)), indent=2))
+        return
     folder = Path(resolve_backbone(backbone))
     critics = {name: Critic.load(folder / name) for name in ("critic", "critic_b") if (folder / name).is_dir()}
     images, labels, prompts = _portraits(seed, people=(samples + 9) // 10 * 5, photos=10)

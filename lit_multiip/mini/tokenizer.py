@@ -1,29 +1,30 @@
-"""The miniature's CLIP tokenizer: byte-pair merges learned on every caption word, one token a word."""
+"""A small backbone's CLIP tokenizer: byte-pair merges learned on every caption word, one token a word."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from lit_multiip.data import mini_faces
-
 IDENTIFIERS = ["sks", "ohwx", "zwx", "xyb", "qlm"]  # reserved for DreamBooth: in the vocabulary, in no caption
 MAX_LENGTH = 64
 
 
-def _words() -> list[str]:
-    phrases = ["a photo of a person with wearing and in front of wall shirt bald head hair eyes , ."]
-    phrases += [name for names in mini_faces.SCENE_ATTRIBUTES.values() for name in names]
-    phrases += [name for trait in mini_faces.TRAITS.values() for name in trait.names]
-    phrases += mini_faces.OCCLUDERS + IDENTIFIERS
-    return sorted({word for phrase in phrases for word in phrase.split()})
+def words_of(phrases: Iterable[str]) -> list[str]:
+    """Return the distinct words of some texts and the identifiers, sorted."""
+    return sorted({word for phrase in (*phrases, *IDENTIFIERS) for word in phrase.split()})
 
 
-def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Learn the merges and write `vocab.json`, `merges.txt` and the tokenizer's configuration to `folder`."""
+def make_tokenizer(folder: Path, phrases: Iterable[str]) -> CLIPTokenizer:
+    """Learn the merges and write `vocab.json`, `merges.txt` and the tokenizer's configuration to `folder`.
+
+    Args:
+        folder: to write.
+        phrases: texts that hold every word of the captions.
+    """
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -42,7 +43,7 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
         end_of_word_suffix="</w>",
         show_progress=False,
     )
-    bpe.train_from_iterator([" ".join(_words())] * 4, trainer)
+    bpe.train_from_iterator([" ".join(words_of(phrases))] * 4, trainer)
     model = json.loads(bpe.to_str())["model"]
     vocab = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))
     for special in ("<|startoftext|>", "<|endoftext|>"):

@@ -1,4 +1,4 @@
-"""The command `caption`: an image-to-text model writes a caption beside every photo that has none."""
+"""The command `caption`: a model, or landmarks of the face, write a caption beside every photo that has none."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from lit_multiip.data.captions import METADATA
+from lit_multiip.backbone.dlib_faces import DLIB, load_detector
+from lit_multiip.data.captions import METADATA, read_text
 from lit_multiip.data.names import normalise_name
 from lit_multiip.data.people import Folder, Person, is_photo, read_person
 from lit_multiip.data.photos import DataError, FilePhoto
+from lit_multiip.evaluation.reading import FaceReader
 from lit_multiip.files import first_line, shorten, write_durably
 
 logger = logging.getLogger(__name__)
@@ -25,7 +28,9 @@ logger = logging.getLogger(__name__)
 MODEL = "Salesforce/blip-image-captioning-large"
 PREFIX = "a photo of a person"
 UNCAPTIONED = "no caption"  # stands for the prompt of photos that have none
-Captioner = Callable[[Sequence[Image.Image]], Sequence[str]]
+MAX_NEW_TOKENS = 30
+NO_FACE = "no face was found: write its caption by hand, or take --by model"
+Captioner = Callable[[Sequence[Image.Image]], Sequence[str | None]]  # None: it can say nothing of that image
 
 
 @dataclass
@@ -49,7 +54,7 @@ class ImageToText:
     """
 
     def __init__(
-        self, model: str = MODEL, prefix: str = PREFIX, max_new_tokens: int = 30, device: str | None = None
+        self, model: str = MODEL, prefix: str = PREFIX, max_new_tokens: int = MAX_NEW_TOKENS, device: str | None = None
     ) -> None:
         import torch
         from safetensors import SafetensorError
@@ -85,12 +90,15 @@ class ImageToText:
 
 def caption(
     photos: str,
-    model: str = MODEL,
+    by: Literal["model", "landmarks"] = "model",
+    model: str | None = None,
     prefix: str = PREFIX,
     batch_size: int = 8,
     overwrite: bool = False,
-    max_new_tokens: int = 30,
+    max_new_tokens: int | None = None,
     device: str | None = None,
+    detector: str | None = None,
+    words: str | None = None,
 ) -> None:
     """Write a caption beside every photo that has none, `1.txt` for `1.jpg`.
 
@@ -99,21 +107,37 @@ def caption(
 
     Args:
         photos: a folder of folders, one per person, or one person's folder.
-        model: folder or hub id of an image-to-text model of transformers, such as a BLIP.
+        by: `model`, an image-to-text model of transformers; `landmarks`, what those of the face and the pixels around
+            it prove, offline, such as "smiling, facing the camera, in front of a dark background".
+        model: folder or hub id of the model, such as a BLIP; null takes Salesforce/blip-image-captioning-large.
         prefix: start of every caption, with the class noun; empty for none.
         batch_size: photos at a time.
         overwrite: replace the captions that exist, those written by hand too.
-        max_new_tokens: length of what the model adds to the prefix.
-        device: such as `cuda` or `cpu`; null takes a GPU where there is one.
+        max_new_tokens: length of what the model adds to the prefix; null takes 30.
+        device: of the model, such as `cuda` or `cpu`; null takes a GPU where there is one.
+        detector: of the landmarks: `dlib` (null, too), which gives 68, or the file of YuNet, which gives five, so that
+            nothing is said of mouth and expression.
+        words: of the landmarks: a YAML file with other words, by attribute and class.
     """
-    if batch_size < 1 or max_new_tokens < 1:
+    if batch_size < 1 or (max_new_tokens is not None and max_new_tokens < 1):
         raise DataError(f"batch_size is {batch_size} and max_new_tokens {max_new_tokens}: give at least 1 of each")
+    options: dict[str, dict[str, Any]] = {
+        "landmarks": {"detector": detector, "words": words},
+        "model": {"model": model, "max_new_tokens": max_new_tokens, "device": device},
+    }
+    for way, own in options.items():
+        if ignored := [f"--{name}" for name, value in own.items() if value is not None and by != way]:
+            raise DataError(f"{', '.join(ignored)} is for captions by {way}, and they are by {by}: set --by {way}")
     people = read_people(photos)
     waiting, kept = _photos_to_caption(people, overwrite)
     if not waiting:
         print(f"all {kept} photos of {photos} have captions: nothing to do; --overwrite true replaces them")
         return
-    captioner = ImageToText(model, prefix, max_new_tokens, device)
+    captioner: Captioner
+    if by == "landmarks":
+        captioner = FaceReader(load_detector(detector or DLIB), read_words(words))
+    else:
+        captioner = ImageToText(model or MODEL, prefix, max_new_tokens or MAX_NEW_TOKENS, device)
     outcome = caption_photos(people, captioner, prefix, batch_size, overwrite)
     for reason in outcome.failed:
         logger.warning("no caption for %s", reason)
@@ -123,6 +147,23 @@ def caption(
             "removed the person's name from %d captions, please read them: %s", len(outcome.name_removed), names
         )
     print(f"captions: {len(outcome.written)} written, {outcome.kept} kept, {len(outcome.failed)} failed")
+
+
+def read_words(path: str | None) -> dict[str, dict[str, str]]:
+    """Read the words of captions by landmarks, by attribute and class, from a YAML file."""
+    if path is None:
+        return {}
+    try:
+        words = yaml.safe_load(read_text(Path(path).expanduser()))
+    except yaml.YAMLError as error:
+        raise DataError(
+            f"words '{path}' are no YAML ({first_line(error)}): write attribute, class and words"
+        ) from error
+    if not isinstance(words, dict):
+        raise DataError(
+            f"words '{path}' are {words!r:.100}: write attribute, class and words, such as mouth: {{open: ...}}"
+        )
+    return words
 
 
 def read_people(photos: str) -> list[Person]:
@@ -167,6 +208,9 @@ def caption_photos(
                 except DataError as error:
                     outcome.failed.append(str(error))
             for photo, text in zip(photos, captioner(images) if images else [], strict=True):
+                if text is None:
+                    outcome.failed.append(f"{photo.path}: {NO_FACE}")
+                    continue
                 _write_caption(photo, with_prefix(text, prefix), prefix, overwrite, outcome)
             bar.update(len(batch))
     return outcome

@@ -20,6 +20,7 @@ from lit_multiip.methods.method import Method
 ADAPTER = "ip-adapter_multiip.safetensors"
 EMBEDS = "ip_adapter_image_embeds"  # the argument of a diffusers pipeline that takes them
 CLIP_EMBEDS = "clip_embeds"  # the attribute of FaceID Plus's projection that takes patch tokens
+COMFYUI, COMFYUI_NEGATIVE = ".ipadpt", ".negative.ipadpt"  # a person's embeddings and their negative
 TOLERANCE = 1  # grey levels of 255, at any pixel
 CHECK_STEPS = 4  # of the sampler, in the comparison
 LICENCES = {  # of weights that are made from these; others say that they have their backbone's
@@ -75,6 +76,7 @@ def record_of(model: Method, step: int | None, run: str, dtype: str) -> dict[str
         record |= {
             "aggregator": model.settings(),
             "lora_rank": model.lora_rank,
+            "identity_networks": model.identity_networks,
             "image_encoder": public.photo_encoder_name(),
             "image_encoder_content": model.provenance()["image_encoder_content"],
             "embedding_width": model.aggregator.dim,
@@ -107,6 +109,7 @@ def card(record: Mapping[str, Any], config: Mapping[str, Any], written: Written)
     )
     facts = {"method": record["method"], "backbone": backbone, "rows": rows, "written": written}
     facts |= {"steps": CHECK_STEPS, "tolerance": TOLERANCE}
+    facts["comfyui"] = _comfyui(record["lora_rank"] is not None) if "aggregator" in record else ""
     facts["config"] = yaml.safe_dump(_public_config(config), sort_keys=True).strip()
     return str(ModelCard.from_template(data, template_path=str(package_file("tools/card.md.jinja")), **facts))
 
@@ -133,6 +136,17 @@ pipe = {pipeline}.from_pretrained({place}){comment}
 pipe.load_ip_adapter("{folder}", subfolder="", weight_name="{ADAPTER}", image_encoder_folder=None)
 {load_lora}embeds = load_file("{folder}/embeds/{person}.safetensors")["{EMBEDS}"]
 {tokens}image = pipe("a photo of a person in a red shirt", ip_adapter_image_embeds=[embeds]).images[0]"""
+
+
+def _comfyui(lora: bool) -> str:
+    """Return where the files go in ComfyUI with ComfyUI_IPAdapter_plus, and which nodes take them."""
+    extra = f"; `{LORA_FILE}` into `models/loras/`, for the node Load LoRA" if lora else ""
+    return (
+        f"In ComfyUI with ComfyUI_IPAdapter_plus: `{ADAPTER}` goes into `models/ipadapter/` (IPAdapter Model Loader)\n"
+        f"and a person's `embeds/*{COMFYUI}` into `input/` (IPAdapter Load Embeds, twice){extra}. The node IPAdapter\n"
+        f"Embeds takes them as `pos_embed` and, of `*{COMFYUI_NEGATIVE}`, `neg_embed`, with `weight_type` linear and\n"
+        "`embeds_scaling` V only."
+    )
 
 
 def dreambooth_snippet(backbone: str, prompt: str, pipeline: str, lora: bool, folder: str = "exported") -> str:

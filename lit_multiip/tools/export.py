@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_multiip.backbone.ip_adapter import RECORD, ip_adapter_parameters
-from lit_multiip.backbone.layouts import join_kv, join_rows, split_rows
+from lit_multiip.backbone.layouts import PLAIN, join_kv, join_rows, split_rows
 from lit_multiip.backbone.lora import LORA_FILE, lora_parameters, save_lora
 from lit_multiip.backbone.sampler import Sampler, Sampling
 from lit_multiip.callbacks import Trainer
@@ -42,6 +42,8 @@ from lit_multiip.tools.card import (
     ADAPTER,
     CHECK_STEPS,
     CLIP_EMBEDS,
+    COMFYUI,
+    COMFYUI_NEGATIVE,
     EMBEDS,
     TOLERANCE,
     ExportError,
@@ -257,7 +259,8 @@ def check_target(output: str, photos: Sequence[str], overwrite: bool) -> None:
     names = [Path(folder).resolve().name for folder in photos]
     if len(set(names)) < len(names):
         raise ExportError("two folders of --photos have one name, and their files would too: rename one")
-    possible = (ADAPTER, LORA_FILE, "README.md", "model_index.json", *(f"embeds/{name}.safetensors" for name in names))
+    people = [f"embeds/{name}{suffix}" for name in names for suffix in (".safetensors", COMFYUI, COMFYUI_NEGATIVE)]
+    possible = (ADAPTER, LORA_FILE, "README.md", "model_index.json", *people)
     _refuse_existing(Path(output), possible, overwrite)
 
 
@@ -361,7 +364,10 @@ def write_dreambooth(model: DreamBooth, record: Mapping[str, Any], part: Path) -
 
 @torch.no_grad()
 def write_embeds(model: MultiIPAdapter, data: Any, photos: Sequence[str], output: Path) -> dict[str, Tensor] | None:
-    """Write a file for each folder of one person's photos: what the aggregator makes of them, no photo first.
+    """Write the files of each folder of one person's photos: what the aggregator makes of them.
+
+    Those of diffusers hold what stands for no photo first, (2, M, ...). For ComfyUI, of the plain layout alone, it is a
+    file of its own, (M, D).
 
     Returns:
         The first person's, as read back; None where there is no folder.
@@ -378,6 +384,11 @@ def write_embeds(model: MultiIPAdapter, data: Any, photos: Sequence[str], output
         embeds = model.condition(encoder(references)[None], None if blank is None else blank[None])  # (1, M, ...)
         files.append(output / "embeds" / f"{Path(folder).resolve().name}.safetensors")
         record = {"aggregator": model.settings(), "photos": len(references), "adapter": adapter}
-        tensors = diffusers_names(model, with_negative(embeds, blank))
-        save_file(tensors, files[-1], {"format": "pt", RECORD: json.dumps(record)})
+        both = with_negative(embeds, blank)
+        save_file(diffusers_names(model, both), files[-1], {"format": "pt", RECORD: json.dumps(record)})
+        if model.backbone.layout is not PLAIN:
+            continue
+        negative, positive = both
+        for suffix, rows in ((COMFYUI, positive), (COMFYUI_NEGATIVE, negative)):  # (M, D) each
+            torch.save(rows.clone(), files[-1].with_suffix(suffix))  # a view would take the other half with it
     return load_file(files[0])

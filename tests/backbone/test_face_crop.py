@@ -148,3 +148,29 @@ def test_a_photo_that_was_trained_on_whole_is_known_when_it_is_cut(tmp_path, det
 def test_a_size_that_cuts_into_the_face_is_refused():
     with pytest.raises(DataError, match=r"data.crop.size=0.5 would cut into the face"):
         FaceCrop(size=0.5)
+
+
+def test_a_fixed_share_cuts_the_middle_out_and_needs_no_detector(tmp_path):
+    wide = FilePhoto("p", "a.png", "a photo", tmp_path / "a.png")
+    [person] = FaceCrop(share=0.6)([Person("p", (wide,))], tmp_path / "cache")
+    [photo] = person.photos
+    whole = Image.new("RGB", (100, 50))
+    whole.paste((255, 255, 255), (35, 10, 65, 40))
+    whole.save(tmp_path / "a.png")
+    assert photo.image().size == (30, 30) and photo.image().getextrema() == ((255, 255),) * 3
+    assert photo.original() == wide and photo.content_key() not in (wide.content_key(), "")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"share": 1.5}, "data.crop.share=1.5 is no share of a photo"),
+        ({"share": 0}, "data.crop.share=0 is no share of a photo"),
+        ({"share": 0.6, "size": 2}, "looks for no face: leave data.crop.size and detector out"),
+        ({"share": 0.6, "detector": "mine.onnx"}, "looks for no face"),
+    ],
+)
+def test_a_share_that_is_none_or_stands_beside_a_detector_is_refused(options, message):
+    with pytest.raises(DataError, match=message):
+        FaceCrop(**options)

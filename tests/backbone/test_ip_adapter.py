@@ -255,7 +255,7 @@ def test_reading_parameters_or_scaling_without_an_adapter_is_refused(unet):
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
 def test_a_scale_that_is_not_finite_is_refused(unet, scale):
-    with pytest.raises(ValueError, match=f"finite, got {scale}"):
+    with pytest.raises(ValueError, match=f"ip_scale={scale} is not finite"):
         set_ip_scale(unet, scale)
 
 

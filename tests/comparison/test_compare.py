@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from commands import refusal
 from onnx_file import write_pooling
@@ -17,7 +18,7 @@ from PIL import Image
 from lit_multiip.__main__ import main
 from lit_multiip.comparison import compare as module
 from lit_multiip.comparison.compare import Inputs, make_steps
-from lit_multiip.comparison.plan import Contrast, Plan, Row
+from lit_multiip.comparison.plan import CompareError, Contrast, Plan, Row
 from lit_multiip.comparison.steps import Step, run_steps
 from lit_multiip.files import hash_file
 
@@ -39,7 +40,7 @@ def steps_of(rows: dict[str, Row], folder: Path, **changed: Any) -> list[Step]:
 def leave_results(step: Step) -> None:
     """What the step's command would leave."""
     step.run.mkdir(parents=True, exist_ok=True)
-    if step.command == "test":
+    if step.command != "fit":
         (step.run / "test").mkdir(exist_ok=True)
         (step.run / "test" / "metrics.json").write_text('{"protocol": {"sha256": "0"}}')
 
@@ -169,6 +170,40 @@ def test_rows_that_are_trained_alike_share_a_training(config, tmp_path):
     assert steps[1].key != steps[2].key
 
 
+def test_another_folder_of_people_is_scored_by_the_runs_of_a_finished_comparison(config, tmp_path):
+    rows = {
+        "one": Row([config], "One", fit=True, seeds=True),
+        "alike": Row([config], "Alike", fit=True, seeds=True, test_options={"model.sampling.steps": 3}),
+        "published": Row([config], "Published"),
+    }
+    first, second = tmp_path / "first", tmp_path / "second"
+    others = {"test_options": {"data.test_fraction": 1}, "trained": str(first), "seeds": (0, 1)}
+    with pytest.raises(CompareError, match=r"is no comparison: give --trained a folder"):
+        Plan(rows, "one", output=str(second), **others).check()
+    for step in steps_of(rows, first, seeds=(0, 1)):
+        step.run.mkdir(parents=True, exist_ok=True)
+        if step.command == "fit":
+            (step.run / "config.yaml").write_text("trainer: {max_steps: 5}\n")
+            (step.run / "checkpoints").mkdir()
+            torch.save({"global_step": 5, "callbacks": {}}, step.run / "checkpoints" / "last.ckpt")
+        else:
+            step.stamp.write_text(json.dumps({"command": ["test", *step.arguments]}))
+    (first / "plan.json").write_text("{}")
+    steps = steps_of(rows, second, **others)
+    assert {step.command for step in steps} == {"test"}
+    tested = {(step.row, step.seed): step.arguments[1] for step in steps if step.row != "published"}
+    own = {seed: str(first / "one" / f"version_{seed}") for seed in (0, 1)}
+    assert tested == {(name, seed): own[seed] for name in ("one", "alike") for seed in (0, 1)}  # they shared one
+    assert all("--data.test_fraction=1" in step.arguments for step in steps)
+    assert all(step.run.is_relative_to(second) for step in steps)
+
+    shutil.rmtree(first / "one" / "version_1")
+    with pytest.raises(CompareError, match=r"version_1' holds no finished run: finish the comparison"):
+        steps_of({"one": rows["one"]}, second, **others)
+    with pytest.raises(CompareError, match=r"--trained and --output are both"):
+        Plan(rows, "one", output=str(first), trained=str(first)).check()
+
+
 def test_a_grid_is_a_row_for_every_combination_and_its_first_is_the_default(config, tmp_path):
     grid = {"model.sampling.ip_scale": [1.0, 0.5], "model.sampling.guidance_scale": [3.0, 5.0]}
     rows = {"a": Row([config], "A", grid=grid), "b": Row([config], "B")}
@@ -196,6 +231,11 @@ def test_a_grid_is_a_row_for_every_combination_and_its_first_is_the_default(conf
         ({"rows": {"a": {"configs": ["none.yaml"], "title": "A"}}}, r"'none.yaml', which is not a file"),
         ({"rows": {"a": {"configs": [], "title": "A", "grid": {"data.seed": []}}}}, r"no value for 'data.seed'"),
         ({"options": {"data.no_such": 1}}, r"no_such"),
+        ({"rows": {"a": {"configs": [], "title": "A", "images": "gone"}}}, r"images in 'gone', which is not a folder"),
+        (
+            {"rows": {"a": {"configs": [], "title": "A", "images": ".", "fit": True}}},
+            r"nothing here draws: leave out fit",
+        ),
         ({"options": {"model.ip_adapter": "text"}}, r"the adapter is made at random and was never trained"),
     ],
 )
@@ -205,6 +245,21 @@ def test_a_plan_that_cannot_work_is_refused_before_anything_runs(change, message
     path.write_text(yaml.safe_dump(plan | change))
     assert re.search(message, refusal(capsys, "compare", "--config", str(path)))
     assert not (tmp_path / "out").exists()
+
+
+def test_images_of_another_program_are_a_row_that_is_scored_anew_when_an_image_changes(config, tmp_path, monkeypatch):
+    image = tmp_path / "drawn" / "Ann" / "1_s0-00000000.png"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(b"a")
+    rows = {"a": Row([config], "A"), "b": Row([], "PhotoMaker", images=str(tmp_path / "drawn"))}
+    out = tmp_path / "out"
+    step = steps_of(rows, out)[1]
+    assert step.command == "score" and "--name=PhotoMaker" in step.arguments
+    assert {f"--images={tmp_path / 'drawn'}", f"--score.output={out / 'b/version_0/test'}"} <= set(step.arguments)
+    assert run_all(steps_of(rows, out), monkeypatch) == [("a", "test"), ("b", "score")]
+    assert run_all(steps_of(rows, out), monkeypatch) == []
+    image.write_bytes(b"b")
+    assert run_all(steps_of(rows, out), monkeypatch) == [("b", "score")]
 
 
 def test_another_critic_makes_tests_anew_but_no_fit(config, tmp_path, monkeypatch):

@@ -174,3 +174,21 @@ def test_a_comparison_without_photos_or_reference_has_a_report_still(tmp_path, c
     assert "Methods x people" not in html
     assert "Self-Attention not run yet" in text
     assert "What the audits found IP-Adapter passed yes copies none pairs 1 listed" in text
+
+
+def test_a_row_that_another_program_drew_stands_in_the_tables_and_what_is_not_known_is_said(tmp_path):
+    folder = tmp_path / "mini"
+    write_plan(folder, {"self_attn": ["version_0"], "avg_pool": ["version_0"], "ip_adapter": ["version_0"]})
+    write_test(folder / "self_attn/version_0/test", "SelfAttention", 0.4, anchors=True)
+    write_test(folder / "avg_pool/version_0/test", "AvgPool", 0.2)
+    drawn = {"method": "PhotoMaker", "image_side": 8, "images": "drawn"}
+    write_test(folder / "ip_adapter/version_0/test", "PhotoMaker", 0.1, describe=drawn, seconds={"method": None})
+    comparison = load_comparison(folder)
+    row = comparison.row("ip_adapter")
+    assert row.drawn_elsewhere and not comparison.row("avg_pool").drawn_elsewhere
+    assert comparison.costs(row) == dict.fromkeys(("personalise", "image", "parameters"))
+    assert comparison.difference("self_attn", "ip_adapter")["identity_held_out/critic"].value > 0.2
+    report(str(folder))
+    text = (folder / "report" / "report.md").read_text("utf-8")
+    assert "IP-Adapter: drawn by another program; how, and what it was trained on, is not known." in text
+    assert "IP-Adapter: elsewhere" in text and "Rows differ in their backbone" not in text

@@ -50,6 +50,18 @@ def test_a_split_without_enough_people_says_what_to_do():
             split_people(people_of(9), **wrong)
 
 
+def test_a_test_fraction_of_one_makes_test_people_of_everyone_whatever_source_and_lists_say(tmp_path):
+    (tmp_path / "train.txt").write_text("p001\nnobody\n")
+    drawn = MiniFaces(train=3, validation=1, test=2, photos=10).people()
+    for people in (people_of(1), people_of(12), drawn):
+        split = split_people(people[::-1], test_fraction=1, train_names=str(tmp_path / "train.txt"))
+        assert (split.train, split.validation) == ([], []) and split.test == people
+    with pytest.raises(DataError, match=r"validation_fraction is 1: it must lie between 0 and 1, both excluded$"):
+        split_people(people_of(9), validation_fraction=1)
+    with pytest.raises(DataError, match=r"test_fraction is 1\.5: .*1 makes test people of everyone"):
+        split_people(people_of(9), test_fraction=1.5)
+
+
 def test_a_split_refuses_overlap_and_empty_sides():
     a, b, c = people_of(3)
     with pytest.raises(DataError, match=r"no test people \(2 train, 1 validation, 0 test\)"):

@@ -203,9 +203,22 @@ def test_the_record_names_nobody_and_adds_up_over_resumed_fits():
     assert all(torch.equal(both[key], alone[key]) for key in both)
 
 
-def find(path: Path | None, trained_on: Record | None) -> tuple[str, Record | None]:
+def method_of(trained_on: Record | None, backbone: Record | None = None) -> SimpleNamespace:
+    return SimpleNamespace(trained_on=trained_on, backbone=SimpleNamespace(trained_on=lambda: backbone))
+
+
+def find(path: Path | None, trained_on: Record | None, backbone: Record | None = None) -> tuple[str, Record | None]:
     trainer = SimpleNamespace(ckpt_path=path, global_step=0, datamodule=None)
-    return find_record(trainer, SimpleNamespace(trained_on=trained_on))
+    return find_record(trainer, method_of(trained_on, backbone))
+
+
+def test_people_of_the_backbones_own_training_are_on_the_record_too():
+    own, other = training_record(side("train")), training_record(side("validation"))
+    assert find(None, None, None) == ("nothing", None)
+    status, record = find(None, None, own)
+    assert status == "recorded" and len(record["people"]) == len(side("train"))
+    both = len(side("train")) + len(side("validation"))
+    assert len(find(None, other, own)[1]["people"]) == both
 
 
 def test_the_record_is_found_in_the_checkpoint_or_its_absence_told(tmp_path):
@@ -264,7 +277,7 @@ def test_what_is_not_known_is_told(caplog):
 def test_scores_of_people_who_are_no_test_people_say_so(name):
     data = SimpleNamespace(tested=name)
     trainer = SimpleNamespace(datamodule=data, ckpt_path="any.ckpt", global_step=0)
-    status, record = find_record(trainer, SimpleNamespace(trained_on=None))
+    status, record = find_record(trainer, method_of(None))
     assert (status, record) == (name, None)
     audit = audit_tasks(make_tasks(side(name), 4, 2), status, record)
     assert f"NO TEST, {'training' if name == 'train' else name} people" in summary(audit)

@@ -9,8 +9,9 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
-from lit_multiip.backbone import faces as networks
-from lit_multiip.backbone.faces import TEMPLATE, FaceDetector, aligned, weights_file
+from lit_multiip.backbone import onnx
+from lit_multiip.backbone.faces import TEMPLATE, FaceDetector, aligned
+from lit_multiip.backbone.onnx import weights_file
 from lit_multiip.evaluation.callback import ScoreTest
 from lit_multiip.evaluation.faces import FaceRecognition, SFace
 
@@ -154,7 +155,7 @@ def test_a_package_that_is_missing_is_told_with_its_extra(module, network, pooli
     def absent(name):
         raise ImportError(name) if name == module else AssertionError(name)
 
-    monkeypatch.setattr(networks.importlib, "import_module", absent)
+    monkeypatch.setattr(onnx.importlib, "import_module", absent)
     with pytest.raises(ValueError, match=r"not installed: pip install 'lit_multiip\[faces\]'"):
         network(pooling)
 

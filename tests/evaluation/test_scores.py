@@ -9,6 +9,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from lit_multiip.evaluation.scores import (
     TooFewSamples,
+    copy_paste,
     cosine,
     diversity,
     fid,
@@ -35,6 +36,45 @@ def test_the_nearest_reference_is_the_most_similar_one_of_the_tasks_own():
     for wrong in (references[:1], references[..., :1] + 1.5, references[:, 0], references[:, :0]):
         with pytest.raises(ValueError, match="do not fit"):
             nearest_reference([[3.0, 4.0], [5.0, 0.0]], wrong)
+
+
+def published_copy_paste(image, photo, reference):
+    """(theta_gt - theta_gr) / theta_tr of one triplet, as WithAnyone has it (arXiv 2510.14975, eq. 2)."""
+
+    def theta(a, b):
+        return np.arccos(np.clip(np.dot(a / np.linalg.norm(a), b / np.linalg.norm(b)), -1, 1))
+
+    return (theta(image, photo) - theta(image, reference)) / theta(photo, reference)
+
+
+def test_a_thousand_random_triplets_have_the_published_score_of_copying():
+    g, t, r = np.random.default_rng(0).normal(size=(3, 1000, 16)) * [[[1.0]], [[3.0]], [[0.2]]]
+    g[:500] += 4 * t[:500] * np.linspace(0, 1, 500)[:, None]  # some near the held-out photo, some near the reference
+    g[500:] += 20 * r[500:] * np.linspace(0, 1, 500)[:, None]
+    ours = copy_paste(g, t, r[:, None])
+    assert np.abs(ours - [published_copy_paste(*triplet) for triplet in zip(g, t, r, strict=True)]).max() < 1e-6
+    assert ours.min() < -0.8 and ours.max() > 0.8 and np.abs(ours).max() <= 1  # the triangle of angles
+    assert copy_paste(r, t, r[:, None]) == pytest.approx(np.ones(1000), abs=1e-6)
+    assert copy_paste(t, t, r[:, None]) == pytest.approx(-np.ones(1000), abs=1e-6)
+    assert copy_paste(t, t, t[:, None]).tolist() == [0.0] * 1000  # nothing to tell apart
+
+
+def test_of_several_references_the_published_score_takes_the_one_that_is_copied():
+    g, t, *r = np.random.default_rng(1).normal(size=(6, 20, 8))
+    references = np.stack(r, axis=1)
+    closest = [
+        max(task, key=lambda x: image @ x / np.linalg.norm(x)) for image, task in zip(g, references, strict=True)
+    ]
+    expected = [published_copy_paste(*triplet) for triplet in zip(g, t, closest, strict=True)]
+    assert copy_paste(g, t, references) == pytest.approx(expected, abs=1e-9)
+    assert copy_paste(g, t, references[:, ::-1].copy()) == pytest.approx(expected, abs=1e-9)
+    references[:, 1:] = np.nan  # faces that were not found
+    alone = [published_copy_paste(*triplet) for triplet in zip(g, t, references[:, 0], strict=True)]
+    assert copy_paste(g, t, references) == pytest.approx(alone, abs=1e-9)
+    g[0], t[1], references[2] = np.nan, np.nan, np.nan
+    assert np.isnan(copy_paste(g, t, references)).tolist() == [True] * 3 + [False] * 17
+    with pytest.raises(ValueError, match="do not fit"):
+        copy_paste(g, t, references[:, 0])
 
 
 def normal(n, d=6, seed=0):

@@ -463,3 +463,53 @@ def test_the_training_loss_is_the_mean_over_ranks(tiny_backbone, batch):
     with torch.no_grad():
         module.training_step(batch, 0)
     assert logged["train/loss"]["sync_dist"] is True
+
+
+# Learning rates
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_k_and_v_learn_at_their_own_multiple_of_the_scheduled_rate(tiny_backbone, optimizer):
+    options = {"optimizer": lambda p: optimizer(p, lr=0.1), "lr_schedule": "linear", "lr_warmup_steps": 0}
+    module = built(tiny_backbone, kv_lr_factor=3.0, **options)
+    made, schedule = module.optimizer_and_schedule(10)
+    others, kv = made.param_groups
+    named = module.trained_parameters()
+    assert {id(p) for p in kv["params"]} == {id(p) for name, p in named.items() if name.endswith("_ip.0.weight")}
+    assert len(kv["params"]) == 2 * 4 and len(others["params"]) + len(kv["params"]) == len(named)
+    for step in range(10):
+        assert (others["lr"], kv["lr"]) == pytest.approx((0.1 * (1 - step / 10), 0.3 * (1 - step / 10)))
+        made.step()
+        schedule.step()
+    assert module.describe()["kv_lr_factor"] == 3.0
+
+
+def test_a_step_of_sgd_moves_k_and_v_by_the_factor_and_nothing_else(tiny_backbone, batch):
+    moved = {}
+    for factor in (1.0, 3.0):
+        module = built(tiny_backbone, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), kv_lr_factor=factor)
+        made = module.build_optimizer()
+        assert len(made.param_groups) == (1 if factor == 1 else 2)
+        before = {name: p.detach().clone() for name, p in module.trained_parameters().items()}
+        module.training_step(batch, 0).backward()
+        made.step()
+        moved[factor] = {name: p.detach() - before[name] for name, p in module.trained_parameters().items()}
+    for name, change in moved[1.0].items():
+        expected = 3 * change if "_ip.0.weight" in name else change
+        torch.testing.assert_close(moved[3.0][name], expected, rtol=1e-3, atol=1e-7)
+
+
+def test_a_factor_that_has_no_effect_or_no_meaning_is_refused(tiny_backbone):
+    with pytest.raises(LitMultiIPError, match=r"kv_lr_factor=2.0 has no effect, as model.trained=aggregator"):
+        MultiIPAdapter(trained="aggregator", kv_lr_factor=2.0)
+    with pytest.raises(LitMultiIPError, match=r"kv_lr_factor=0.0 must be above 0"):
+        MultiIPAdapter(kv_lr_factor=0.0)
+
+    class WithoutRate(torch.optim.SGD):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, lr=1.0)
+            for group in self.param_groups:
+                group["lr"] = None
+
+    with pytest.raises(LitMultiIPError, match="WithoutRate has none"):
+        built(tiny_backbone, optimizer=WithoutRate, kv_lr_factor=2.0).build_optimizer()

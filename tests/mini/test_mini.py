@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -12,30 +13,34 @@ from lit_multiip.backbone.components import resolve_backbone
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data import mini_faces
 from lit_multiip.evaluation.critic import HEADS, WIDTH, Critic
+from lit_multiip.files import package_file
 from lit_multiip.mini.gate import clip_embed, critic_embed, rank_one
 from lit_multiip.mini.measure import _portraits, accuracy, round_trip
-from lit_multiip.mini.stages import UNetStage, caption
-from lit_multiip.mini.tokenizer import IDENTIFIERS, MAX_LENGTH, _words, make_tokenizer
+from lit_multiip.mini.portraits import Portraits, all_phrases
+from lit_multiip.mini.tokenizer import IDENTIFIERS, MAX_LENGTH, make_tokenizer, words_of
 from lit_multiip.pixels import to_pixels, to_signal
 
 MINI = Path(resolve_backbone("mini"))
 
 
-class FakePortraits:
+class FakePortraits(Portraits):
     """Truth without images."""
+
+    def __init__(self) -> None:
+        pass
 
     def truth(self, index: int) -> tuple[mini_faces.Person, mini_faces.Scene]:
         return mini_faces.person(0, index), mini_faces.scene(0, index, 0)
 
 
 def test_every_caption_word_and_identifier_is_one_token(tmp_path):
-    tokenizer = make_tokenizer(tmp_path)
-    assert all(len(tokenizer(word).input_ids) == 3 for word in _words())
+    tokenizer = make_tokenizer(tmp_path, all_phrases())
+    assert all(len(tokenizer(word).input_ids) == 3 for word in words_of(all_phrases()))
     assert all(word not in " ".join(mini_faces.SCENE_ATTRIBUTES) for word in IDENTIFIERS)
 
 
 def test_remaking_the_tokenizer_gives_the_shipped_one(tmp_path):
-    make_tokenizer(tmp_path)
+    make_tokenizer(tmp_path, all_phrases())
     made, shipped = (json.loads((folder / "vocab.json").read_text()) for folder in (tmp_path, MINI / "tokenizer"))
     assert made == shipped
     assert (tmp_path / "merges.txt").read_bytes() == (MINI / "tokenizer" / "merges.txt").read_bytes()
@@ -44,7 +49,8 @@ def test_remaking_the_tokenizer_gives_the_shipped_one(tmp_path):
 def test_no_caption_is_cut_nor_holds_an_identifier():
     tokenizer = make_tokenizer_shipped()
     rng = np.random.default_rng(0)
-    captions = [caption(FakePortraits(), i, rng, UNetStage.KINDS) for i in range(2000)]
+    kinds = yaml.safe_load(package_file("mini/portraits.yaml").read_text())["unet"]["captions"]
+    captions = [FakePortraits().caption(i, rng, kinds) for i in range(2000)]
     assert max(len(tokenizer(text).input_ids) for text in captions) <= MAX_LENGTH
     assert not any(word in text.split() for text in captions for word in IDENTIFIERS)
 

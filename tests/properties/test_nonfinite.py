@@ -71,7 +71,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(accumulated, ar
 
 
 def test_a_loss_that_is_not_finite_names_its_sample(args, capsys, monkeypatch):
-    plain, seen = MultiIPAdapter.denoising_loss, []
+    plain, seen = MultiIPAdapter.prediction_error, []
     step = MultiIPAdapter.training_step
 
     def broken(self, *given):
@@ -82,7 +82,7 @@ def test_a_loss_that_is_not_finite_names_its_sample(args, capsys, monkeypatch):
         seen.append(batch["photo"])
         return step(self, batch, batch_idx)
 
-    monkeypatch.setattr(MultiIPAdapter, "denoising_loss", broken)
+    monkeypatch.setattr(MultiIPAdapter, "prediction_error", broken)
     monkeypatch.setattr(MultiIPAdapter, "training_step", watched)
     message = refusal(capsys, *args)
     assert f"the loss is nan at step 0, of {seen[0][2]}: lower the learning rate" in message

@@ -78,6 +78,7 @@ class Perfect(L.LightningModule):
         super().__init__()
         self.spent = {"personalise": 0.5}
         self.trained_on = None
+        self.identity_networks = {}
         self.backbone, self.name = Backbone(backbone), name
         self.calls = []
 

@@ -1,6 +1,7 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -179,3 +180,55 @@ def test_a_model_that_cannot_be_loaded_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["caption", "--photos", str(tmp_path), "--batch_size", "0"])
     assert "batch_size is 0" in capsys.readouterr().err
+
+
+class Landmarks:
+    """In place of a detector: five landmarks of a face that looks to the left, where the photo is red."""
+
+    def points(self, pixels):
+        aside = np.array([[5, 8], [15, 8], [7, 11], [6, 15], [12, 15]], np.float32)
+        return aside if pixels[0, 0, 0] > 200 else None
+
+
+def test_captions_by_landmarks_say_what_is_proven_and_name_photos_without_a_face(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.setattr("lit_multiip.tools.caption.load_detector", lambda given: Landmarks())
+    write_photos(tmp_path, "Ann/1.jpg", "Ann/2.jpg")
+    Image.new("RGB", (20, 20), "blue").save(tmp_path / "Ann/3.jpg")
+    (tmp_path / "Ann/2.txt").write_text("my own words")
+    command = ["caption", "--photos", str(tmp_path), "--by", "landmarks"]
+    main(command)
+    assert "captions: 1 written, 1 kept, 1 failed" in capsys.readouterr().out
+    assert "3.jpg: no face was found: write its caption by hand, or take --by model" in caplog.text
+    expected = "a photo of a person looking to the left\n"
+    assert (tmp_path / "Ann/1.txt").read_text() == expected and not (tmp_path / "Ann/3.txt").exists()
+    assert (tmp_path / "Ann/2.txt").read_text() == "my own words"
+    assert [p.prompt for p in Folder(str(tmp_path)).people()[0].photos][2] == PREFIX  # nothing is lost
+
+    (tmp_path / "words.yaml").write_text("turn: {left: seen from her right}\n")
+    main([*command, "--overwrite", "true", "--words", str(tmp_path / "words.yaml")])
+    assert (tmp_path / "Ann/1.txt").read_text() == "a photo of a person seen from her right\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--by", "landmarks", "--model", "blip"], "--model is for captions by model, and they are by landmarks"),
+        (["--detector", "dlib", "--words", "w.yaml"], "--detector, --words is for captions by landmarks"),
+        (["--by", "landmarks", "--words", "absent.yaml"], "absent.yaml cannot be read"),
+        (
+            ["--by", "landmarks", "--words", "list.yaml"],
+            "words 'list.yaml' are ['a']: write",
+        ),
+        (["--by", "landmarks", "--detector", "absent.onnx"], "no file 'absent.onnx'"),
+    ],
+)
+def test_options_of_captions_that_do_not_fit_are_refused_in_one_line(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_photos(tmp_path, "photos/Ann/1.jpg")
+    (tmp_path / "list.yaml").write_text("[a]")
+    if "--words" in options:
+        monkeypatch.setattr("lit_multiip.tools.caption.load_detector", lambda given: Landmarks())
+    with pytest.raises(SystemExit):
+        main(["caption", "--photos", "photos", *options])
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.txt"))

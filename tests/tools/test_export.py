@@ -144,6 +144,25 @@ def test_plain_diffusers_draws_the_same_image_from_a_persons_file(exported, trai
     assert (drawn(pipe, torch.zeros_like(embeds)) - theirs).abs().max() > 1  # the photos are seen
 
 
+def test_comfyui_makes_the_same_tokens_of_a_persons_files(exported, trained):
+    """Its nodes load a tensor (M, D) and project it by ComfyUI_IPAdapter_plus' `ImageProjModel`."""
+    weights = load_file(exported / ADAPTER)
+    [both] = load_file(exported / "embeds" / "Ann_Lee.safetensors").values()
+    own = trained.unet.encoder_hid_proj.image_projection_layers[0]
+    for file, expected in (("Ann_Lee.ipadpt", both[1]), ("Ann_Lee.negative.ipadpt", both[0])):
+        embeds = torch.load(exported / "embeds" / file, weights_only=True)
+        assert embeds.shape == (9, 24) and torch.equal(embeds, expected)
+        assert (exported / "embeds" / file).stat().st_size < 4096  # the one half alone
+        tokens = embeds @ weights["image_proj.proj.weight"].T + weights["image_proj.proj.bias"]
+        tokens = tokens.reshape(-1, 4, 32)  # clip_extra_context_tokens, cross_attention_dim
+        norm = weights["image_proj.norm.weight"], weights["image_proj.norm.bias"]
+        tokens = torch.nn.functional.layer_norm(tokens, (32,), *norm)
+        with torch.no_grad():
+            assert (tokens - own(embeds)).abs().max() <= 1e-6  # (9, 4, 32)
+    text = (exported / "README.md").read_text()
+    assert "`embeds/*.ipadpt` into `input/`" in text and f"`{ADAPTER}` goes into `models/ipadapter/`" in text
+
+
 @pytest.mark.parametrize("kind", ["img2img", "inpainting", "controlnet"])
 def test_other_pipelines_take_the_same_files(kind, exported, trained, tiny_backbone):
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -114,8 +114,7 @@ class MultiIPAdapter(Method):
         widths = [shape[-1] for shape in shapes.values()]
         path = self.check_adapter()
         if path is None:
-            rank = self.lora_rank or LORA_RANK
-            state: Any = ip_adapter_from_text(self.unet, widths, layout=layout, lora_rank=rank)
+            state: Any = ip_adapter_from_text(self.unet, widths, layout=layout, lora_rank=self.lora_rank or LORA_RANK)
             self.adapter_is_random = True
         else:
             state = read_ip_adapter(path)

@@ -158,6 +158,8 @@ def test_the_help_of_a_command_shows_its_short_options(capsys):
         "predict": drawn | {"photos", "prompts", "seeds", "weights", "negatives", "masks"},
         "inspect": {"run"},
         "export": {"run", "photos"},
+        "tasks": {"run"},
+        "score": {"run"},
     }
 
 

@@ -308,7 +308,9 @@ class MultiPhotoData(RequestData):
             photos, targets = [], [*photos, *targets]
         strategy: Any = self.trainer.strategy if self.trainer is not None else None
         device = strategy.root_device if strategy else self.device
-        self.features = Features(self.backbone, self.cache_dir, device, self.encode_batch_size)
+        self.features = Features(
+            self.backbone, self.cache_dir, device, self.encode_batch_size, conditions=not self.per_person
+        )
         self.features.build(photos, targets, prompts, *self._rank_and_world())
         if strategy:
             strategy.barrier("features")

@@ -33,11 +33,27 @@ def add_lora(module: Any, rank: int, seed: int = 0) -> None:
     from peft import LoraConfig
 
     layers = UNET_ATTENTION if hasattr(module, "attn_processors") else TEXT_ATTENTION
+    # a resampler's attention, which is a part of the adapter, has Linears of the same names
+    inside = any(name.startswith("encoder_hid_proj.") and name.endswith(".to_q") for name, _ in module.named_modules())
+    excluded = r"encoder_hid_proj\..*" if inside else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=layers))
+        module.add_adapter(
+            LoraConfig(
+                r=rank,
+                lora_alpha=rank,
+                init_lora_weights="gaussian",
+                target_modules=layers,
+                exclude_modules=excluded,
+            )
+        )
     for parameter in lora_parameters(module).values():
         parameter.data = parameter.data.float()
+
+
+def remove_lora(module: Any) -> None:
+    """Take the LoRA of `add_lora` out again."""
+    module.delete_adapters("default")
 
 
 def lora_parameters(module: Any) -> dict[str, torch.nn.Parameter]:

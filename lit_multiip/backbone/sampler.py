@@ -109,11 +109,12 @@ class Sampler:
             text: `prompt_embeds`, text states (B, L, E), and of SDXL `pooled_prompt_embeds` (B, P). What it holds
                 besides, such as sizes of a photo, is the pipeline's own matter: it draws a whole picture of this side.
             negative_text: likewise of ""; not used where the pipeline takes zeros for these, as SDXL's.
-            image_embeds: aggregated image embeddings, (B, M, D). None for a UNet without IP-Adapter.
+            image_embeds: aggregated image embeddings, (B, M, D), or what else the adapter takes. None for a UNet
+                without IP-Adapter.
             seeds: one an image.
             side: of the image in px.
             ip_scale: overrides `sampling.ip_scale`.
-            negative_embeds: those that guidance leads away from, (B, M, D); None takes zeros.
+            negative_embeds: those that guidance leads away from, in the shape of `image_embeds`; None takes zeros.
             masks: how much each embedding acts where in the image, (M, side, side). Each is then attended to on its
                 own, and the results are added.
 

@@ -95,7 +95,7 @@ class ScorePerson(L.Callback):
         """Say what tuning changed."""
         if not self._acts(trainer) or not self.untrained:
             return
-        best: Any = trainer.checkpoint_callback  # type: ignore[attr-defined]
+        best: Any = trainer.checkpoint_callback
         chosen = getattr(best, "best_model_score", None) if getattr(best, "monitor", None) == IDENTITY else None
         if chosen is not None:
             what = "identity to the held-out photos by %s: %.3f untuned, %.3f at the best checkpoint"
@@ -130,7 +130,8 @@ class ScorePerson(L.Callback):
         out = photos.find(dict.fromkeys(task.held_out for task in tasks))
         references = photos.find(dict.fromkeys(tasks[0].references))
         prompts = [task.prompt for task in tasks]
-        scores, device = {}, trainer.strategy.root_device
+        scores: dict[str, float] = {}
+        device = trainer.strategy.root_device
         if not self._real:
             self._real = [see(extractor, photos.pixels, device) for extractor in self._loaded()]
         for extractor, real in zip(self._loaded(), self._real, strict=True):

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -158,7 +159,7 @@ class DreamBooth(Method):
         if stage == "fit" and not getattr(data, "validation_tasks", None):
             self.trainer.check_val_every_n_epoch = 1
             for callback in self.trainer.checkpoint_callbacks:
-                if getattr(callback, "monitor", None):
+                if isinstance(callback, ModelCheckpoint) and callback.monitor:
                     callback.save_top_k = 0
 
     # ---- weights ----------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ from lit_multiip.__main__ import PLAIN, main
 from lit_multiip.backbone.faces import FaceEncoder
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
-from lit_multiip.cli import CLI, SHORT, choose_precision
+from lit_multiip.cli import CLI
 from lit_multiip.datamodule import PredictArgs
+from lit_multiip.defaults import SHORT, choose_precision
 from lit_multiip.methods.aggregators import Aggregator
 from lit_multiip.runs import choose_run
 

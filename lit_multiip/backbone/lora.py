@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lit_multiip.files import LitMultiIPError
+
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]  # of CLIP's text encoders
 UNET_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]  # of diffusers' UNets, self- and cross-attention
@@ -20,9 +22,9 @@ UNET_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]  # of diffusers' UNets, se
 def require_peft(rank: int | None) -> None:
     """Raise `ValueError` if a rank is below 1, or peft is not installed."""
     if rank is not None and rank < 1:
-        raise ValueError(f"lora_rank={rank} must be at least 1, or null for no LoRA")
+        raise LitMultiIPError(f"lora_rank={rank} must be at least 1, or null for no LoRA")
     if rank is not None and importlib.util.find_spec("peft") is None:
-        raise ValueError(f"lora_rank={rank} needs peft: pip install 'lit_multiip[lora]'")
+        raise LitMultiIPError(f"lora_rank={rank} needs peft: pip install 'lit_multiip[lora]'")
 
 
 def add_lora(module: Any, rank: int, seed: int = 0) -> None:
@@ -80,7 +82,7 @@ def read_lora(modules: Mapping[str, Any], file: Path) -> None:
         own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
         names = {key.replace(".default.", ".") for key in lora_parameters(module)}
         if set(own) != names:
-            raise ValueError(f"LoRA file '{file}' is of another {name}, such as '{min(set(own) ^ names)}'")
+            raise LitMultiIPError(f"LoRA file '{file}' is of another {name}, such as '{min(set(own) ^ names)}'")
         set_peft_model_state_dict(module, own)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -32,6 +31,7 @@ from lit_multiip.backbone.lora import add_lora, lora_disabled, require_peft
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.record import RECORD, merge_records, read_record, unknown_record
 from lit_multiip.files import LitMultiIPError, hash_file
+from lit_multiip.methods.adapter_rates import build_with_kv_factor, check_kv_factor
 from lit_multiip.methods.adapter_weights import (
     check_file,
     load_aggregator,
@@ -96,13 +96,7 @@ class MultiIPAdapter(Method):
     ) -> None:
         super().__init__(backbone, lr_schedule=lr_schedule, snr_gamma=snr_gamma, **kwargs)
         require_peft(lora_rank)
-        if not 0 < kv_lr_factor < math.inf:
-            raise LitMultiIPError(f"model.kv_lr_factor={kv_lr_factor} must be above 0: 1 is one rate for all")
-        if kv_lr_factor != 1 and trained != "adapter":
-            raise LitMultiIPError(
-                f"model.kv_lr_factor={kv_lr_factor} has no effect, as model.trained={trained} leaves K' and V' as they "
-                "are: leave it at 1"
-            )
+        check_kv_factor(kv_lr_factor, trained)
         self.make_aggregator, self.ip_adapter, self.trained, self.start = aggregator, ip_adapter, trained, start
         self.lora_rank, self.kv_lr_factor, self.identity_loss = lora_rank, kv_lr_factor, identity_loss
         self.identity_network = None if identity_loss is None else identity_loss.network  # so that it moves along
@@ -175,23 +169,12 @@ class MultiIPAdapter(Method):
         """Return the optimiser of what is trained; with `kv_lr_factor` K' and V' are a group of their own."""
         if self.kv_lr_factor == 1:
             return super().build_optimizer()
-        named = self.trained_parameters()
-        kv = [parameter for name, parameter in named.items() if ".to_k_ip." in name or ".to_v_ip." in name]
-        others = [parameter for parameter in named.values() if not any(parameter is one for one in kv)]
-        optimizer = self.make_optimizer([{"params": others, "name": "others"}, {"params": kv, "name": "kv"}])
-        *_, group = optimizer.param_groups
-        if group.get("lr") is None:
-            raise LitMultiIPError(
-                f"model.kv_lr_factor={self.kv_lr_factor} needs an optimiser with a learning rate, and "
-                f"{type(optimizer).__name__} has none: set its lr, or leave the factor at 1"
-            )
-        group["lr"] = group["lr"] * self.kv_lr_factor
-        return optimizer
+        return build_with_kv_factor(self.make_optimizer, self.trained_parameters(), self.kv_lr_factor)
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser of what is trained, and its schedule by the step."""
         if not self.trained_parameters():
-            raise ValueError(
+            raise LitMultiIPError(
                 f"{self.method()} with trained='{self.trained}' has nothing to train: set model.trained to 'adapter'"
             )
         optimizer, schedule = self.optimizer_and_schedule(int(self.trainer.estimated_stepping_batches))

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_multiip.backbone.layouts import join_rows, split_rows
+from lit_multiip.files import LitMultiIPError
 
 
 class Aggregator(nn.Module, ABC):
@@ -38,7 +39,9 @@ class Aggregator(nn.Module, ABC):
     def __init__(self, dim: int) -> None:
         super().__init__()
         if dim < 1:
-            raise ValueError(f"an embedding has at least one dimension, got dim={dim}: pass the image encoder's width")
+            raise LitMultiIPError(
+                f"an embedding has at least one dimension, got dim={dim}: pass the image encoder's width"
+            )
         self.dim = dim
 
     def forward(self, embeds: Tensor) -> Tensor:
@@ -84,14 +87,18 @@ class Aggregator(nn.Module, ABC):
     def _check(self, embeds: Tensor) -> None:
         name, shape = type(self).__name__, tuple(embeds.shape)
         if embeds.ndim not in (3, 4):
-            raise ValueError(f"{name} takes embeddings of shape (B, N, D), got {shape}: add the missing dimensions")
+            raise LitMultiIPError(
+                f"{name} takes embeddings of shape (B, N, D), got {shape}: add the missing dimensions"
+            )
         if embeds.shape[-1] != self.dim:
-            raise ValueError(
+            raise LitMultiIPError(
                 f"{name} was built for embeddings of width {self.dim}, got width {embeds.shape[-1]}: "
                 "use the image encoder it was built for"
             )
         if embeds.shape[1] == 0:
-            raise ValueError(f"{name} got no photo, shape {shape}: pass at least one reference, or drop the condition")
+            raise LitMultiIPError(
+                f"{name} got no photo, shape {shape}: pass at least one reference, or drop the condition"
+            )
 
     def extra_repr(self) -> str:
         """Show the width in `print(module)`."""
@@ -170,7 +177,9 @@ class WeightedSum(Aggregator):
     def __init__(self, dim: int, temperature: float = 0.05) -> None:
         super().__init__(dim)
         if not temperature > 0:
-            raise ValueError(f"temperature={temperature} must be above 0: 0.05 is the default, 1 is nearly AvgPool")
+            raise LitMultiIPError(
+                f"temperature={temperature} must be above 0: 0.05 is the default, 1 is nearly AvgPool"
+            )
         self.temperature = temperature
 
     def aggregate(self, embeds: Tensor) -> Tensor:
@@ -254,9 +263,9 @@ class SelfAttention(Aggregator):
     ) -> None:
         super().__init__(dim)
         if heads < 1 or dim % heads:
-            raise ValueError(f"heads={heads} does not divide the embedding width {dim}: choose a divisor of {dim}")
+            raise LitMultiIPError(f"heads={heads} does not divide the embedding width {dim}: choose a divisor of {dim}")
         if not 0 <= query_scale < math.inf:
-            raise ValueError(f"query_scale must be finite and at least 0, got {query_scale}")
+            raise LitMultiIPError(f"query_scale must be finite and at least 0, got {query_scale}")
         self.heads, self.residual, self.pool, self.attend = heads, residual, pool, attend
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(dim, dim, bias=False)

@@ -153,7 +153,7 @@ def test_the_help_of_a_command_shows_its_short_options(capsys):
         shown[command] = {name for name in ("run", *short) if f"--{name} " in text}
     drawn = {"run", "ip_scale", "guidance_scale", "steps", "ip_start", "ip_end"}
     assert shown == {
-        "fit": set(),
+        "fit": {"run", "photos"},
         "validate": {"run"},
         "test": drawn,
         "predict": drawn | {"photos", "prompts", "seeds", "weights", "negatives", "masks"},

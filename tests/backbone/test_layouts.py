@@ -1,7 +1,6 @@
 """Plus, Plus-Face, Full Face, FaceID and FaceID Plus v2: in as published, several photos through them, out again."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,9 +124,8 @@ def test_plain_diffusers_draws_the_same_from_what_is_exported(layout, network, t
     options: dict[str, Any] = {"aggregator": SelfAttention, "sampling": Sampling(steps=2, guidance_scale=3.0)}
     model = built(tiny_backbone, layout, network, tmp_path / "adapter.bin", **options)
     (tmp_path / "out").mkdir()
-    data = SimpleNamespace(read_references=lambda _: (None, PHOTOS[:3]))
-    record = record_of(model, 1, "run", "float32")
-    written = write_adapter(model, record, tmp_path / "out", {}, [str(tmp_path / "Ann")], data)
+    record = record_of(model, 1, "run", "float32", 3)
+    written = write_adapter(model, record, tmp_path / "out", {}, {"Ann": PHOTOS[:3]})
     assert written.difference <= 1
     assert ("clip_embeds" in written.lines) == (layout == "faceid_plus_v2")
     assert not list((tmp_path / "out").glob("pytorch_lora*"))  # FaceID's LoRA is in the adapter's file
@@ -152,7 +150,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_published_training_step(layo
     """One batch of photos, noise and timesteps; relative 1e-3 and 1e-2, as features are kept in 16 bits."""
     folder = request.getfixturevalue(FIXTURES[kind])
     torch.save(state := published(layout, Backbone(str(folder)).load("unet")), tmp_path / "adapter.bin")
-    model = built(folder, layout, network, tmp_path / "adapter.bin", aggregator=First)
+    model = built(folder, layout, network, tmp_path / "adapter.bin", aggregator=First, snr_gamma=None)
     options: dict[str, Any] = {"references": 1, "target": "reference", "drop": (0.4, 0.1, 0.1), "batch_size": 6}
     source = MiniFaces(train=3, validation=2, test=2, photos=11)
     data = MultiPhotoData(model.backbone, source, cache_dir=str(tmp_path), **options)

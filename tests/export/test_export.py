@@ -39,7 +39,7 @@ from lit_multiip.data.tasks import make_tasks
 from lit_multiip.evaluation.audit import LeakError, audit_tasks, find_record
 from lit_multiip.export import card as cards
 from lit_multiip.export import weights as exporting
-from lit_multiip.export.card import ADAPTER, EMBEDS, ExportError
+from lit_multiip.export.card import ADAPTER, EMBEDS, RECORD_FILE, ExportError
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.aggregators import AvgPool, SelfAttention
 from lit_multiip.methods.dreambooth import DreamBooth
@@ -204,7 +204,7 @@ def test_whom_it_was_trained_on_goes_out_and_comes_in_with_it(exported, tiny_bac
     assert all(torch.equal(again.trained_on[key], rows) for key, rows in expected.items())
     # a fit from it keeps them in its own checkpoints
     others = MiniFaces(train=2, validation=1, test=1, photos=2, seed=5).people()
-    data = SimpleNamespace(split=SimpleNamespace(train=others, validation=[]))
+    data = SimpleNamespace(split=SimpleNamespace(seen=(others, [])))
     RecordPeople().on_save_checkpoint(SimpleNamespace(datamodule=data), again, checkpoint := {})
     kept = digests_in(checkpoint[TRAINED_ON], "people")
     assert kept == digests_in(training_record([*PEOPLE, *others]), "people")
@@ -244,7 +244,7 @@ def test_the_card_says_where_it_comes_from_and_names_no_person_and_no_path(expor
         "max_steps: 7",
     ):
         assert fact in text
-    assert "Ann_Lee" not in text and str(run.parents[1]) not in text and "/tmp" not in text
+    assert "Ann_Lee" not in text + (out / RECORD_FILE).read_text() and str(run.parents[1]) not in text and "/tmp" not in text
     data = yaml.safe_load(text.split("---")[1])
     assert (data["library_name"], data["pipeline_tag"], data["license"]) == ("diffusers", "text-to-image", "other")
     assert data["tags"] == ["ip-adapter", "personalization"] and "base_model" not in data
@@ -303,7 +303,7 @@ def test_lora_goes_out_beside_the_adapter_and_comes_back_with_it(kind, request, 
     }
     run = write_run(tmp_path / "lora" / "version_0", model, config)
     export(["--run", str(run), "--output", str(tmp_path / "out")])
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {ADAPTER, LORA_FILE, "README.md"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {ADAPTER, LORA_FILE, RECORD_FILE, "README.md"}
     cls = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}[kind]
     text = (tmp_path / "out" / "README.md").read_text()
     assert f"pipe = {cls}.from_pretrained" in text and f'weight_name="{LORA_FILE}"' in text
@@ -344,7 +344,7 @@ def test_dreambooth_goes_out_as_diffusers_loads_it(kind, tuned, lora_rank, reque
     assert "Ann_Lee" not in text and "a photo of k person in a red shirt" in text
     cls = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}[kind]
     if lora_rank:
-        assert sorted(file.name for file in out.iterdir()) == ["README.md", LORA_FILE]
+        assert sorted(file.name for file in out.iterdir()) == ["README.md", RECORD_FILE, LORA_FILE]
         pipe = cls.from_pretrained(backbone)
         pipe.load_lora_weights(out)
     else:
@@ -411,7 +411,7 @@ def test_an_upload_is_private_unless_asked_otherwise_and_takes_nothing_of_a_pers
     hub = Hub()
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
     export(["--run", str(run), "--output", str(tmp_path / "out"), "--photos", str(photos), "--push_to_hub", "org/name"])
-    assert hub.calls == [("create", "org/name", True), ("upload", "org/name", ["README.md", ADAPTER])]
+    assert hub.calls == [("create", "org/name", True), ("upload", "org/name", ["README.md", ADAPTER, RECORD_FILE])]
     for public in (False, True):
         hub = Hub(private=False)
         monkeypatch.setattr("huggingface_hub.HfApi", lambda hub=hub: hub)

@@ -31,6 +31,7 @@ from lit_multiip.evaluation.critic import shipped_critic
 from lit_multiip.evaluation.results import write_json
 from lit_multiip.files import hash_file, hash_text
 from lit_multiip.runs import best_checkpoint
+from lit_multiip.tuning import quiet_lightning
 
 if TYPE_CHECKING:
     from lit_multiip.backbone.pipeline import Backbone
@@ -197,7 +198,8 @@ class Inputs:
             config = self.parser.parse_args(list(arguments), with_meta=False)
             values = config.as_dict()
             config.score.extractors = None  # which would read their weights
-            built = self.parser.instantiate_classes(config)
+            with quiet_lightning():
+                built = self.parser.instantiate_classes(config)
             if untrained:
                 built.model.check_untrained()
         except (ArgumentError, BackboneError) as error:
@@ -265,7 +267,8 @@ def _parser() -> Any:
     """Return what parses the options of a command; making it takes seconds."""
     from lit_multiip.cli import CLI
 
-    return CLI([], run=False).parser
+    with quiet_lightning():
+        return CLI([], run=False).parser
 
 
 def _drop(values: dict[str, Any], path: Sequence[str]) -> None:

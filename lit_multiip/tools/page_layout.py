@@ -29,6 +29,7 @@ KEEP = 600  # seconds that a session outlives its connection: a telephone that s
 PROMPT = "a photo of a smiling person, in a red shirt, in front of a blue wall"
 LOADED, TUNED = "as loaded", "tuned"
 NONE = "none"
+BAR = 80  # px that a progress bar needs
 SUFFIXES = [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".txt"]
 INTRODUCTION = """# Pictures of a person, from photos
 {method} on `{backbone}`, on {device}. Photos stay on the machine that serves this page, and are deleted, with all that
@@ -165,19 +166,24 @@ class Page:
         """Build where photos are added; return what chooses among them."""
         gr.Markdown("## 1. Photos of one person")
         upload = gr.File(
-            label="Add photos; a text file of a photo's name is its prompt",
+            label="Photos",
             file_count="multiple",
             file_types=SUFFIXES,
             height=150,
         )
+        gr.Markdown("Nine are best, from five on you can tune. A text file with a photo's name is its prompt.")
         with gr.Row():
             drawn = self.studio.base.model.backbone.path == "mini"
             example = gr.Button("Take a drawn person", size="sm", visible=drawn)
             clear = gr.Button("Delete all photos", size="sm")
-        cards = gr.HTML()
+        cards = gr.HTML(min_height=BAR)
         use = gr.CheckboxGroup(label="Draw from", choices=[], visible=False)
         held_out = gr.Dropdown(
-            label="Held-out photo", info="Nothing is drawn from it: pictures are compared with it.", visible=False
+            choices=[NONE],
+            value=NONE,
+            label="Held-out photo",
+            info="Nothing is drawn from it: pictures are compared with it.",
+            visible=False,
         )
         shown, one = [cards, use, held_out], {"concurrency_id": "photos", "show_progress_on": cards}
         upload.upload(in_sentences(self.add_photos), upload, [upload, *shown], api_name="add_photos", **one)
@@ -202,13 +208,13 @@ class Page:
             guidance = gr.Slider(
                 1, 15, sampling.guidance_scale, step=0.5, label="Guidance", info="Weight of the text.", min_width=140
             )
-            steps = gr.Slider(1, 100, sampling.steps, step=1, label="Steps", info="More are finer.", min_width=140)
+            steps = gr.Slider(1, 100, sampling.steps, step=1, label="Steps", info="Of denoising.", min_width=140)
         with gr.Accordion("When the photos act", open=False, visible=adapter), gr.Row():
             start = gr.Slider(0, 1, sampling.ip_start, step=0.05, label="From this share of the steps", min_width=140)
             end = gr.Slider(0, 1, sampling.ip_end, step=0.05, label="To this share", min_width=140)
-        weights = gr.Radio([LOADED, TUNED], value=LOADED, label="Weights", info="Tune under 3. first.")
+        weights = gr.Radio([LOADED, TUNED], value=LOADED, label="Weights", info="Tuned: after step 3.")
         draw = gr.Button("Draw", variant="primary")
-        pictures, shares = gr.HTML(), gr.HTML()
+        pictures, shares = gr.HTML(min_height=BAR), gr.HTML()
         asked = [prompt, seeds, scale, guidance, steps, start, end, weights]
         draw.click(
             in_sentences(self.draw),
@@ -228,7 +234,7 @@ class Page:
         with gr.Row():
             tune = gr.Button("Tune", variant="primary")
             stop = gr.Button("Stop", variant="stop")
-        result = gr.HTML()
+        result = gr.HTML(min_height=BAR)
         weights = asked[-1]
         # so that a second tuning is refused at once, and does not wait for the first one's end
         tune.click(
@@ -245,7 +251,7 @@ class Page:
         gr.Markdown("## 4. Take away")
         name = gr.Textbox("person", label="Name", info="Of the person, in the files. Their photos are not in them.")
         export = gr.Button("Make the files")
-        files = gr.File(label="For plain diffusers and ComfyUI", interactive=False)
+        files = gr.File(label="For plain diffusers and ComfyUI", interactive=False, height=110)
         export.click(
             in_sentences(self.export), [*chosen, weights, name], files, concurrency_id="model", api_name="export"
         )

@@ -157,11 +157,6 @@ class Session:
         file = self.folder / "thumbnails" / f"{photo.content_key()}.png"
         return file if file.is_file() else None
 
-    def _found(self, name: str) -> CheckedPhoto:
-        """Return what was found of a photo."""
-        assert self.check is not None
-        return next(checked for checked in self.check.photos if checked.photo.name == name)
-
     def _free_name(self, path: Path) -> Path:
         """Return a name that no photo has: telephones call every photo image.jpg."""
         folder, number = self.folder / "photos", 1
@@ -222,8 +217,6 @@ class Session:
             raise PageError("there are no photos: add some of one person; they are deleted when the page is closed")
         if missing := [one for one in (*use, *([held_out] if held_out else ())) if one not in photos]:
             raise PageError(f"there is no photo '{missing[0]}': choose among {shorten(photos)}")
-        if broken := [one for one in use if "unreadable" in self._found(one).faults]:
-            raise PageError(f"{self._found(broken[0]).faults['unreadable']}: leave it out")
         if not re.fullmatch(r"\w[\w-]{0,39}", name):
             raise PageError(f"'{name[:40]}' cannot name files: give letters, digits, _ and -, at most 40")
         source, out = self.studio.base, [photos[held_out]] if held_out else []
@@ -335,7 +328,10 @@ class Session:
             embeds = torch.nan_to_num(features.embeds(references)).to(model.device)[None]  # (1, N, D)
             autocast = nullcontext() if dtype == torch.float32 else torch.autocast(model.device.type, dtype)
             with autocast:
-                weights, what = model.aggregator.photo_weights(embeds), model.aggregator.weights_are or "weight"
+                weights, what = (
+                    model.aggregator.photo_weights(embeds),
+                    (model.aggregator.weights_are or "weight").removeprefix("share of "),
+                )
                 if weights is None and len(references) == 1:
                     weights = torch.ones(1, 1)
                 elif weights is None:

@@ -3,7 +3,6 @@
 import io
 import re
 import socket
-import struct
 import threading
 import time
 import zipfile
@@ -24,8 +23,9 @@ import httpx
 from gradio_client import Client, handle_file
 
 from lit_multiip.tools import page_layout
+from lit_multiip.tools.page_session import Session
 
-PROMPT = "a photo of a person"
+PROMPT = "a person"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,8 @@ def served(tiny_backbone, tmp_path_factory):
     """The address of a page, and what all its visitors share."""
     score = tmp_path_factory.mktemp("score") / "score.yaml"
     score.write_text(yaml.safe_dump({"score": {"extractors": [{"class_path": "scoring.Thumbnail"}]}}))
-    with socket.socket() as free, workspace() as folder:
+    with pytest.MonkeyPatch.context() as patch, socket.socket() as free, workspace() as folder:
+        patch.setenv("GRADIO_HEARTBEAT_INTERVAL", "0.5")  # seconds after which a visitor who left is missed
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
@@ -109,16 +110,16 @@ def test_a_picture_is_drawn_over_loopback_as_the_api_draws_it(served, visit, pho
 def test_two_visitors_do_not_see_each_others_photos_and_what_is_left_is_deleted(served, visit, photos, monkeypatch):
     ann, bob = visit(photos[0]), visit(photos[1])
     assert all(name not in str(bob.added) for name in names_of(photos[0]))
-    with pytest.raises(Exception, match=r"there is no photo 'test_000000_0000.png'"):
+    with pytest.raises(Exception, match="is not in the list of choices"):
         draw(bob, names_of(photos[0]))
     with pytest.raises(Exception, match="there are no photos: add some"):
-        draw(visit(), names_of(photos[0]))
+        draw(visit(), [])
     folders = {folder for folder in served[1].folder.iterdir() if (folder / "photos").is_dir()}
     assert len(folders) >= 2 and not list(served[1].folder.glob("*/*_0000.png"))  # none is left where it arrived
     monkeypatch.setattr(page_layout, "KEEP", 0)
     ann.close()
     path = re.findall(r'src="gradio_api/file=([^"]+)"', ann.added[1])[0]
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while Path(path).exists() and time.monotonic() < until:
         time.sleep(0.1)
     assert not Path(path).exists()
@@ -151,9 +152,12 @@ def test_tuning_is_stopped_and_a_second_one_is_refused_and_the_files_come_as_a_z
 
 def write_huge(path):
     """A PNG file that says of itself that it has 30000 x 30000 px."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
-    chunks = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "PNG")
+    content = bytearray(buffer.getvalue())
+    content[16:24] = np.array([30000, 30000], ">u4").tobytes()
+    content[29:33] = zlib.crc32(bytes(content[12:29])).to_bytes(4, "big")
+    path.write_bytes(content)
     return path
 
 
@@ -162,7 +166,7 @@ def test_what_cannot_be_is_said_in_a_sentence_and_nothing_is_lost(served, visit,
     (tmp_path / "notes.txt").write_text("remember the milk")
     (tmp_path / "false.jpg").write_text("no picture")
     cards = add(client, [tmp_path / "notes.txt", tmp_path / "false.jpg", write_huge(tmp_path / "huge.png")])[1]
-    assert "not a JPEG, PNG, WebP or BMP picture" in cards and "exceeds limit" in cards and "notes" not in cards
+    assert "not a JPEG, PNG, WebP or BMP picture" in cards and "decompression bomb" in cards and "notes" not in cards
     [name] = names_of(photos[0][:1])
 
     def refused(words, call):
@@ -173,13 +177,18 @@ def test_what_cannot_be_is_said_in_a_sentence_and_nothing_is_lost(served, visit,
     refused("takes 5, one of them held out", lambda: tune(client, [name], 1))
     refused("no photo is left", lambda: draw(client, []))
     refused("no photo is left", lambda: draw(client, [name], name))
-    refused("tokens, and 77 are read: shorten it", lambda: draw(client, [name], prompt="word " * 10_000))
+    refused("tokens, and 16 are read: shorten it", lambda: draw(client, [name], prompt="word " * 10_000))
     refused("the prompt is empty", lambda: draw(client, [name], prompt=" "))
     refused("are no seeds", lambda: draw(client, [name], seeds="one"))
     refused("give at most 16", lambda: draw(client, [name], seeds="1 " * 17))
-    refused("is not finite", lambda: draw(client, [name], scale=float("nan")))
+    refused("less than minimum", lambda: draw(client, [name], scale=-1))
     refused("cannot name files", lambda: client.predict([name], "none", "as loaded", "../x", api_name="/export"))
-    refused("not a JPEG", lambda: draw(client, ["false.jpg"]))
+    refused("is not in the list of choices", lambda: draw(client, ["false.jpg"]))
+    session = Session(served[1], "loopback-carries-no-nan")
+    session.add_example()
+    me, out = session.personalizer(list(session.photos), None, tuned=False)
+    with pytest.raises(LitMultiIPError, match="is not finite"):
+        session.draw(me, out, PROMPT, [0], {"ip_scale": float("nan")}, lambda done, of: None)
     assert draw(client, [name])[0].count("<img") == 2
 
 

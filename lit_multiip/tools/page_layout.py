@@ -29,7 +29,6 @@ KEEP = 600  # seconds that a session outlives its connection: a telephone that s
 PROMPT = "a photo of a smiling person, in a red shirt, in front of a blue wall"
 LOADED, TUNED = "as loaded", "tuned"
 NONE = "none"
-BAR = 80  # px that a progress bar needs
 SUFFIXES = [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".txt"]
 INTRODUCTION = """# Pictures of a person, from photos
 {method} on `{backbone}`, on {device}. Photos stay on the machine that serves this page, and are deleted, with all that
@@ -176,7 +175,7 @@ class Page:
             drawn = self.studio.base.model.backbone.path == "mini"
             example = gr.Button("Take a drawn person", size="sm", visible=drawn)
             clear = gr.Button("Delete all photos", size="sm")
-        cards = gr.HTML(min_height=BAR)
+        cards = gr.HTML(elem_classes="waits")
         use = gr.CheckboxGroup(label="Draw from", choices=[], visible=False)
         held_out = gr.Dropdown(
             choices=[NONE],
@@ -214,7 +213,7 @@ class Page:
             end = gr.Slider(0, 1, sampling.ip_end, step=0.05, label="To this share", min_width=140)
         weights = gr.Radio([LOADED, TUNED], value=LOADED, label="Weights", info="Tuned: after step 3.")
         draw = gr.Button("Draw", variant="primary")
-        pictures, shares = gr.HTML(min_height=BAR), gr.HTML()
+        pictures, shares = gr.HTML(elem_classes="waits"), gr.HTML()
         asked = [prompt, seeds, scale, guidance, steps, start, end, weights]
         draw.click(
             in_sentences(self.draw),
@@ -234,7 +233,7 @@ class Page:
         with gr.Row():
             tune = gr.Button("Tune", variant="primary")
             stop = gr.Button("Stop", variant="stop")
-        result = gr.HTML(min_height=BAR)
+        result = gr.HTML(elem_classes="waits")
         weights = asked[-1]
         # so that a second tuning is refused at once, and does not wait for the first one's end
         tune.click(
@@ -245,13 +244,13 @@ class Page:
             show_progress_on=result,
             api_name="tune",
         )
-        stop.click(in_sentences(self.stop), None, None, queue=False, show_progress="hidden", api_name="stop")
+        stop.click(in_sentences(self.stop), None, None, concurrency_limit=None, show_progress="hidden", api_name="stop")
 
     def _build_export(self, chosen: Sequence[Any], weights: Any) -> None:
         gr.Markdown("## 4. Take away")
         name = gr.Textbox("person", label="Name", info="Of the person, in the files. Their photos are not in them.")
         export = gr.Button("Make the files")
-        files = gr.File(label="For plain diffusers and ComfyUI", interactive=False, height=110)
+        files = gr.File(label="For plain diffusers and ComfyUI", interactive=False, visible=False)
         export.click(
             in_sentences(self.export), [*chosen, weights, name], files, concurrency_id="model", api_name="export"
         )
@@ -342,7 +341,7 @@ class Page:
 
         def follow(now: Progress) -> None:
             found = now.scores.get(IDENTITY)
-            score = "" if found is None else f", identity to held-out photos {found:.2f}"
+            score = "" if found is None else f", identity {found:.2f}"
             progress((now.step, now.steps), desc=f"tuning{score}", unit="steps")
 
         progress(0, desc="drawing the held-out photos' prompts before tuning")
@@ -369,11 +368,11 @@ class Page:
         self.sessions.find(request).stopping = True
         gr.Info("The tuning ends after this step; the best weights so far are kept.", duration=5, title="Stop")
 
-    def export(self, use: list[str], held_out: str | None, weights: str, name: str, request: gr.Request) -> str:
+    def export(self, use: list[str], held_out: str | None, weights: str, name: str, request: gr.Request) -> Any:
         """Write the files, as one ZIP file."""
         session = self.sessions.find(request)
         me, _ = session.personalizer(use or [], without_none(held_out), weights == TUNED, (name or "").strip())
-        return str(session.export(me))
+        return gr.File(value=str(session.export(me)), visible=True)
 
     def _options(self, scale: float, guidance: float, steps: float, start: float, end: float) -> dict[str, Any]:
         """Return options of `Sampling`; an `ip_scale` by block, which the page does not show, stays."""

@@ -54,7 +54,7 @@ def in_sentences(handler: Callable[..., Any]) -> Callable[..., Any]:
             elif sentence is None:
                 logger.exception("the page failed")
                 sentence = "this failed by a fault of the program: the console of the page says where"
-            raise gr.Error(html.escape(sentence), duration=20, title="Not done", print_exception=False) from None
+            raise gr.Error(html.escape(sentence), duration=20, print_exception=False) from None
 
     return handle
 
@@ -265,7 +265,7 @@ class Page:
         """Take uploaded files."""
         session = self.sessions.find(request)
         for sentence in session.add(files or []):
-            gr.Warning(html.escape(sentence), duration=20, title="Left out")
+            gr.Warning(html.escape(sentence), duration=20)
         return None, *self._show_photos(session)
 
     def add_example(self, request: gr.Request) -> tuple[Any, ...]:
@@ -366,7 +366,7 @@ class Page:
     def stop(self, request: gr.Request) -> None:
         """End the visitor's tuning with the best weights so far."""
         self.sessions.find(request).stopping = True
-        gr.Info("The tuning ends after this step; the best weights so far are kept.", duration=5, title="Stop")
+        gr.Info("The tuning ends after this step; the best weights so far are kept.", duration=5)
 
     def export(self, use: list[str], held_out: str | None, weights: str, name: str, request: gr.Request) -> Any:
         """Write the files, as one ZIP file."""

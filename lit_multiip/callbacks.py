@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from lit_multiip.data.record import RECORD, training_record, unknown_record
 from lit_multiip.evaluation.pictures import Cell, draw_tasks, first_tasks, labelled_grid, squares, to_picture
-from lit_multiip.files import write_durably
+from lit_multiip.files import LitMultiIPError, write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ class SampleGrid(L.Callback):
 
     def __init__(self, people: int = 6, every: int = 1) -> None:
         if people < 0 or every < 1:
-            raise ValueError(f"grid.people={people} and grid.every={every}: give at least 0 and at least 1")
+            raise LitMultiIPError(f"grid.people={people} and grid.every={every}: give at least 0 and at least 1")
         self.people, self.every, self.validations = people, every, 0
 
     def state_dict(self) -> dict[str, int]:

@@ -13,58 +13,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import Namespace, dict_to_namespace
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_multiip import callbacks, runs
-from lit_multiip.backbone.ip_adapter import Scale
 from lit_multiip.backbone.pipeline import Backbone
-from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.console import blame_config
-from lit_multiip.datamodule import MultiPhotoData, PredictArgs
+from lit_multiip.datamodule import MultiPhotoData
+from lit_multiip.defaults import SHORT, trainer_defaults
 from lit_multiip.evaluation import faces, onnx, vision  # noqa: F401  so that a config may call their extractors by name
 from lit_multiip.evaluation.callback import ScoreTest
-from lit_multiip.evaluation.person import ScorePerson
 from lit_multiip.files import UsageError, only_writer, package_file
-from lit_multiip.finite import RequireFinite
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.dreambooth import DreamBooth  # noqa: F401  which a config names
 from lit_multiip.methods.method import Method
-from lit_multiip.resume import DurableCheckpointIO, ExactResume
+from lit_multiip.resume import DurableCheckpointIO
 
 logger = logging.getLogger(__name__)
 
 BACKBONE_TARGETS = ("model.init_args.backbone", "data.backbone")  # given the one backbone of the top-level key
 SECTIONS = ("trainer", "data", "checkpoint", "grid", "score")  # of a config
 
-# Short options: where their values go, which class stands there, the commands that take them, and how each is typed.
-SHORT: dict[str, tuple[type[Any], tuple[str, ...], dict[str, dict[str, Any]]]] = {
-    "model.init_args.sampling": (
-        Sampling,
-        ("test", "predict"),
-        {
-            "ip_scale": {"type": Scale, "help": "weight of the photos, or weights by block"},
-            "guidance_scale": {"type": float, "help": "weight of the text"},
-            "steps": {"type": int, "help": "denoising steps"},
-            "ip_start": {"type": float, "help": "share of the steps after which photos begin to act"},
-            "ip_end": {"type": float, "help": "share of the steps after which they no longer do"},
-        },
-    ),
-    "data.predict": (
-        PredictArgs,
-        ("predict",),
-        {
-            "photos": {"type": str, "nargs": "+", "help": "folder with photos of one person, or several with masks"},
-            "prompts": {"type": str, "nargs": "+", "help": "what to draw"},
-            "seeds": {"type": int, "nargs": "+", "help": "an image each per prompt"},
-            "weights": {"type": float, "nargs": "+", "help": "one a photo, in the order of their names"},
-            "negatives": {"type": str, "help": "folder with photos to draw away from"},
-            "masks": {"type": str, "nargs": "+", "help": "a picture a person, white where their photos act"},
-        },
-    ),
-}
 WHICH_RUN = "folder of a run; without one, a config or a checkpoint the newest under runs/"
 START_RUN = "folder of a run, whose config lies below all others, and at whose weights training starts"
 ONE_PERSON = "folder with five photos or more of one person, whom fit learns; options as in lit_multiip/one_person.yaml"
@@ -302,44 +272,3 @@ def _tunes_on_one_person(args: Sequence[str]) -> bool:
         look.add_argument(name, nargs="?")
     given, _ = look.parse_known_args(list(args))
     return vars(given)["ckpt_path"] is None and any(vars(given)[name] for name in ("photos", "data.photos"))
-
-
-def choose_precision() -> str:
-    """Return `bf16-mixed` where this machine multiplies 16-bit matrices in hardware, and `32-true` elsewhere.
-
-    On a CPU without such a unit (AMX) a training step takes 1.7 times as long in bf16-mixed.
-    """
-    if torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of newer versions of torch
-    return "bf16-mixed" if capabilities.get("amx_bf16") else "32-true"
-
-
-def trainer_defaults() -> dict[str, Any]:
-    """Return the Trainer's defaults: the miniature's steps, and the callbacks that every run has."""
-    return {
-        "accelerator": "auto",
-        "precision": choose_precision(),
-        "max_steps": 1000,
-        "val_check_interval": 250,  # optimiser steps, see ValidateBySteps
-        "check_val_every_n_epoch": None,
-        "use_distributed_sampler": False,  # the DataModule's own samplers serve all ranks
-        "inference_mode": False,
-        "num_sanity_val_steps": 1,
-        "log_every_n_steps": 10,
-        "logger": {
-            "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-            "init_args": {"save_dir": "runs", "name": "multiip", "default_hp_metric": False},
-        },
-        "callbacks": [  # Lightning adds these to those of the config
-            RequireFinite(),
-            ExactResume(),
-            callbacks.ValidateBySteps(),
-            ModelCheckpoint(filename="last", monitor=None, save_top_k=1, enable_version_counter=False),
-            ScorePerson(),
-            callbacks.SavePredictions(),
-            callbacks.RecordPeople(),
-            callbacks.AverageTrained(),
-            callbacks.DescribeRun(),
-        ],
-    }

@@ -119,7 +119,7 @@ class MultiPhotoData(RequestData):
         tested: Literal["test", "validation", "train"] = "test",
         tested_people: int | None = None,
         on_unreadable: Literal["refuse", "skip"] = "refuse",
-        batch_size: int = 16,
+        batch_size: int = 8,
         eval_batch_size: int = 25,
         num_workers: int = 0,
         cache_dir: str = "runs/features",
@@ -137,24 +137,6 @@ class MultiPhotoData(RequestData):
         face_weight: FaceWeight | None = None,
     ) -> None:
         super().__init__()
-        if variants < 1 or (variants > 1) != (augment is not None):
-            raise DataError(
-                f"data.variants={variants} and data.augment={augment}: several variants need an augmentation, and an "
-                "augmentation needs at least 2 variants, so set both or neither"
-            )
-        if augment is not None:
-            describe_augment(augment)
-        if min(batch_size, eval_batch_size, encode_batch_size, references, held_out, seeds, validation_held_out) < 1:
-            raise DataError("batch sizes, references, held_out and seeds must be at least 1")
-        if not 0 <= num_workers <= MOST_WORKERS:
-            raise DataError(f"data.num_workers is {num_workers}: give 0 to {MOST_WORKERS}")
-        if photos is not None and (person is not None or intruders):
-            raise DataError(f"data.photos='{photos}' is one person alone: leave data.person and data.intruders out")
-        for name, given in (("seed", seed), ("training_seed", training_seed or 0), ("prior_people", prior_people)):
-            if given < 0:
-                raise DataError(f"data.{name} is {given}: it must not be negative")
-        if min(drop) < 0 or sum(drop) > 1:
-            raise DataError(f"data.drop={drop} are no probabilities: give three of at least 0 that add to at most 1")
         self.backbone, self.source = backbone or Backbone(), source or MiniFaces()
         self.crop, self.references = crop, references
         self.min_photos, self.max_people, self.training_people = min_photos, max_people, training_people
@@ -183,6 +165,33 @@ class MultiPhotoData(RequestData):
         self.requests: list[Request] = []
         self.tuning: Task | None = None
         self.position: dict[str, Any] | None = None  # of the checkpoint that fit goes on from
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """Refuse what cannot be meant, before any photo is read."""
+        if self.variants < 1 or (self.variants > 1) != (self.augment is not None):
+            raise DataError(
+                f"data.variants={self.variants} and data.augment={self.augment}: several variants need an "
+                "augmentation, and an augmentation needs at least 2 variants, so set both or neither"
+            )
+        if self.augment is not None:
+            describe_augment(self.augment)
+        sizes = self.batch_size, self.eval_batch_size, self.encode_batch_size
+        if min(*sizes, self.references, self.held_out, self.seeds, self.validation_held_out) < 1:
+            raise DataError("batch sizes, references, held_out and seeds must be at least 1")
+        if not 0 <= self.num_workers <= MOST_WORKERS:
+            raise DataError(f"data.num_workers is {self.num_workers}: give 0 to {MOST_WORKERS}")
+        if self.photos is not None and (self.person is not None or self.intruders):
+            raise DataError(
+                f"data.photos='{self.photos}' is one person alone: leave data.person and data.intruders out"
+            )
+        for name in ("seed", "training_seed", "prior_people"):
+            if getattr(self, name) < 0:
+                raise DataError(f"data.{name} is {getattr(self, name)}: it must not be negative")
+        if min(self.drop) < 0 or sum(self.drop) > 1:
+            raise DataError(
+                f"data.drop={self.drop} are no probabilities: give three of at least 0 that add to at most 1"
+            )
 
     def prepare_data(self) -> None:
         """Fetch or extract the source once, on one process, and find the faces where photos are cut at them."""
@@ -308,7 +317,9 @@ class MultiPhotoData(RequestData):
             photos, targets = [], [*photos, *targets]
         strategy: Any = self.trainer.strategy if self.trainer is not None else None
         device = strategy.root_device if strategy else self.device
-        self.features = Features(self.backbone, self.cache_dir, device, self.encode_batch_size)
+        self.features = Features(
+            self.backbone, self.cache_dir, device, self.encode_batch_size, conditions=not self.per_person
+        )
         self.features.build(photos, targets, prompts, *self._rank_and_world())
         if strategy:
             strategy.barrier("features")

@@ -102,7 +102,8 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
 
         Returns:
             photo: the target, as `person/name`.
-            references: image embeddings, (R, D).
+            references: image embeddings, (R, D), or what else the adapter takes, see `Features.embeds`.
+            blank: what stands for no photo, the shape of a row of `references`, where that is not zeros.
             moments: posterior mean and logvar of the target, (2C, h, w).
             text: what the UNet takes besides: `prompt_embeds` of the target's prompt, or of "" where text is dropped,
                 (L, E); of SDXL also `pooled_prompt_embeds` (P,), and the target's `time_ids` (6,).
@@ -127,7 +128,7 @@ class HeldOutGroups(Dataset[dict[str, Any]]):
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         return {
             "photo": f"{target.person}/{target.name}",
-            "references": replace_missing(self.features.embeds(references), target.person),
+            **conditions(self.features, references, target.person),
             "moments": moments,
             "text": self.features.text("" if drop_text else target.prompt) | self.features.sizes(target),
             "drop_image": torch.tensor(drop_image),
@@ -202,6 +203,13 @@ class Request:
     drawing: Drawing = NOTHING
 
 
+def conditions(features: Features, references: Sequence[Photo], person: str) -> dict[str, Tensor]:
+    """Return `references` and, where it is not zeros, `blank` of an item; see `HeldOutGroups`."""
+    blank = features.blank()
+    found = {"references": replace_missing(features.embeds(references), person)}
+    return found if blank is None else {**found, "blank": blank}
+
+
 def reference_set(person: str, references: Sequence[Photo], features: Features) -> dict[str, Any]:
     """Return what a method needs that tunes on one person.
 
@@ -224,9 +232,9 @@ class TaskDataset(Dataset[dict[str, Any]]):
 
     An item holds `task` (), `repeated` () bool, `prompt`, `text` (what the UNet takes besides, as in `HeldOutGroups`),
     `negative_text` (that of ""), `seed` (), and `moments` (2C, h, w) and `photo` (person/name) of the held-out photo,
-    where there is one. Of the references it holds their embeddings, `references` (R, D), and those of the next person,
-    `other_references`; or, `per_person`, a `reference_set`. Where there is only one person, the others are
-    `strangers[person]`; without any there are no `other_references`.
+    where there is one. Of the references it holds `references` (R, D) and `blank`, as in `HeldOutGroups`, and those of
+    the next person, `other_references`; or, `per_person`, a `reference_set`. Where there is only one person, the others
+    are `strangers[person]`; without any there are no `other_references`.
     """
 
     def __init__(
@@ -260,7 +268,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
         if self.per_person:
             item |= reference_set(task.person, task.references, self.features)
         else:
-            item["references"] = replace_missing(self.features.embeds(task.references), task.person)
+            item |= conditions(self.features, task.references, task.person)
             if others := self.others.get(task.person):
                 item["other_references"] = replace_missing(self.features.embeds(others), others[0].person)
         if isinstance(task, Request):

@@ -161,8 +161,10 @@ def _read_exported(folder: Path, backbone: Backbone | None, options: dict[str, A
             )
         backbone = Backbone(name, None if not encoder or encoder.startswith("that of ") else encoder)
     options = {"sampling": Sampling(**record["sampling"]), "lora_rank": record["lora_rank"]} | options
-    model = _exported_dreambooth(folder, record, backbone, options) if dreambooth else None
-    if model is None:
+    model: Method
+    if dreambooth:
+        model = _exported_dreambooth(folder, record, backbone, options)
+    else:
         own = (folder / ADAPTER).as_posix()
         model = MultiIPAdapter(backbone, _aggregator_of(record["aggregator"]), own, **options)
         model.configure_model()
@@ -178,7 +180,7 @@ def _read_exported(folder: Path, backbone: Backbone | None, options: dict[str, A
 def _aggregator_of(settings: str) -> Callable[[int], Aggregator]:
     """Return the aggregator of `MultiIPAdapter.settings`, such as `SelfAttention(dim=768, heads=1)`."""
     call: Any = ast.parse(settings, mode="eval").body
-    values = {
+    values: dict[str, Any] = {
         word.arg: word.value.id if isinstance(word.value, ast.Name) else ast.literal_eval(word.value)
         for word in call.keywords
         if word.arg != "dim"
@@ -209,11 +211,11 @@ def _exported_dreambooth(
 def find_aggregator(name: str) -> type[Aggregator]:
     """Return the aggregator class of that name, of this package or of a module that is imported."""
     known: dict[str, type[Aggregator]] = {}
-    left: list[type[Aggregator]] = [Aggregator]
+    left: list[type[Aggregator]] = Aggregator.__subclasses__()
     while left:
-        children = left.pop().__subclasses__()
-        known |= {cls.__name__: cls for cls in children}
-        left += children
+        found = left.pop()
+        known[found.__name__] = found
+        left += found.__subclasses__()
     if name not in known:
         raise PretrainedError(
             f"there is no aggregator '{name}': give one of {shorten(sorted(known), 10)}, or import the module of your "

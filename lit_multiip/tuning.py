@@ -84,11 +84,12 @@ def tune_person(
         rate = learning_rate or LEARNING_RATE
         changed["make_optimizer"] = partial(torch.optim.AdamW, lr=rate, weight_decay=1e-2)
     own = {name: getattr(model, name) for name in changed}
-    silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    parts = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    silent: dict[str, Any] = dict.fromkeys(parts, False)
     until: dict[str, Any] = {"max_epochs": 1} if dreambooth else {"max_steps": follow.steps}
     trainer = L.Trainer(
         **until,
-        **dict.fromkeys(silent, False),
+        **silent,
         accelerator="gpu" if device.type == "cuda" else device.type,
         devices=[device.index or 0] if device.type == "cuda" else 1,
         precision=precision,  # type: ignore[arg-type]

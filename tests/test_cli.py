@@ -16,8 +16,9 @@ from lit_multiip.__main__ import PLAIN, main
 from lit_multiip.backbone.faces import FaceEncoder
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
-from lit_multiip.cli import CLI, SHORT, choose_precision
+from lit_multiip.cli import CLI
 from lit_multiip.datamodule import PredictArgs
+from lit_multiip.defaults import SHORT, choose_precision
 from lit_multiip.methods.aggregators import Aggregator
 from lit_multiip.runs import choose_run
 
@@ -152,12 +153,14 @@ def test_the_help_of_a_command_shows_its_short_options(capsys):
         shown[command] = {name for name in ("run", *short) if f"--{name} " in text}
     drawn = {"run", "ip_scale", "guidance_scale", "steps", "ip_start", "ip_end"}
     assert shown == {
-        "fit": set(),
+        "fit": {"run", "photos"},
         "validate": {"run"},
         "test": drawn,
         "predict": drawn | {"photos", "prompts", "seeds", "weights", "negatives", "masks"},
         "inspect": {"run"},
         "export": {"run", "photos"},
+        "tasks": {"run"},
+        "score": {"run"},
     }
 
 

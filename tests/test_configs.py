@@ -121,7 +121,7 @@ def test_a_config_of_a_method_writes_out_where_its_defaults_are_not_the_first_me
 
     first, second = map(defaults, CLASSES)
     differing = {name for name in first.keys() & second.keys() if first[name] != second[name]}
-    assert len(first.keys() & second.keys()) == 11 and differing == {"optimizer", "lr_schedule"}
+    assert len(first.keys() & second.keys()) == 11 and differing == {"optimizer", "lr_schedule", "snr_gamma"}
     written = yaml.safe_load((ROOT / "configs" / "dreambooth.yaml").read_text())["model"]["init_args"]
     assert differing <= written.keys()
 
@@ -129,7 +129,7 @@ def test_a_config_of_a_method_writes_out_where_its_defaults_are_not_the_first_me
 def test_a_method_without_its_config_has_its_own_defaults(capsys):
     options = ["--model", "DreamBooth", "--model.steps", "7", "--model.sampling.steps", "3"]
     args = printed_config(capsys, "test", *options)["model"]["init_args"]
-    assert args["steps"] == 7 and args["sampling"]["steps"] == 3 and args["prior_weight"] == 1.0
+    assert args["steps"] == 7 and args["sampling"]["steps"] == 3 and args["prior_weight"] == 0.0
     assert "aggregator" not in args
 
 
@@ -153,8 +153,8 @@ def test_an_option_of_the_default_source_needs_no_class_path(capsys):
     def source(*args):
         return printed_config(capsys, "fit", *args)["data"]["source"]
 
-    assert source()["class_path"] == "lit_multiip.data.MiniFaces"
+    assert source()["class_path"] == "lit_multiip.MiniFaces"
     option = ("--data.source.init_args.train", "20")
     assert source(*option)["init_args"]["train"] == 20
     folder = source(*option, *config_args(ROOT / "configs" / "data" / "folder.yaml"))
-    assert folder == {"class_path": "lit_multiip.data.Folder", "init_args": {"path": "photos", "template": TEMPLATE}}
+    assert folder == {"class_path": "lit_multiip.Folder", "init_args": {"path": "photos", "template": TEMPLATE}}

@@ -297,7 +297,16 @@ def test_the_config_of_fit_is_taken_by_fit_again_whose_console_says_what_matters
 @pytest.fixture(scope="module")
 def dreambooth(tiny_config, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("class_images"))
-    short = ["--model.steps", "2", "--model.class_images", "3", "--model.class_folder", folder]
+    short = [
+        "--model.steps",
+        "2",
+        "--model.prior_weight",
+        "1",
+        "--model.class_images",
+        "3",
+        "--model.class_folder",
+        folder,
+    ]
     return [*config_args(CONFIGS / "dreambooth.yaml", tiny_config), *short]
 
 

@@ -41,7 +41,7 @@ def empty_folder(tmp_path, monkeypatch):
     """Plans name configs by where they lie from the repository; runs that are there must not count."""
     (tmp_path / "configs").symlink_to(CONFIGS)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lit_multiip.cli.choose_precision", lambda: "bf16-mixed")  # of every machine
+    monkeypatch.setattr("lit_multiip.defaults.choose_precision", lambda: "bf16-mixed")  # of every machine
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # which decides the order of sums
     yield

@@ -14,7 +14,7 @@ FLOORS = (
     ("methods", "datasets", "requested", "datamodule"),
     ("evaluation",),
     ("callbacks", "finite", "resume", "export", "pretrained", "tuning", "personalizer"),
-    ("console", "cli"),
+    ("console", "defaults", "cli"),
     ("comparison", "tools", "mini"),
     ("__main__",),
 )

@@ -33,7 +33,7 @@ OWN = sorted(
 
 
 def write_gated(folder: Path) -> None:
-    [code] = re.findall(r"```python\n(.*?class Gated.*?)```", README, re.DOTALL)
+    [code] = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class Gated" in block]
     (folder / "gated.py").write_text(code)
 
 

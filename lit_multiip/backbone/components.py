@@ -111,7 +111,7 @@ def read_whole(cls: Any, place: str, **options: Any) -> Any:
     """
     module, found = cls.from_pretrained(place, output_loading_info=True, **options)
     if missing := sorted(found["missing_keys"]):
-        raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
+        raise LitMultiIPError(f"{len(missing)} weights are missing, such as {missing[0]}")
     return module
 
 

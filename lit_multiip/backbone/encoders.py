@@ -1,9 +1,14 @@
-"""Encoders of the photos that condition: CLIP, a face-recognition network, or both side by side."""
+"""Encoders of the photos that condition: CLIP, a face-recognition network, or both side by side.
+
+What is encoded has kinds, of which a layout of the adapter takes one or two: `embeds` (CLIP's embedding, the face
+network's in its place, or both joined), `tokens` (CLIP's patch tokens before its last layer) and `face` (the face
+network's embedding as the FaceID adapters take it).
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -13,11 +18,15 @@ from PIL import Image
 from torch import Tensor
 
 from lit_multiip.backbone.faces import FaceNetwork
+from lit_multiip.backbone.layouts import join_rows
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.photos import Photo
 from lit_multiip.pixels import square, to_signal, to_tensor
 
 logger = logging.getLogger(__name__)
+
+
+BLANK = None  # no photo
 
 
 class Encoder(NamedTuple):
@@ -41,8 +50,28 @@ def load_clip(backbone: Backbone, device: torch.device | str) -> Encoder:
     return Encoder(read, encode)
 
 
+def load_patch_tokens(backbone: Backbone, device: torch.device | str) -> Encoder:
+    """CLIP's patch tokens before its last layer, with that of the class: photos => (B, 3, S, S) => (B, T, H) float16.
+
+    `BLANK` in a photo's place is an input of zeros, which stands for no photo as IP-Adapter Plus was trained.
+    """
+    processor, encoder = backbone.load_image_encoder()
+    encoder.to(device)
+    side = encoder.config.image_size
+
+    def read(photos: Sequence[Photo | None]) -> Tensor:
+        images = [photo.image() for photo in photos if photo is not BLANK]
+        found = iter(processor(images, return_tensors="pt").pixel_values if images else ())
+        return torch.stack([torch.zeros(3, side, side) if photo is BLANK else next(found) for photo in photos])
+
+    def encode(pixels: Tensor) -> Tensor:
+        return encoder(pixel_values=pixels.to(device), output_hidden_states=True).hidden_states[-2].half()
+
+    return Encoder(read, encode)
+
+
 class PhotoEncoder:
-    """CLIP's image encoder, a face encoder, or both.
+    """What embeds photos for a backbone's layout.
 
     Args:
         backbone: whose networks embed photos.
@@ -50,9 +79,51 @@ class PhotoEncoder:
     """
 
     def __init__(self, backbone: Backbone, device: torch.device | str = "cpu") -> None:
-        self.clip = load_clip(backbone, device) if backbone.uses_clip else None
+        self.shapes = backbone.photo_shapes()
+        self.encoders = {kind: load_photo_encoder(backbone, kind, device) for kind in self.shapes}
+
+    def __call__(self, photos: Sequence[Photo]) -> Tensor:
+        """Return one person's references as `Features.embeds` does, (R, ...) float32; see `replace_missing`."""
+        parts = [encoder.encode(encoder.read(photos)).float() for encoder in self.encoders.values()]
+        return replace_missing(join_rows(parts), photos[0].person)
+
+    def blank(self) -> Tensor | None:
+        """Return what stands for no photo, as `Features.blank` does."""
+        if "tokens" not in self.shapes:
+            return None
+        tokens = self.encoders["tokens"]
+        blank = tokens.encode(tokens.read([BLANK])).float()  # (1, T, H)
+        return blank_row(blank, self.shapes)
+
+
+def blank_row(tokens: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
+    """Return the row that stands for no photo: patch tokens of an input of zeros (1, T, H), and zeros for a face."""
+    parts = [tokens if kind == "tokens" else torch.zeros(1, *shape).to(tokens) for kind, shape in shapes.items()]
+    return join_rows(parts)[0]
+
+
+def load_photo_encoder(backbone: Backbone, kind: str, device: torch.device | str) -> Encoder:
+    """Load what encodes one kind of a photo."""
+    if kind == "tokens":
+        return load_patch_tokens(backbone, device)
+    networks = Networks(backbone, device, clip=kind == "embeds", unit=kind == "face")
+    return Encoder(networks.read, networks.encode)
+
+
+class Networks:
+    """CLIP's image encoder, a face encoder, or both, to one embedding a photo.
+
+    Args:
+        backbone: whose networks embed photos.
+        device: of CLIP; face networks run on the CPU.
+        clip: whether CLIP has a part, where the backbone uses it.
+        unit: give faces an embedding of norm 1, as FaceID was trained, in place of mean square 1, about as CLIP's.
+    """
+
+    def __init__(self, backbone: Backbone, device: torch.device | str, clip: bool = True, unit: bool = False) -> None:
+        self.clip = load_clip(backbone, device) if clip and backbone.uses_clip else None
         self.faces = None if backbone.face_encoder is None else backbone.face_encoder.load()
-        self.device = device
+        self.device, self.unit = device, unit
 
     def read(self, photos: Sequence[Photo]) -> tuple[Tensor | None, Tensor | None]:
         """Return CLIP's pixels (B, 3, S, S), and embeddings of faces (B, E).
@@ -63,7 +134,7 @@ class PhotoEncoder:
         pixels = None if self.clip is None else self.clip.read(images)
         if self.faces is None:
             return pixels, None
-        faces = encode_faces(self.faces, images)
+        faces = encode_faces(self.faces, images, self.unit)
         for photo, image, missing in zip(photos, images, faces.isnan().any(dim=1).tolist(), strict=True):
             if missing:
                 logger.warning("%s of %s: no face is found, other photos take its place", photo.name, photo.person)
@@ -83,22 +154,18 @@ class PhotoEncoder:
         missing = faces.isnan().any(dim=1, keepdim=True)  # (B, 1)
         return torch.cat([*parts, faces], dim=1).masked_fill(missing, float("nan"))
 
-    def __call__(self, photos: Sequence[Photo]) -> Tensor:
-        """Return embeddings of one person's references, (R, D) float32; see `replace_missing`."""
-        return replace_missing(self.encode(self.read(photos)), photos[0].person)
-
 
 def replace_missing(embeds: Tensor, person: str) -> Tensor:
     """Put embeddings of one person's other references in the place of those without a face, in turn.
 
     Args:
-        embeds: of the references, (R, D); a row of NaN is of a photo without a face.
+        embeds: of the references, (R, ...); a row with NaN is of a photo without a face.
         person: for the message.
 
     Returns:
-        (R, D); all NaN where no photo has a face: a method then drops the condition.
+        (R, ...); NaN in all rows where no photo has a face: a method then drops the condition.
     """
-    missing = embeds.isnan().any(dim=1)  # (R,)
+    missing = embeds.flatten(1).isnan().any(dim=1)  # (R,)
     if not missing.any():
         return embeds
     if missing.all():
@@ -114,10 +181,16 @@ def _warn_of_no_face(person: str) -> None:
     logger.warning("%s: no reference shows a face, so they condition as if dropped", person)
 
 
-def encode_faces(network: FaceNetwork, images: Sequence[Image.Image]) -> Tensor:
-    """Return embeddings of the largest faces, (B, E) float32 of mean square 1, about as CLIP's; NaN without a face."""
-    rows = [network.embed(to_tensor([image])) for image in images]  # (1, E), of norm 1
-    return torch.cat(rows) * rows[0].shape[1] ** 0.5
+def encode_faces(network: FaceNetwork, images: Sequence[Image.Image], unit: bool = False) -> Tensor:
+    """Return embeddings of the largest faces, (B, E) float32 of mean square 1, about as CLIP's; NaN without a face.
+
+    Args:
+        network: that embeds them.
+        images: B of them.
+        unit: return embeddings of norm 1.
+    """
+    rows = torch.cat([network.embed(to_tensor([image])) for image in images])  # (B, E), of norm 1
+    return rows if unit else rows * rows.shape[1] ** 0.5
 
 
 def load_latent_encoder(backbone: Backbone, device: torch.device | str) -> Encoder:

@@ -29,7 +29,7 @@ from lit_multiip.backbone.onnx import (
     resized,
     weights_file,
 )
-from lit_multiip.files import first_line, hash_file, hash_text
+from lit_multiip.files import LitMultiIPError, first_line, hash_file, hash_text
 
 YUNET = "opencv/face_detection_yunet/face_detection_yunet_2023mar.onnx"
 Landmarks = npt.NDArray[np.float32]  # (5, 2), x and y in px: eyes, nose, corners of the mouth; or (68, 2)
@@ -54,7 +54,7 @@ class FaceDetector:
 
     def __init__(self, path: str = YUNET, min_score: float = 0.7, side: int = 320) -> None:
         if not 0 < min_score < 1 or side < 32:
-            raise ValueError(f"min_score is {min_score} and side {side}: give a score in 0..1 and at least 32 px")
+            raise LitMultiIPError(f"min_score is {min_score} and side {side}: give a score in 0..1 and at least 32 px")
         self.path, self.side = path, side
         create = import_faces("cv2").FaceDetectorYN.create
         self._network = load_opencv(create, weights_file(path), "", (side, side), min_score)
@@ -126,12 +126,16 @@ class FaceNetwork:
         check_normalisation(std, colours)
         x, y, share = crop
         if not (0 < share <= 1 and 0 <= x <= 1 and 0 <= y <= 1):
-            raise ValueError(f"crop is {tuple(crop)}: its centre and its side are shares in 0..1, the side above zero")
+            raise LitMultiIPError(
+                f"crop is {tuple(crop)}: its centre and its side are shares in 0..1, the side above zero"
+            )
         self._network = OnnxNetwork(path, side)
         self.side, self.file, self.sha256 = self._network.side, self._network.file, self._network.sha256
         self.width = self._network.widths[0]  # E
         if self.width < 2:
-            raise ValueError(f"'{self.file}' gives one number an image: give a network whose first output is (B, E)")
+            raise LitMultiIPError(
+                f"'{self.file}' gives one number an image: give a network whose first output is (B, E)"
+            )
         self.colours, self.crop, self.detector = colours, (x, y, share), detector
         self.path, self.mean, self.std = path, mean, std
 
@@ -221,7 +225,7 @@ def load_opencv(create: Any, file: Path, *options: Any) -> Any:
     try:
         return create(str(file), *options)
     except import_faces("cv2").error as error:
-        raise ValueError(f"'{file}' is no ONNX network that OpenCV reads ({first_line(error)})") from error
+        raise LitMultiIPError(f"'{file}' is no ONNX network that OpenCV reads ({first_line(error)})") from error
 
 
 def arrays_of(images: Tensor) -> Iterator[Pixels]:

@@ -8,10 +8,14 @@ is never changed, and is read memory-mapped without pickle: several processes ma
 | kind   | key                    | row                                                       |
 |--------|------------------------|-----------------------------------------------------------|
 | embeds | sha256 of the photo    | image embedding, (D,) float32; NaN: a photo without a face|
+| tokens | sha256 of the photo    | CLIP's patch tokens before its last layer, (T, H) float16 |
+| face   | sha256 of the photo    | face embedding of norm 1, (E,) float32; NaN: no face      |
 | latent | sha256 of the photo    | VAE posterior mean and logvar, (2C, h, w) float16         |
 | text   | sha256 of the prompt   | text states that the UNet attends to, (L, E) float16      |
 | pooled | sha256 of the prompt   | SDXL alone: pooled text embedding, (P,) float16           |
 | frame  | sha256 of the photo    | SDXL alone: height, width, top and left of its square     |
+
+Of the first three there are those that the adapter's layout takes.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property, partial
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,13 +37,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lit_multiip.backbone.encoders import Encoder, PhotoEncoder, load_latent_encoder
+from lit_multiip.backbone.encoders import BLANK, Encoder, blank_row, load_latent_encoder, load_photo_encoder
+from lit_multiip.backbone.layouts import join_rows
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.store import SHARD_ROWS, SHARD_SECONDS, Shards
 from lit_multiip.data.photos import DataError, Photo
 from lit_multiip.files import hash_text
 
-FLOAT32 = ("embeds", "frame")  # kinds whose rows are not float16
+FLOAT32 = ("embeds", "face", "frame")  # kinds whose rows are not float16
+BLANK_KEY = hash_text("no photo")  # of the row of patch tokens that stands for no photo
 Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 
@@ -77,15 +84,21 @@ class Features:
         cache: folder of the store; shared by all methods, runs and processes.
         device: where the encoders run.
         batch_size: photos a forward pass of an encoder.
+        conditions: whether photos condition, so that what an adapter takes of them is kept.
     """
 
     def __init__(
-        self, backbone: Backbone, cache: str | Path, device: torch.device | str = "cpu", batch_size: int = 32
+        self,
+        backbone: Backbone,
+        cache: str | Path,
+        device: torch.device | str = "cpu",
+        batch_size: int = 32,
+        conditions: bool = True,
     ) -> None:
         self.backbone, self.device, self.batch_size = backbone, device, batch_size
         text = "".join(map(backbone.fingerprint, backbone.text_components))
-        names = {
-            "embeds": backbone.fingerprint_photo_encoder() + ("-nan" if backbone.face_encoder else ""),
+        self.kinds = backbone.layout.kinds if conditions else ()
+        names = {kind: self._name(kind) for kind in self.kinds} | {
             "latent": f"{backbone.fingerprint('vae')}-{backbone.image_side}px",
             "text": text,
         }
@@ -93,6 +106,15 @@ class Features:
             names |= {"pooled": text, "frame": f"{backbone.image_side}px"}
         self.store = {kind: Shards(Path(cache) / f"{kind}-{name}") for kind, name in names.items()}
         self.refresh()
+
+    def _name(self, kind: str) -> str:
+        """Name what makes a kind of a photo that conditions, by its content."""
+        own, face = self.backbone, self.backbone.face_encoder
+        if kind == "tokens":
+            return own.fingerprint_image_encoder()
+        if kind == "face" and face is not None:
+            return face.fingerprint()
+        return own.fingerprint_photo_encoder() + ("-nan" if face else "")
 
     def build(
         self, photos: Iterable[Photo], targets: Iterable[Photo], prompts: Iterable[str], rank: int = 0, world: int = 1
@@ -106,13 +128,18 @@ class Features:
             rank: this process's number.
             world: number of processes that build together.
         """
-        items: dict[str, dict[str, Any]] = {
-            "embeds": _index(photos, methodcaller("content_key")),
+        conditions = _index(photos, methodcaller("content_key")) if self.kinds else {}
+        items: dict[str, dict[str, Any]] = dict.fromkeys(self.kinds, conditions) | {
             "latent": _index(targets, methodcaller("content_key")),
             "text": _index(["", *prompts], prompt_key),
         }
+        if "tokens" in self.kinds and conditions:
+            items["tokens"] = conditions | {BLANK_KEY: BLANK}
         encoders: dict[str, Callable[[], Encoder]] = {
-            "embeds": self._embedder,
+            kind: self._embedder if kind == "embeds" else partial(load_photo_encoder, self.backbone, kind, self.device)
+            for kind in self.kinds
+        }
+        encoders |= {
             "latent": self._latent_encoder,
             "text": lambda: self._text_encoder("prompt_embeds"),
         }
@@ -129,7 +156,7 @@ class Features:
 
     def row_bytes(self) -> dict[str, int]:
         """Return the bytes of a row of each kind on disk, by the encoders' configurations."""
-        shapes = self.backbone.feature_shapes()
+        shapes = self.backbone.feature_shapes() | (self._shapes if self.kinds else {})
         return {kind: math.prod(shape) * (4 if kind in FLOAT32 else 2) for kind, shape in shapes.items()}
 
     def _forecast(self, missing: dict[str, int]) -> None:
@@ -145,8 +172,28 @@ class Features:
             shards.refresh()
 
     def embeds(self, photos: Sequence[Photo]) -> Tensor:
-        """Return image embeddings, (n, D) float32; see `replace_missing` for photos without a face."""
-        return self.store["embeds"].get([photo.content_key() for photo in photos])
+        """Return what conditions of photos, float32; see `replace_missing` for photos without a face.
+
+        Returns:
+            Image or face embeddings (n, D), patch tokens (n, T, H), or where the adapter takes both, a row of both a
+            photo, (n, E + T H).
+        """
+        keys = [photo.content_key() for photo in photos]
+        return join_rows([self.store[kind].get(keys).float() for kind in self.kinds])
+
+    def blank(self) -> Tensor | None:
+        """Return what stands for no photo, the shape of a row of `embeds`; None where that is zeros.
+
+        In the place of patch tokens stand those of an input of zeros, of face embeddings zeros.
+        """
+        if "tokens" not in self.kinds:
+            return None
+        tokens = self.store["tokens"].get([BLANK_KEY]).float()  # (1, T, H)
+        return blank_row(tokens, self._shapes)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.backbone.photo_shapes()
 
     def moments(self, photo: Photo) -> Tensor:
         """Return posterior mean and logvar of the VAE's unscaled latent, (2C, h, w) float32."""
@@ -192,7 +239,7 @@ class Features:
                 with torch.inference_mode():
                     encoded = encoder.encode(batch).cpu()
                 fine = encoded.flatten(1).isfinite().all(dim=1)  # (B,)
-                if kind == "embeds" and self.backbone.face_encoder is not None:
+                if kind in ("embeds", "face") and self.backbone.face_encoder is not None:
                     fine |= encoded.isnan().all(dim=1)  # a photo without a face
                 if not fine.all():
                     bad = items[keys[int(fine.int().argmin())]]
@@ -206,8 +253,7 @@ class Features:
         shards.refresh()
 
     def _embedder(self) -> Encoder:
-        encoder = PhotoEncoder(self.backbone, self.device)
-        return Encoder(encoder.read, encoder.encode)
+        return load_photo_encoder(self.backbone, "embeds", self.device)
 
     def _latent_encoder(self) -> Encoder:
         return load_latent_encoder(self.backbone, self.device)

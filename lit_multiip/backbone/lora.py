@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lit_multiip.files import LitMultiIPError
+
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]  # of CLIP's text encoders
 UNET_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]  # of diffusers' UNets, self- and cross-attention
@@ -20,9 +22,9 @@ UNET_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]  # of diffusers' UNets, se
 def require_peft(rank: int | None) -> None:
     """Raise `ValueError` if a rank is below 1, or peft is not installed."""
     if rank is not None and rank < 1:
-        raise ValueError(f"lora_rank={rank} must be at least 1, or null for no LoRA")
+        raise LitMultiIPError(f"lora_rank={rank} must be at least 1, or null for no LoRA")
     if rank is not None and importlib.util.find_spec("peft") is None:
-        raise ValueError(f"lora_rank={rank} needs peft: pip install 'lit_multiip[lora]'")
+        raise LitMultiIPError(f"lora_rank={rank} needs peft: pip install 'lit_multiip[lora]'")
 
 
 def add_lora(module: Any, rank: int, seed: int = 0) -> None:
@@ -33,11 +35,27 @@ def add_lora(module: Any, rank: int, seed: int = 0) -> None:
     from peft import LoraConfig
 
     layers = UNET_ATTENTION if hasattr(module, "attn_processors") else TEXT_ATTENTION
+    # a resampler's attention, which is a part of the adapter, has Linears of the same names
+    inside = any(name.startswith("encoder_hid_proj.") and name.endswith(".to_q") for name, _ in module.named_modules())
+    excluded = r"encoder_hid_proj\..*" if inside else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=layers))
+        module.add_adapter(
+            LoraConfig(
+                r=rank,
+                lora_alpha=rank,
+                init_lora_weights="gaussian",
+                target_modules=layers,
+                exclude_modules=excluded,
+            )
+        )
     for parameter in lora_parameters(module).values():
         parameter.data = parameter.data.float()
+
+
+def remove_lora(module: Any) -> None:
+    """Take the LoRA of `add_lora` out again."""
+    module.delete_adapters("default")
 
 
 def lora_parameters(module: Any) -> dict[str, torch.nn.Parameter]:
@@ -64,7 +82,7 @@ def read_lora(modules: Mapping[str, Any], file: Path) -> None:
         own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
         names = {key.replace(".default.", ".") for key in lora_parameters(module)}
         if set(own) != names:
-            raise ValueError(f"LoRA file '{file}' is of another {name}, such as '{min(set(own) ^ names)}'")
+            raise LitMultiIPError(f"LoRA file '{file}' is of another {name}, such as '{min(set(own) ^ names)}'")
         set_peft_model_state_dict(module, own)
 
 

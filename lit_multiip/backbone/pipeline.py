@@ -42,6 +42,8 @@ from lit_multiip.backbone.components import (
     resolve_backbone,
 )
 from lit_multiip.backbone.faces import FaceEncoder
+from lit_multiip.backbone.ip_adapter import read_layout
+from lit_multiip.backbone.layouts import PLAIN, Layout, find_layout
 from lit_multiip.data.record import Record, read_record
 from lit_multiip.files import first_line
 
@@ -62,6 +64,8 @@ class Backbone:
         published_adapter: file, or hub id and file, of the IP-Adapter; None takes that of the backbone's ip_adapter/.
         face_encoder: a face-recognition network that conditions in CLIP's place, or beside it.
         image_side: of the square images in px; None takes the side that the UNet was made for.
+        layout: of the adapter: `plain`, `plus` (Plus-Face too), `full_face`, `faceid` or `faceid_plus_v2`; it says what
+            is encoded of a photo. None recognises it by the published adapter's weights.
     """
 
     def __init__(
@@ -71,7 +75,9 @@ class Backbone:
         published_adapter: str | None = None,
         face_encoder: FaceEncoder | None = None,
         image_side: int | None = None,
+        layout: str | None = None,
     ) -> None:
+        self._layout = None if layout is None else find_layout(layout)
         self.path, self.image_encoder, self.published_adapter = path, image_encoder, published_adapter
         self.face_encoder, self._image_side = face_encoder, image_side
 
@@ -187,11 +193,10 @@ class Backbone:
         return self._unet.get("addition_embed_type") == "text_time"
 
     def feature_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the stored features of one photo or prompt, by their kind; see `features.py`."""
+        """Return the shapes of the stored features of a target or prompt, by their kind; see `features.py`."""
         channels, height, width = self.latent_shape
         tokens = int(self.config("text_encoder")["max_position_embeddings"])
         shapes: dict[str, tuple[int, ...]] = {
-            "embeds": (self.embed_dim,),
             "latent": (2 * channels, height, width),
             "text": (tokens, int(self._unet["cross_attention_dim"])),
         }
@@ -259,6 +264,41 @@ class Backbone:
 
     # ---- photos that condition --------------------------------------------------------------------------------------
 
+    @cached_property
+    def layout(self) -> Layout:
+        """Layout of the adapter, which says what of a photo conditions.
+
+        Raises:
+            BackboneError: it takes a face network that is not given, or none where one is.
+        """
+        layout = self._layout
+        if layout is None:
+            found = self._adapter_candidate()
+            layout = PLAIN if found is None else read_layout(found)[0]
+            if not self.uses_clip and "face" not in layout.kinds:
+                layout = PLAIN  # no published adapter takes a face network's embeddings but FaceID's
+        if layout is not PLAIN:
+            layout.check_face(self.face_encoder)
+        return layout
+
+    def photo_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what conditions of one photo, by the layout's kinds: `embeds`, `tokens` and `face`."""
+        return {kind: self._photo_shape(kind) for kind in self.layout.kinds}
+
+    def _photo_shape(self, kind: str) -> tuple[int, ...]:
+        if kind == "tokens":
+            config = self._image_encoder_config(self.image_encoder)
+            return (config.image_size // config.patch_size) ** 2 + 1, int(config.hidden_size)
+        if kind == "face":
+            assert self.face_encoder is not None  # `layout` checks it
+            return (self.face_encoder.load().width,)
+        return (self.embed_dim,)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of each of the layout's kinds."""
+        return tuple(shape[-1] for shape in self.photo_shapes().values())
+
     @property
     def uses_clip(self) -> bool:
         """Whether CLIP's image encoder has a part in the embedding of a photo."""
@@ -319,10 +359,15 @@ class Backbone:
     def adapter_file(self) -> str | None:
         """Return the published adapter, or the one .safetensors file in a local ip_adapter/; None if there is none.
 
-        None, too, where a face network stands in CLIP's place: no published adapter takes its embeddings.
+        None, too, where it is of another layout than the backbone's, or takes no face network that stands in CLIP's
+        place.
         """
-        if not self.uses_clip:
-            return None
+        found = self._adapter_candidate()
+        if found is None or (self._layout is None and self.face_encoder is None):
+            return found
+        return found if self.layout is read_layout(found)[0] and (self.uses_clip or self.layout.lora) else None
+
+    def _adapter_candidate(self) -> str | None:
         if self.published_adapter is not None:
             return self.published_adapter
         found = sorted(Path(self.place, "ip_adapter").glob("*.safetensors"))

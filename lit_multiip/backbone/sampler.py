@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lit_multiip.backbone.components import BackboneError
 from lit_multiip.backbone.ip_adapter import Scale, check_ip_scale, set_ip_scale
 from lit_multiip.backbone.pipeline import Backbone
+from lit_multiip.files import LitMultiIPError
 from lit_multiip.pixels import to_pixels, to_signal
 
 SLICED = 512**2  # a batch of more pixels is decoded an image at a time: small ones take 50 % longer so, on a CPU
@@ -44,17 +45,19 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.guidance_scale):
-            raise ValueError(f"sampling.guidance_scale={self.guidance_scale} is not finite: give a number such as 1.0")
+            raise LitMultiIPError(
+                f"sampling.guidance_scale={self.guidance_scale} is not finite: give a number such as 1.0"
+            )
         check_ip_scale(self.ip_scale)
         if not 0 <= self.ip_start <= self.ip_end <= 1:
-            raise ValueError(
+            raise LitMultiIPError(
                 f"sampling.ip_start={self.ip_start} and ip_end={self.ip_end}: give shares of the steps, 0 to 1, the "
                 "start first; step k of n is k / n"
             )
         if self.steps < 1:
-            raise ValueError(f"sampling.steps={self.steps}: give at least 1")
+            raise LitMultiIPError(f"sampling.steps={self.steps}: give at least 1")
         if not hasattr(diffusers, self.scheduler):
-            raise ValueError(
+            raise LitMultiIPError(
                 f"sampling.scheduler='{self.scheduler}' is not a diffusers class: give one, such as DDIMScheduler"
             )
 
@@ -109,11 +112,12 @@ class Sampler:
             text: `prompt_embeds`, text states (B, L, E), and of SDXL `pooled_prompt_embeds` (B, P). What it holds
                 besides, such as sizes of a photo, is the pipeline's own matter: it draws a whole picture of this side.
             negative_text: likewise of ""; not used where the pipeline takes zeros for these, as SDXL's.
-            image_embeds: aggregated image embeddings, (B, M, D). None for a UNet without IP-Adapter.
+            image_embeds: aggregated image embeddings, (B, M, D), or what else the adapter takes. None for a UNet
+                without IP-Adapter.
             seeds: one an image.
             side: of the image in px.
             ip_scale: overrides `sampling.ip_scale`.
-            negative_embeds: those that guidance leads away from, (B, M, D); None takes zeros.
+            negative_embeds: those that guidance leads away from, in the shape of `image_embeds`; None takes zeros.
             masks: how much each embedding acts where in the image, (M, side, side). Each is then attended to on its
                 own, and the results are added.
 

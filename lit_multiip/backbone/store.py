@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_multiip.data.photos import DataError
-from lit_multiip.files import write_durably
+from lit_multiip.files import LitMultiIPError, write_durably
 
 SHARD_ROWS, SHARD_SECONDS = 1024, 60.0  # an interrupted build loses at most this much
 
@@ -39,7 +39,7 @@ class Shards:
                 keys = json.loads(index.read_text())
                 array = np.load(index.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
                 if len(array) != len(keys):
-                    raise ValueError(f"{len(keys)} keys, {len(array)} rows")
+                    raise LitMultiIPError(f"{len(keys)} keys, {len(array)} rows")
                 digests.append(_digests_of(keys))
             except (OSError, ValueError) as error:
                 raise DataError(f"feature shard '{index.with_suffix('')}' is broken ({error}): delete it") from error

@@ -135,7 +135,7 @@ def make_steps(plan: Plan, inputs: Inputs) -> list[Step]:
     for name, row in plan.rows.items():
         for seed in plan.seeds_of(row):
             run = Path(plan.output) / name / f"version_{seed}"
-            configs = [part for file in [*row.configs, *plan.configs] for part in ("--config", file)]
+            configs = [part for file in row.lay(plan.configs) for part in ("--config", file)]
             options = {**plan.options, **row.options} | (dict.fromkeys(row.seed_options, seed) if row.seeds else {})
             given = _as_arguments(options)
 

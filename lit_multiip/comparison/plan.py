@@ -43,6 +43,8 @@ class Row:
         paper: the paper's own figures.
         test_options: of its tests alone.
         grid: options and their values; every combination is a row of its own, the first is the default.
+        suffix: of the plan's configs, such as `on/sd15.yaml`, those that a file `on/sd15_<suffix>.yaml` stands beside
+            have it laid over them.
     """
 
     configs: list[str]
@@ -57,6 +59,13 @@ class Row:
     paper: dict[str, float] | None = None
     test_options: dict[str, Any] = field(default_factory=dict)
     grid: dict[str, list[Any]] = field(default_factory=dict)
+    suffix: str | None = None
+
+    def lay(self, configs: Sequence[str]) -> list[str]:
+        """Return the configs of its command: its own, those of the plan, and what stands beside these for it."""
+        beside = [Path(config).with_stem(f"{Path(config).stem}_{self.suffix}") for config in configs]
+        own = [str(path) for path in beside if path.is_file()] if self.suffix is not None else []
+        return [*self.configs, *configs, *own]
 
 
 @dataclass(frozen=True)

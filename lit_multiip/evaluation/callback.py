@@ -27,7 +27,7 @@ from lit_multiip.evaluation.extractors import Extractor, refuse_conditioning_net
 from lit_multiip.evaluation.intervals import Score
 from lit_multiip.evaluation.pictures import draw_tasks, first_tasks
 from lit_multiip.evaluation.scoring import RealPhotos, RowScores, Scorer, choose_other_photos, draw_strangers
-from lit_multiip.files import move_into, only_writer
+from lit_multiip.files import LitMultiIPError, move_into, only_writer
 from lit_multiip.methods.method import Method, References
 
 logger = logging.getLogger(__name__)
@@ -97,9 +97,9 @@ class ScoreTest(L.Callback):
     ) -> None:
         if groups < 2 or resamples < 1 or grid_people < 1:
             given = f"groups is {groups}, resamples {resamples} and grid_people {grid_people}"
-            raise ValueError(f"{given}: give at least 2, 1 and 1")
+            raise LitMultiIPError(f"{given}: give at least 2, 1 and 1")
         if extractors is not None and not extractors:
-            raise ValueError("extractors is empty: give at least one, or null for the miniature's critic")
+            raise LitMultiIPError("extractors is empty: give at least one, or null for the miniature's critic")
         self.extractors = extractors
         self.anchors = anchors
         self.groups, self.resamples = groups, resamples
@@ -122,7 +122,9 @@ class ScoreTest(L.Callback):
             self.extractors = [CriticExtractor(name) for name in shipped]
         names = [extractor.name for extractor in self.extractors]
         if len(set(names)) < len(names):
-            raise ValueError(f"extractors are called {', '.join(names)}: their scores would be mixed up; rename one")
+            raise LitMultiIPError(
+                f"extractors are called {', '.join(names)}: their scores would be mixed up; rename one"
+            )
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check, before anything is drawn, that nothing leaks, results can be written, and no extractor conditions."""
@@ -155,7 +157,9 @@ class ScoreTest(L.Callback):
                     raise
                 logger.warning("%s is left out: %s", extractor.name, error)
         if not allowed:
-            raise ValueError("both critics trained the model, so neither may score it: give others by score.extractors")
+            raise LitMultiIPError(
+                "both critics trained the model, so neither may score it: give others by score.extractors"
+            )
         return allowed
 
     def _find_output(self, trainer: L.Trainer) -> Path:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torchmetrics.image.fid import NoTrainInceptionV3
 
 from lit_multiip.backbone.pipeline import Backbone
+from lit_multiip.files import LitMultiIPError
 from lit_multiip.methods.identity_loss import digest_weights
 
 
@@ -29,7 +30,9 @@ class Extraction:
         """Return what images are compared by: embeddings of identity (B, E), else features (B, D)."""
         vectors = self.features if self.embedding is None else self.embedding
         if vectors is None:
-            raise ValueError("an extractor gave neither features nor an embedding: give one of them in its `compute`")
+            raise LitMultiIPError(
+                "an extractor gave neither features nor an embedding: give one of them in its `compute`"
+            )
         return vectors
 
 
@@ -74,7 +77,9 @@ class Extractor(nn.Module, ABC):
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             given = f"{images.dtype} {tuple(images.shape)}"
-            raise ValueError(f"images are {given}: give uint8 (B, 3, H, W), rounded from (x * 255).round() and not cut")
+            raise LitMultiIPError(
+                f"images are {given}: give uint8 (B, 3, H, W), rounded from (x * 255).round() and not cut"
+            )
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             raw = self.compute(images)
             return Extraction(
@@ -101,7 +106,7 @@ def refuse_conditioning_network(extractor: Extractor, backbone: Backbone) -> Non
         return
     face = backbone.face_encoder
     if face is not None and (extractor.source == face.path or extractor.sha256 == face.sha256()):
-        raise ValueError(
+        raise LitMultiIPError(
             f"extractor {extractor.name!r} is the face network that conditions ({face.path}), and would score its own "
             "work: take another extractor"
         )
@@ -114,7 +119,7 @@ def refuse_conditioning_network(extractor: Extractor, backbone: Backbone) -> Non
     if weights is not None and weights.is_file() and extractor.shares_weights(weights):
         same.append(encoder)
     if same or Path(source).is_relative_to(os.path.realpath(encoder)):
-        raise ValueError(
+        raise LitMultiIPError(
             f"extractor {extractor.name!r} has the weights of the image encoder that conditions "
             f"({(same or [encoder])[0]}), and would score its own work: take another extractor"
         )
@@ -130,7 +135,7 @@ def refuse_training_network(extractor: Extractor, identity_networks: Mapping[str
         identity_networks: the names of those that trained, by `digest_weights`.
     """
     if identity_networks and digest_weights(extractor) in identity_networks:
-        raise ValueError(
+        raise LitMultiIPError(
             f"extractor {extractor.name!r} is the network of the identity loss that trained the model, and would score "
             "its own work: take another extractor"
         )
@@ -151,7 +156,7 @@ class Inception(Extractor):
     def __init__(self, weights_path: str | None = None, feature: int = 2048, antialias: bool = True) -> None:
         super().__init__()
         if feature not in (64, 192, 768, 2048):
-            raise ValueError(f"feature is {feature}: Inception has layers of 64, 192, 768 and 2048 features")
+            raise LitMultiIPError(f"feature is {feature}: Inception has layers of 64, 192, 768 and 2048 features")
         if weights_path is not None:
             if not Path(weights_path).is_file():
                 raise FileNotFoundError(f"no Inception weights at {weights_path!r}: fetch {self.URL}")

@@ -177,7 +177,7 @@ def read_mean(file: Path) -> npt.NDArray[np.float32]:
     try:
         values = np.load(file, allow_pickle=False)
         if values.shape != (128,) or not np.isfinite(values).all():
-            raise ValueError(f"it holds {values.dtype} of shape {values.shape}")
+            raise LitMultiIPError(f"it holds {values.dtype} of shape {values.shape}")
     except (OSError, ValueError, TypeError) as error:
         reason = first_line(error)
         raise LitMultiIPError(f"'{file}' is no mean of dlib's descriptors ({reason}): give a .npy of 128") from error

@@ -15,6 +15,8 @@ import numpy.typing as npt
 from scipy import stats
 from tqdm import tqdm
 
+from lit_multiip.files import LitMultiIPError
+
 FloatArray = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Statistic = Callable[[Mask], float]
@@ -66,9 +68,11 @@ def person_mean(
     values, labels = _aligned(values, people)
     _check_level(level)
     if resamples < 1:
-        raise ValueError(f"resamples is {resamples}: ask for at least 1, for a 95% interval 1000 or more")
+        raise LitMultiIPError(f"resamples is {resamples}: ask for at least 1, for a 95% interval 1000 or more")
     if np.isinf(values).any():
-        raise ValueError(f"value of image {int(np.isinf(values).argmax())} is infinite: use NaN for an undefined score")
+        raise LitMultiIPError(
+            f"value of image {int(np.isinf(values).argmax())} is infinite: use NaN for an undefined score"
+        )
     defined = ~np.isnan(values)
     values, labels = values[defined], labels[defined]
     if not len(values):
@@ -149,10 +153,10 @@ def delete_group_jackknife(
     """
     labels = np.asarray(people)
     if labels.ndim != 1 or not len(labels):
-        raise ValueError(f"people has shape {labels.shape}: give one label an image, (T,), for at least one image")
+        raise LitMultiIPError(f"people has shape {labels.shape}: give one label an image, (T,), for at least one image")
     _check_level(level)
     if groups < 2:
-        raise ValueError(f"groups is {groups}: a jackknife needs at least 2")
+        raise LitMultiIPError(f"groups is {groups}: a jackknife needs at least 2")
     unique, person = np.unique(labels, return_inverse=True)  # (T,), 0 .. P-1
     value = float(statistic(np.ones(len(labels), dtype=bool)))
     no_interval = Score(value, None, None, len(labels), len(unique))
@@ -184,10 +188,12 @@ def paired_jackknife(statistic_a: Statistic, statistic_b: Statistic, people: npt
 def _aligned(values: npt.ArrayLike, people: npt.ArrayLike) -> tuple[FloatArray, npt.NDArray[Any]]:
     values, labels = np.asarray(values, dtype=np.float64), np.asarray(people)
     if values.ndim != 1 or values.shape != labels.shape:
-        raise ValueError(f"values have shape {values.shape} and people {labels.shape}: give both as (T,), one an image")
+        raise LitMultiIPError(
+            f"values have shape {values.shape} and people {labels.shape}: give both as (T,), one an image"
+        )
     return values, labels
 
 
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
-        raise ValueError(f"level is {level}: give a confidence level between 0 and 1, such as 0.95")
+        raise LitMultiIPError(f"level is {level}: give a confidence level between 0 and 1, such as 0.95")

@@ -39,7 +39,7 @@ class MeanOfImages(Metric):
             return images
         [extractor] = self._extractor
         found = extractor.to(images.device).extract(images.flatten(0, -4)).vectors()  # (B, E)
-        return found.unflatten(0, images.shape[:-3])
+        return found.reshape(*images.shape[:-3], found.shape[1])
 
     def add(self, scores: FloatArray) -> None:
         """Add the scores of some images, (B,)."""

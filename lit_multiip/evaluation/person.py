@@ -23,6 +23,7 @@ from lit_multiip.evaluation.extractors import (
 )
 from lit_multiip.evaluation.metrics import IdentitySimilarity, NearestReference
 from lit_multiip.evaluation.scoring import RealPhotos, extract_all
+from lit_multiip.files import LitMultiIPError
 from lit_multiip.methods.identity_loss import digest_weights
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,9 @@ class ScorePerson(L.Callback):
             others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
             beside = [callback for callback in others if isinstance(callback, ScoreTest)]
             if not beside:
-                raise ValueError("ScorePerson has no networks that score: give extractors, or a ScoreTest beside it")
+                raise LitMultiIPError(
+                    "ScorePerson has no networks that score: give extractors, or a ScoreTest beside it"
+                )
             beside[0].setup(trainer, pl_module, "test")
             self.extractors = beside[0].extractors
         module: Any = pl_module
@@ -73,7 +76,7 @@ class ScorePerson(L.Callback):
         taught = module.identity_networks | ({} if loss is None else {digest_weights(loss.network): loss.network.name})
         self.extractors = [extractor for extractor in self._loaded() if not _has_taught(extractor, taught)]
         if not any(extractor.can_identify for extractor in self._loaded()):
-            raise ValueError("no extractor tells people apart, and the best checkpoint is chosen by that: add one")
+            raise LitMultiIPError("no extractor tells people apart, and the best checkpoint is chosen by that: add one")
         if isinstance(self._loaded()[0], CriticExtractor) and module.backbone.path != "mini":
             logger.warning(
                 "the critic knows drawn portraits alone: for real photos add --config configs/score/real.yaml"
@@ -95,7 +98,7 @@ class ScorePerson(L.Callback):
         """Say what tuning changed."""
         if not self._acts(trainer) or not self.untrained:
             return
-        best: Any = trainer.checkpoint_callback  # type: ignore[attr-defined]
+        best: Any = trainer.checkpoint_callback
         chosen = getattr(best, "best_model_score", None) if getattr(best, "monitor", None) == IDENTITY else None
         if chosen is not None:
             what = "identity to the held-out photos by %s: %.3f untuned, %.3f at the best checkpoint"
@@ -130,7 +133,8 @@ class ScorePerson(L.Callback):
         out = photos.find(dict.fromkeys(task.held_out for task in tasks))
         references = photos.find(dict.fromkeys(tasks[0].references))
         prompts = [task.prompt for task in tasks]
-        scores, device = {}, trainer.strategy.root_device
+        scores: dict[str, float] = {}
+        device = trainer.strategy.root_device
         if not self._real:
             self._real = [see(extractor, photos.pixels, device) for extractor in self._loaded()]
         for extractor, real in zip(self._loaded(), self._real, strict=True):

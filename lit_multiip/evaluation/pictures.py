@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_multiip.data.photos import Photo
 from lit_multiip.data.tasks import Task
+from lit_multiip.files import LitMultiIPError
 from lit_multiip.pixels import square
 
 MIN_CELL = 96  # px; below it faces and labels cannot be read
@@ -61,7 +62,9 @@ def labelled_grid(
     n_columns = len(column_labels)
     if not n_columns or {len(row) for row in rows} != {n_columns} or len(rows) != len(row_labels):
         cells = f"{len(rows)} rows of {sorted({len(row) for row in rows})} cells"
-        raise ValueError(f"{cells} for {len(row_labels)} row and {n_columns} column labels: give one label for each")
+        raise LitMultiIPError(
+            f"{cells} for {len(row_labels)} row and {n_columns} column labels: give one label for each"
+        )
     cell, step, left, size = _layout(side)
     font, title_font = ImageFont.load_default(size), ImageFont.load_default(size * 1.3)
     heads = [_wrap_text(label, font, cell) for label in column_labels]

@@ -17,6 +17,7 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import poly_kernel
 
 from lit_multiip.evaluation.intervals import FloatArray
+from lit_multiip.files import LitMultiIPError
 
 Features = npt.NDArray[Any] | Tensor
 
@@ -120,7 +121,9 @@ def cosine(a: Features, b: Features) -> FloatArray:
     """Cosine a.b / (|a| |b|) of matching rows, (..., D) and (..., D) -> (...)."""
     a_, b_ = as_float64(a), as_float64(b)
     if a_.shape != b_.shape:
-        raise ValueError(f"cannot compare embeddings of shapes {a_.shape} and {b_.shape}: give one row for each row")
+        raise LitMultiIPError(
+            f"cannot compare embeddings of shapes {a_.shape} and {b_.shape}: give one row for each row"
+        )
     cosines: FloatArray = (_to_unit(a_) * _to_unit(b_)).sum(axis=-1)
     return cosines
 
@@ -150,7 +153,7 @@ def identity_scores(
     labels = np.asarray(people)
     if labels.shape != generated_.shape[:1] or references_.ndim != 3 or len(references_) != len(labels):
         shapes = f"generated {generated_.shape}, references {references_.shape} and people {labels.shape}"
-        raise ValueError(f"{shapes} do not fit: give (T, D), (T, R, D) and (T,)")
+        raise LitMultiIPError(f"{shapes} do not fit: give (T, D), (T, R, D) and (T,)")
     _, person = np.unique(labels, return_inverse=True)  # (T,)
     return {
         "held_out": (generated_ * held_out_).sum(axis=1),
@@ -218,7 +221,9 @@ def copy_paste(generated: Features, held_out: Features, references: Features) ->
     """
     g, t, r = (_to_unit_if_found(as_float64(rows)) for rows in (generated, held_out, references))
     if r.ndim != 3 or not r.shape[1] or not r[:, 0].shape == t.shape == g.shape:
-        raise ValueError(f"embeddings {g.shape}, {t.shape} and {r.shape} do not fit: give (T, D), (T, D), (T, R, D)")
+        raise LitMultiIPError(
+            f"embeddings {g.shape}, {t.shape} and {r.shape} do not fit: give (T, D), (T, D), (T, R, D)"
+        )
     to_references = np.einsum("td,trd->tr", g, r)  # (T, R), cosines
     nearest = np.where(np.isnan(to_references), -np.inf, to_references).argmax(axis=1)  # (T,)
     r = r[np.arange(len(r)), nearest]  # (T, D)
@@ -242,7 +247,7 @@ def diversity(features: Features, groups: npt.ArrayLike) -> FloatArray:
     """
     unit, labels = _to_unit(as_float64(features)), np.asarray(groups)
     if unit.ndim != 2 or labels.shape != unit.shape[:1]:
-        raise ValueError(f"features {unit.shape} and groups {labels.shape} do not fit: give (T, D) and (T,)")
+        raise LitMultiIPError(f"features {unit.shape} and groups {labels.shape} do not fit: give (T, D) and (T,)")
     _, group = np.unique(labels, return_inverse=True)  # (T,)
     others = np.bincount(group)[group] - 1.0  # (T,), how many
     cosines = ((_sum_groups(unit, group)[group] - unit) * unit).sum(axis=1)  # (T,), summed over the others
@@ -253,7 +258,7 @@ def diversity(features: Features, groups: npt.ArrayLike) -> FloatArray:
 def _require_rows(generated: FloatArray, photos: FloatArray) -> None:
     if photos.ndim != 3 or not photos.shape[1] or photos[:, 0].shape != generated.shape:
         shapes = f"generated {generated.shape} and references {photos.shape}"
-        raise ValueError(f"{shapes} do not fit: give (T, D) and (T, R, D)")
+        raise LitMultiIPError(f"{shapes} do not fit: give (T, D) and (T, R, D)")
 
 
 class _Precomputed(nn.Module):
@@ -276,7 +281,7 @@ def _pair(score: str, real: Features, fake: Features) -> tuple[Tensor, Tensor]:
     real_, fake_ = _finite("real features", real), _finite("generated features", fake)
     if real_.shape[1] != fake_.shape[1]:
         widths = f"real features are {real_.shape[1]}-d and generated ones {fake_.shape[1]}-d"
-        raise ValueError(f"{widths}: take both from one extractor")
+        raise LitMultiIPError(f"{widths}: take both from one extractor")
     if min(len(real_), len(fake_)) < 2:
         counts = f"{len(real_)} real and {len(fake_)} generated images"
         raise TooFewSamples(f"{score} of {counts} is undefined: give at least 2 of each, better hundreds")
@@ -287,10 +292,10 @@ def _finite(name: str, values: Features) -> Tensor:
     """Rows as float64 on the CPU, (N, D)."""
     rows = torch.as_tensor(values).detach().to("cpu", torch.float64)
     if rows.ndim != 2 or not rows.shape[1]:
-        raise ValueError(f"{name} have shape {tuple(rows.shape)}: give one row an image, (N, D)")
+        raise LitMultiIPError(f"{name} have shape {tuple(rows.shape)}: give one row an image, (N, D)")
     bad = (~rows.isfinite().all(dim=1)).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(
+        raise LitMultiIPError(
             f"{name} of images {bad[:5]} ({len(bad)} of {len(rows)}) hold NaN or infinity: check the images"
         )
     return rows
@@ -305,7 +310,7 @@ def _to_unit(rows: FloatArray) -> FloatArray:
     norms = np.linalg.norm(rows, axis=-1, keepdims=True)  # (..., 1)
     bad = np.argwhere(~(np.isfinite(norms[..., 0]) & (norms[..., 0] > 0))).tolist()
     if bad:
-        raise ValueError(f"embeddings at {bad[:5]} ({len(bad)} in all) are zero or not finite: check the images")
+        raise LitMultiIPError(f"embeddings at {bad[:5]} ({len(bad)} in all) are zero or not finite: check the images")
     unit: FloatArray = rows / norms
     return unit
 

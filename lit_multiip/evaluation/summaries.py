@@ -30,6 +30,7 @@ from lit_multiip.evaluation.scores import (
     inception_score_uniform,
     kid,
 )
+from lit_multiip.files import LitMultiIPError
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,7 @@ class ImageSet:
         for name, array in arrays.items():
             if array is not None and len(array) != len(self.people):
                 rows = f"{name!r} has {len(array)} rows and people {len(self.people)}"
-                raise ValueError(f"{rows}: give one row an image, in the same order")
+                raise LitMultiIPError(f"{rows}: give one row an image, in the same order")
 
 
 def summarise(
@@ -112,7 +113,7 @@ def summarise_difference(
     a, b = _trainings(a), _trainings(b)
     labels = a[0].people
     if not np.array_equal(labels, b[0].people):
-        raise ValueError("the rows of A and B are not of the same people: score both methods on the same tasks")
+        raise LitMultiIPError("the rows of A and B are not of the same people: score both methods on the same tasks")
     people = np.concatenate([labels, real.people])
     statistics_a, statistics_b = _mean_statistics(a, real), _mean_statistics(b, real)
     scores = {}
@@ -142,7 +143,7 @@ def values_of_each(extractor: str, generated: Sequence[ImageSet], real: ImageSet
 def _trainings(generated: ImageSet | Sequence[ImageSet]) -> list[ImageSet]:
     sets = [generated] if isinstance(generated, ImageSet) else list(generated)
     if any(not np.array_equal(images.people, sets[0].people) for images in sets):
-        raise ValueError("the trainings' rows are not of the same people: score all of them on the same tasks")
+        raise LitMultiIPError("the trainings' rows are not of the same people: score all of them on the same tasks")
     return sets
 
 

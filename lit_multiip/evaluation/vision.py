@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lit_multiip.backbone.components import safe_config
 from lit_multiip.evaluation.extractors import Extraction, Extractor
-from lit_multiip.files import first_line
+from lit_multiip.files import LitMultiIPError, first_line
 
 
 class _Transformer(Extractor):
@@ -57,7 +57,7 @@ class CLIP(_Transformer):
 
         if not (hasattr(self.network, "get_image_features") and hasattr(self.network, "get_text_features")):
             kind = type(self.network).__name__
-            raise ValueError(f"'{model}' is a {kind}, which has no embeddings of text: give a CLIP, or take DINO")
+            raise LitMultiIPError(f"'{model}' is a {kind}, which has no embeddings of text: give a CLIP, or take DINO")
         self._tokenizer = _load(AutoTokenizer, model)
         self._text: dict[str, Tensor] = {}  # unit embeddings (E,) on the CPU; rows share their prompts
         embedding = self.compute(torch.zeros(1, 3, 224, 224, dtype=torch.uint8)).embedding

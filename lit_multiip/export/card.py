@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from lit_multiip.backbone.layouts import PLAIN
 from lit_multiip.backbone.lora import LORA_FILE
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.evaluation.results import commit, versions
@@ -20,6 +21,7 @@ from lit_multiip.methods.method import Method
 ADAPTER = "ip-adapter_multiip.safetensors"
 RECORD_FILE = "lit_multiip.json"  # the record, by which `Personalizer.from_pretrained` builds the method again
 EMBEDS = "ip_adapter_image_embeds"  # the argument of a diffusers pipeline that takes them
+CLIP_EMBEDS = "clip_embeds"  # the attribute of FaceID Plus's projection that takes patch tokens
 COMFYUI, COMFYUI_NEGATIVE = ".ipadpt", ".negative.ipadpt"  # a person's embeddings and their negative
 TOLERANCE = 1  # grey levels of 255, at any pixel
 CHECK_STEPS = 4  # of the sampler, in the comparison
@@ -82,6 +84,7 @@ def record_of(model: Method, step: int | None, run: str, dtype: str, references:
             "image_encoder": public.photo_encoder_name(),
             "image_encoder_content": model.provenance()["image_encoder_content"],
             "embedding_width": model.aggregator.dim,
+            "layout": None if own.layout is PLAIN else own.layout.name,
         }
     if isinstance(model, DreamBooth):
         options = ("tuned", "lora_rank", "identifier", "class_noun")
@@ -124,17 +127,22 @@ def snippet(
     person: str = "my_photos",
     pipeline: str = "StableDiffusionPipeline",
     lora: bool = False,
+    clip_embeds: bool = False,
 ) -> str:
     """Return the use of an adapter in plain diffusers, as the card and the README show it."""
     load_lora = f'pipe.load_lora_weights("{folder}", weight_name="{LORA_FILE}")\n' if lora else ""
     imports, place, comment = _find_again(backbone)
+    tokens = f"""layer = pipe.unet.encoder_hid_proj.image_projection_layers[0]
+layer.{CLIP_EMBEDS}, layer.shortcut = load_file("{folder}/embeds/{person}.safetensors")["{CLIP_EMBEDS}"], True
+"""
+    tokens = tokens if clip_embeds else ""
     return f"""from diffusers import {pipeline}
 {imports}from safetensors.torch import load_file
 
 pipe = {pipeline}.from_pretrained({place}){comment}
 pipe.load_ip_adapter("{folder}", subfolder="", weight_name="{ADAPTER}", image_encoder_folder=None)
 {load_lora}embeds = load_file("{folder}/embeds/{person}.safetensors")["{EMBEDS}"]
-image = pipe("a photo of a person in a red shirt", ip_adapter_image_embeds=[embeds]).images[0]"""
+{tokens}image = pipe("a photo of a person in a red shirt", ip_adapter_image_embeds=[embeds]).images[0]"""
 
 
 def _comfyui(lora: bool) -> str:

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_multiip.backbone.ip_adapter import RECORD, ip_adapter_parameters
+from lit_multiip.backbone.layouts import PLAIN, join_kv, join_rows, split_rows
 from lit_multiip.backbone.lora import LORA_FILE, lora_parameters, save_lora
 from lit_multiip.backbone.sampler import Sampler, Sampling
 from lit_multiip.data.photos import Photo
@@ -34,6 +35,7 @@ from lit_multiip.data.record import Record
 from lit_multiip.export.card import (
     ADAPTER,
     CHECK_STEPS,
+    CLIP_EMBEDS,
     COMFYUI,
     COMFYUI_NEGATIVE,
     EMBEDS,
@@ -66,7 +68,7 @@ def round_weights(named: Mapping[str, Tensor], dtype: torch.dtype) -> None:
 
 
 def adapter_weights(model: MultiIPAdapter) -> dict[str, Tensor]:
-    """Return adapter and aggregator under their keys in a file."""
+    """Return adapter and aggregator under their keys in a file, but for a resampler's K and V, see `join_kv`."""
     aggregator = model.aggregator.state_dict(prefix="aggregator.", keep_vars=True)
     return {**ip_adapter_parameters(model.unet), **aggregator}
 
@@ -75,13 +77,28 @@ def adapter_tensors(model: MultiIPAdapter, dtype: torch.dtype) -> dict[str, Tens
     """Return copies of `adapter_weights` as a file holds them."""
     return {
         name: value.detach().to("cpu", dtype if value.is_floating_point() else None, copy=True).contiguous()
-        for name, value in adapter_weights(model).items()
+        for name, value in join_kv(adapter_weights(model)).items()
     }
 
 
-def with_negative(embeds: Tensor) -> Tensor:
-    """Put zeros first, as a pipeline takes embeddings under guidance, (1, M, D) -> (2, M, D) float32 on the CPU."""
-    return torch.cat([torch.zeros_like(embeds), embeds]).detach().float().cpu().contiguous()
+def with_negative(embeds: Tensor, blank: Tensor | None = None) -> Tensor:
+    """Put what stands for no photo first, as a pipeline takes embeddings under guidance.
+
+    Args:
+        embeds: of one person, (1, M, ...).
+        blank: what stands for no photo, (...); None takes zeros.
+
+    Returns:
+        (2, M, ...) float32 on the CPU.
+    """
+    negative = torch.zeros_like(embeds) if blank is None else blank.to(embeds).expand_as(embeds)
+    return torch.cat([negative, embeds]).detach().float().cpu().contiguous()
+
+
+def diffusers_names(model: MultiIPAdapter, embeds: Tensor) -> dict[str, Tensor]:
+    """Return embeddings of `with_negative` under the names by which plain diffusers takes them."""
+    parts = split_rows(embeds, model.backbone.photo_shapes()).values()
+    return {name: part.contiguous() for name, part in zip((EMBEDS, CLIP_EMBEDS), parts, strict=False)}
 
 
 # ---- the comparison ---------------------------------------------------------------------------------------------
@@ -119,13 +136,13 @@ def plain_pipeline(model: Method) -> Any:
 
 
 @torch.no_grad()
-def compare_adapter(model: MultiIPAdapter, folder: Path, embeds: Tensor) -> int:
+def compare_adapter(model: MultiIPAdapter, folder: Path, embeds: Mapping[str, Tensor]) -> int:
     """Draw one image by our sampler and by plain diffusers from the adapter's files in `folder`.
 
     Args:
         model: whose weights were written.
         folder: holds `ADAPTER`, and `LORA_FILE` where the model has LoRA.
-        embeds: of a person with negatives, (2, M, D), as read back.
+        embeds: of a person under `diffusers_names`, as read back.
 
     Returns:
         The largest difference, in grey levels of 255.
@@ -133,14 +150,20 @@ def compare_adapter(model: MultiIPAdapter, folder: Path, embeds: Tensor) -> int:
     texts = model.backbone.text_pipeline().to(model.device)
     own, empty = (model.backbone.encode_prompts(texts, [prompt]) for prompt in (CHECK_PROMPT, ""))
     sampler = Sampler(model.backbone, model.unet, check_sampling(model))
-    [ours] = sampler(own, empty, embeds[1:].to(model.device), [0], model.image_side).cpu()
+    given = {name: value.to(model.device) for name, value in embeds.items()}
+    parts = [given[name] for name in (EMBEDS, CLIP_EMBEDS) if name in given]
+    negative, right = (join_rows([part[n : n + 1] for part in parts]) for n in (0, 1))
+    [ours] = sampler(own, empty, right, [0], model.image_side, negative_embeds=negative).cpu()
 
     pipe = plain_pipeline(model)
     pipe.load_ip_adapter(str(folder), subfolder="", weight_name=ADAPTER, image_encoder_folder=None)
-    if model.lora_rank is not None:
+    if model.adds_lora:
         pipe.load_lora_weights(str(folder), weight_name=LORA_FILE)
     pipe.set_ip_adapter_scale(model.sampling.ip_scale)
-    theirs = plain_image(model, pipe, CHECK_PROMPT, ip_adapter_image_embeds=[embeds.to(model.device)])
+    if CLIP_EMBEDS in given:
+        layer = pipe.unet.encoder_hid_proj.image_projection_layers[0]
+        layer.clip_embeds, layer.shortcut = given[CLIP_EMBEDS], True
+    theirs = plain_image(model, pipe, CHECK_PROMPT, ip_adapter_image_embeds=[given[EMBEDS]])
     return int((ours.int() - theirs.int()).abs().max())
 
 
@@ -259,7 +282,7 @@ def write_adapter(
         trained_on: whom the weights know.
         people: the references of people, by the name of their file.
     """
-    lora, dtype = model.lora_rank is not None, getattr(torch, record["dtype"])
+    lora, dtype = model.adds_lora, getattr(torch, record["dtype"])
     round_weights({**adapter_weights(model), **(lora_parameters(model.unet) if lora else {})}, dtype)
     people_known = {f"{TRAINED_ON}.{key}": rows for key, rows in trained_on.items()}
     tensors = {**adapter_tensors(model, dtype), **people_known}
@@ -272,9 +295,10 @@ def write_adapter(
     embeds = write_embeds(model, people or {}, part)
     if embeds is None:
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(1, record["references"], model.aggregator.dim, generator=generator).to(model.device)
+        shapes = [(1, record["references"], *shape) for shape in model.backbone.photo_shapes().values()]
+        noise = join_rows([torch.randn(shape, generator=generator) for shape in shapes]).to(model.device)
         with torch.no_grad():
-            embeds = with_negative(model.condition(noise))
+            embeds = diffusers_names(model, with_negative(model.condition(noise)))
     use = (
         f"In plain diffusers, with the embeddings, of width {record['embedding_width']}, of a person that\n"
         "`python -m lit_multiip export --photos <folder>` writes; img2img, inpainting and ControlNet pipelines take\n"
@@ -282,7 +306,8 @@ def write_adapter(
         f"With other photos, the aggregator is needed: `--model.ip_adapter {ADAPTER}` in lit_multiip, with the same\n"
         "`model.aggregator`. Handed to diffusers as `ip_adapter_image`, photos go around it."
     )
-    lines = snippet(record["backbone"], pipeline=pipeline.__name__, lora=lora)
+    both = len(model.backbone.layout.kinds) > 1
+    lines = snippet(record["backbone"], pipeline=pipeline.__name__, lora=lora, clip_embeds=both)
     return Written(use, lines, compare_adapter(model, part, embeds))
 
 
@@ -314,26 +339,33 @@ def write_dreambooth(model: DreamBooth, record: Mapping[str, Any], part: Path) -
 
 
 @torch.no_grad()
-def write_embeds(model: MultiIPAdapter, people: Mapping[str, Sequence[Photo]], output: Path) -> Tensor | None:
-    """Write the files of each person: the embeddings of the references after the aggregator.
+def write_embeds(
+    model: MultiIPAdapter, people: Mapping[str, Sequence[Photo]], output: Path
+) -> dict[str, Tensor] | None:
+    """Write the files of each person: what the aggregator makes of the references.
 
-    Those of diffusers hold zeros first, (2, M, D); for ComfyUI these are a file of their own, (M, D).
+    Those of diffusers hold what stands for no photo first, (2, M, ...). For ComfyUI, of the plain layout alone, it is a
+    file of its own, (M, D).
 
     Returns:
-        The first person's, (2, M, D), as read back; None where there is nobody.
+        The first person's, as read back; None where there is nobody.
     """
     if not people:
         return None
     encoder = model.photo_encoder()
+    blank = encoder.blank()
     (output / "embeds").mkdir()
     adapter = hash_file(output / ADAPTER)[:16]
     files = []
     for name, references in people.items():
-        embeds = model.condition(encoder(references)[None])  # (1, M, D)
+        embeds = model.condition(encoder(references)[None], None if blank is None else blank[None])  # (1, M, ...)
         files.append(output / "embeds" / f"{name}.safetensors")
         record = {"aggregator": model.settings(), "photos": len(references), "adapter": adapter}
-        negative, positive = both = with_negative(embeds)
-        save_file({EMBEDS: both}, files[-1], {"format": "pt", RECORD: json.dumps(record)})
+        both = with_negative(embeds, blank)
+        save_file(diffusers_names(model, both), files[-1], {"format": "pt", RECORD: json.dumps(record)})
+        if model.backbone.layout is not PLAIN:
+            continue
+        negative, positive = both
         for suffix, rows in ((COMFYUI, positive), (COMFYUI_NEGATIVE, negative)):  # (M, D) each
             torch.save(rows.clone(), files[-1].with_suffix(suffix))  # a view would take the other half with it
-    return load_file(files[0])[EMBEDS]
+    return load_file(files[0])

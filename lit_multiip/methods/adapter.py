@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -12,12 +11,12 @@ from time import perf_counter
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lit_multiip.backbone.components import BackboneError
 from lit_multiip.backbone.encoders import PhotoEncoder
 from lit_multiip.backbone.ip_adapter import (
+    LORA_RANK,
     Scale,
     find_adapter_file,
     install_ip_adapter,
@@ -27,11 +26,22 @@ from lit_multiip.backbone.ip_adapter import (
     read_ip_adapter,
     set_ip_scale,
 )
-from lit_multiip.backbone.lora import LORA_FILE, add_lora, lora_disabled, read_lora, require_peft
+from lit_multiip.backbone.layouts import PLAIN
+from lit_multiip.backbone.lora import add_lora, lora_disabled, require_peft
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.record import RECORD, merge_records, read_record, unknown_record
 from lit_multiip.files import LitMultiIPError, hash_file
-from lit_multiip.methods.aggregators import Aggregator, SelfAttention
+from lit_multiip.methods.adapter_rates import build_with_kv_factor, check_kv_factor
+from lit_multiip.methods.adapter_weights import (
+    check_file,
+    load_aggregator,
+    load_lora,
+    no_photo,
+    over,
+    take_rank,
+    widen,
+)
+from lit_multiip.methods.aggregators import Aggregator, OfKinds, SelfAttention
 from lit_multiip.methods.identity_loss import IdentityLoss, digest_weights
 from lit_multiip.methods.method import VALIDATION_TIMES, Batch, Method, References
 from lit_multiip.runs import CheckpointError, read_checkpoint
@@ -40,21 +50,23 @@ _NO = torch.zeros(1, dtype=torch.bool)
 
 
 class MultiIPAdapter(Method):
-    """Trains the aggregator, Linear, LayerNorm, K' and V'; everything else is frozen (eq. 1/17, section 3.5).
+    """Trains the aggregator and the adapter: its projection, K', V', and FaceID's LoRA (eq. 1/17, section 3.5).
 
     Args:
         backbone: frozen; shared with the data.
-        aggregator: G; gets the embedding width.
+        aggregator: G; gets the width of an embedding, or of a patch token.
         ip_adapter: `auto` (the backbone's published adapter, else its ip_adapter/, else `text`), `text` (from the text
-            K and V), a file, or hub id and file. An exported adapter brings its aggregator's weights too. With a face
-            network in CLIP's place `auto` is `text`; with one beside CLIP, an adapter made for CLIP alone starts with
-            zeros for the face.
+            K and V), a file, or hub id and file, of the backbone's layout. An exported adapter brings its aggregator's
+            weights too. Where the published adapter is of another layout, or a face network stands in CLIP's place,
+            `auto` is `text`; with one beside CLIP, a plain adapter made for CLIP alone starts with zeros for the face.
         start: checkpoint of a run of this method, whose weights `fit` starts at; LoRA may be new.
         trained: `adapter`, or `aggregator` alone.
-        lora_rank: of LoRA on all of the UNet's attention, trained with the adapter (needs peft); None adds none.
-        kv_lr_factor: K' and V' learn at the optimiser's rate times this; G, Linear, LayerNorm and LoRA at the rate.
+        lora_rank: of LoRA on all of the UNet's attention, trained with the adapter (needs peft); None adds none, but
+            FaceID's, which is a part of the adapter and has its own rank, or 128.
+        kv_lr_factor: K' and V' learn at the optimiser's rate times this; all else at the rate.
         identity_loss: added to the squared error in training; None adds none.
         lr_schedule: a schedule of `diffusers.optimization.get_scheduler`, stepped every optimiser step.
+        snr_gamma: of `loss_weights`; None is the paper's eq. (1).
         kwargs: of `Method`.
     """
 
@@ -79,17 +91,12 @@ class MultiIPAdapter(Method):
         kv_lr_factor: float = 1.0,
         identity_loss: IdentityLoss | None = None,
         lr_schedule: str = "cosine",
+        snr_gamma: float | None = 5.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(backbone, lr_schedule=lr_schedule, **kwargs)
+        super().__init__(backbone, lr_schedule=lr_schedule, snr_gamma=snr_gamma, **kwargs)
         require_peft(lora_rank)
-        if not 0 < kv_lr_factor < math.inf:
-            raise LitMultiIPError(f"model.kv_lr_factor={kv_lr_factor} must be above 0: 1 is one rate for all")
-        if kv_lr_factor != 1 and trained != "adapter":
-            raise LitMultiIPError(
-                f"model.kv_lr_factor={kv_lr_factor} has no effect, as model.trained={trained} leaves K' and V' as they "
-                "are: leave it at 1"
-            )
+        check_kv_factor(kv_lr_factor, trained)
         self.make_aggregator, self.ip_adapter, self.trained, self.start = aggregator, ip_adapter, trained, start
         self.lora_rank, self.kv_lr_factor, self.identity_loss = lora_rank, kv_lr_factor, identity_loss
         self.identity_network = None if identity_loss is None else identity_loss.network  # so that it moves along
@@ -101,80 +108,73 @@ class MultiIPAdapter(Method):
     def build(self) -> None:
         """Load the UNet and install the adapter."""
         self.unet = self.backbone.load("unet", self.frozen_dtype)
-        width, face = self.backbone.embed_dim, self.backbone.face_encoder
-        path = self._adapter_path()
+        face, layout, shapes = self.backbone.face_encoder, self.backbone.layout, self.backbone.photo_shapes()
+        widths = [shape[-1] for shape in shapes.values()]
+        path = self.check_adapter()
         if path is None:
-            state: Any = ip_adapter_from_text(self.unet, width)
+            state: Any = ip_adapter_from_text(self.unet, widths, layout=layout, lora_rank=self.lora_rank or LORA_RANK)
             self.adapter_is_random = True
         else:
             state = read_ip_adapter(path)
             self._adapter_file = find_adapter_file(path)
             if RECORD in state or path == self.ip_adapter:  # a published adapter is a part of the backbone
                 self.trained_on = read_record(state.get(RECORD))
-            if face is not None and face.beside_clip:
-                _widen(state["image_proj"], self.backbone.clip_dim, width)
-        install_ip_adapter(self.unet, state, width)
-        self.aggregator = self.make_aggregator(width)
+            if layout is PLAIN and face is not None and face.beside_clip:
+                widen(state["image_proj"], self.backbone.clip_dim, *widths)
+        if layout.lora:
+            self.lora_rank = take_rank(state, self.lora_rank, path)
+        install_ip_adapter(self.unet, state, widths)
+        parts = {kind: self.make_aggregator(shape[-1]) for kind, shape in shapes.items()}
+        self.aggregator = OfKinds(parts, shapes) if len(parts) > 1 else next(iter(parts.values()))
         if path is not None and "aggregator" in state:
-            self._load_aggregator(state["aggregator"], path)
-        if self.lora_rank is not None:
+            load_aggregator(self.aggregator, self.settings(), state["aggregator"], path)
+        if self.lora_rank is not None and not layout.lora:
             add_lora(self.unet, self.lora_rank)
         if path is not None:
-            self._load_lora(path)
+            if not layout.lora:
+                load_lora(self.unet, self.lora_rank, path)
             self.identity_networks |= read_adapter_record(path).get("identity_networks", {})
         for parameter in ip_adapter_parameters(self.unet).values():
             parameter.requires_grad_(self.trained == "adapter")
         set_ip_scale(self.unet, self.sampling.ip_scale)  # refuses blocks that the UNet lacks
         set_ip_scale(self.unet, 1.0)
 
+    @property
+    def adds_lora(self) -> bool:
+        """Whether there is LoRA beside the adapter, rather than none, or in it."""
+        return self.lora_rank is not None and not self.backbone.layout.lora
+
+    def check_adapter(self) -> str | None:
+        """Return the adapter's file, None for one made from the text K and V; only shapes of weights are read.
+
+        Raises:
+            BackboneError: it is of another layout than the backbone's, or made for another encoder of photos.
+        """
+        path = self._adapter_path()
+        if path is not None:
+            check_file(self.backbone, path)
+        return path
+
+    def configure_callbacks(self) -> list[Any]:
+        """Check the adapter too before any photo is encoded."""
+        self.check_adapter()
+        return super().configure_callbacks()
+
     def _adapter_path(self) -> str | None:
         """Return where the adapter's weights are; None where it is made from the text K and V, at random in part."""
         path = self.backbone.adapter_file() if self.ip_adapter == "auto" else self.ip_adapter
         return None if path == "text" else path
 
-    def _load_aggregator(self, weights: dict[str, Tensor], path: str) -> None:
-        """Load the aggregator of an exported adapter, whose K' and V' were trained on its output."""
-        own = self.settings()
-        found = read_adapter_record(path).get("aggregator", own)
-        own_keys = set(self.aggregator.state_dict())
-        if found != own or own_keys != set(weights):
-            what = found if found != own else f"another aggregator (weights {', '.join(sorted(weights))})"
-            raise BackboneError(f"adapter '{path}' was trained with {what}, not {own}: set model.aggregator likewise")
-        self.aggregator.load_state_dict(weights)
-
-    def _load_lora(self, path: str) -> None:
-        """Load the LoRA that an exported adapter was trained with, from beside the adapter's file."""
-        found = read_adapter_record(path).get("lora_rank")
-        if found is None:
-            return
-        if found != self.lora_rank:
-            raise BackboneError(
-                f"adapter '{path}' was trained with LoRA of rank {found}: set model.lora_rank={found}, not "
-                f"{self.lora_rank}"
-            )
-        read_lora({"unet": self.unet}, find_adapter_file(str(Path(path).with_name(LORA_FILE))))
-
     def build_optimizer(self) -> torch.optim.Optimizer:
         """Return the optimiser of what is trained; with `kv_lr_factor` K' and V' are a group of their own."""
         if self.kv_lr_factor == 1:
             return super().build_optimizer()
-        named = self.trained_parameters()
-        kv = [parameter for name, parameter in named.items() if ".to_k_ip." in name or ".to_v_ip." in name]
-        others = [parameter for parameter in named.values() if not any(parameter is one for one in kv)]
-        optimizer = self.make_optimizer([{"params": others, "name": "others"}, {"params": kv, "name": "kv"}])
-        *_, group = optimizer.param_groups
-        if group.get("lr") is None:
-            raise LitMultiIPError(
-                f"model.kv_lr_factor={self.kv_lr_factor} needs an optimiser with a learning rate, and "
-                f"{type(optimizer).__name__} has none: set its lr, or leave the factor at 1"
-            )
-        group["lr"] = group["lr"] * self.kv_lr_factor
-        return optimizer
+        return build_with_kv_factor(self.make_optimizer, self.trained_parameters(), self.kv_lr_factor)
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser of what is trained, and its schedule by the step."""
         if not self.trained_parameters():
-            raise ValueError(
+            raise LitMultiIPError(
                 f"{self.method()} with trained='{self.trained}' has nothing to train: set model.trained to 'adapter'"
             )
         optimizer, schedule = self.optimizer_and_schedule(int(self.trainer.estimated_stepping_batches))
@@ -182,20 +182,26 @@ class MultiIPAdapter(Method):
 
     # ---- training -----------------------------------------------------------------------------------------------
 
-    def condition(self, references: Tensor) -> Tensor:
-        """Aggregate one set of embeddings a sample, (B, R, D) -> (B, M, D); a set without a face (NaN) gives zeros."""
+    def condition(self, references: Tensor, blank: Tensor | None = None) -> Tensor:
+        """Aggregate one set of embeddings a sample, (B, R, D) -> (B, M, D), or of patch tokens, (B, R, T, D).
+
+        Args:
+            references: of a batch.
+            blank: of a batch, what stands for no photo, (B, ...); None takes zeros. A set without a face gives it.
+        """
         if self.backbone.face_encoder is None:
             embeds: Tensor = self.aggregator(references)
             return embeds
-        faceless = references.isnan().flatten(1).any(dim=1)[:, None, None]  # (B, 1, 1)
-        embeds = self.aggregator(references.masked_fill(faceless, 0.0))
-        return embeds.masked_fill(faceless, 0.0)
+        faceless = references.flatten(1).isnan().any(dim=1)  # (B,)
+        embeds = self.aggregator(references.masked_fill(over(faceless, references), 0.0))
+        return torch.where(over(faceless, embeds), no_photo(embeds, blank), embeds)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Restore the held-out photos of a batch of `HeldOutGroups` items."""
         x = self.latents(batch["moments"], batch["latent_noise"])  # (B, C, h, w)
-        embeds = self.condition(batch["references"])  # (B, M, D)
-        embeds = embeds * ~batch["drop_image"][:, None, None]  # zeros AFTER aggregation
+        blank = batch.get("blank")
+        embeds = self.condition(batch["references"], blank)  # (B, M, D)
+        embeds = torch.where(over(batch["drop_image"], embeds), no_photo(embeds, blank), embeds)  # AFTER aggregation
         t = (batch["time"] * self.noise.config.num_train_timesteps).long()  # (B,)
         predicted = self.denoise(x, batch["eps"], t, batch["text"], embeds)
         error = self.prediction_error(predicted, x, batch["eps"], t, batch.get("loss_map"))  # (B,)
@@ -236,10 +242,11 @@ class MultiIPAdapter(Method):
         count = int(weight.sum())
         # Lightning averages these numbers over ranks as integers, so they are multiples of the number of ranks
         size = count * (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
-        right = self.condition(batch["references"])
-        variants = {"right": right, "dropped": 0 * right}
+        blank = batch.get("blank")
+        right = self.condition(batch["references"], blank)
+        variants = {"right": right, "dropped": no_photo(right, blank)}
         if "other_references" in batch:  # not where there is only one person
-            variants["shuffled"] = self.condition(batch["other_references"])
+            variants["shuffled"] = self.condition(batch["other_references"], blank)
         sums = dict.fromkeys(variants, torch.zeros((), device=x.device))
         for t, eps in self.fixed_draws(x, batch["seed"].tolist()):
             for name, embeds in variants.items():
@@ -260,22 +267,25 @@ class MultiIPAdapter(Method):
 
         Args:
             batch: of `TaskDataset` items; masks of the first are those of all.
-            references: the task's own, none (scale 0 and no LoRA), another person's, or zeros for the aggregated
-                embedding.
+            references: the task's own, none (scale 0 and no LoRA), another person's, or what stands for no photo
+                after the aggregator.
             ip_scale: overrides `sampling.ip_scale`.
         """
-        embeds = self.condition(batch["other_references" if references == "other" else "references"])
+        blank = batch.get("blank")
+        embeds = self.condition(batch["other_references" if references == "other" else "references"], blank)
         if references == "zero":
-            embeds = torch.zeros_like(embeds)
+            embeds = no_photo(embeds, blank)
         if batch.get("weighted", _NO).any() and not self.aggregator.counts_repeats:
             raise LitMultiIPError(
-                f"{type(self.aggregator).__name__} gives photos no weights: leave out weights other than 0 and 1, or "
+                f"{self.aggregator.name} gives photos no weights: leave out weights other than 0 and 1, or "
                 "take another model.aggregator, such as AvgPool"
             )
-        people = [embeds, *(self.condition(rows) for rows in batch.get("beside", ()))]  # (B, M, D) each
+        people = [embeds, *(self.condition(rows, blank) for rows in batch.get("beside", ()))]  # (B, M, D) each
         negative, masks = None, None
         if "negatives" in batch:
-            negative = torch.cat([self.condition(rows) for rows in batch["negatives"]], dim=1)
+            negative = torch.cat([self.condition(rows, blank) for rows in batch["negatives"]], dim=1)
+        elif blank is not None and self.sampling.guidance_scale > 1:
+            negative = no_photo(torch.cat(people, dim=1), blank)
         if "masks" in batch:  # (B, P, H, W); each person's embeddings share the weight
             counts = [rows.shape[1] for rows in people]
             pairs = zip(batch["masks"][0], counts, strict=True)
@@ -364,14 +374,18 @@ class MultiIPAdapter(Method):
 
     def method(self) -> str:
         """Return the name of the aggregator, and of what is added to the plain method."""
-        added = ["LoRA"] * (self.lora_rank is not None)
-        if (face := self.backbone.face_encoder) is not None:
+        added, layout = ["LoRA"] * self.adds_lora, self.backbone.layout
+        if layout is not PLAIN:
+            added.append(layout.title.removeprefix("IP-Adapter "))
+        elif (face := self.backbone.face_encoder) is not None:
             added.append("face and CLIP" if face.beside_clip else "face")
-        return " + ".join([type(self.aggregator).__name__, *added])
+        return " + ".join([self.aggregator.name, *added])
 
     def settings(self) -> str:
-        """Return name and arguments of the aggregator."""
-        return f"{type(self.aggregator).__name__}({self.aggregator.extra_repr()})"
+        """Return name and arguments of the aggregator, and the adapter's layout where it is not the plain one."""
+        layout = self.backbone.layout
+        of = "" if layout is PLAIN else f" of {layout.name}"
+        return f"{self.aggregator.name}({self.aggregator.extra_repr()}){of}"
 
     def provenance(self) -> dict[str, Any]:
         """Return the facts of a checkpoint."""
@@ -408,10 +422,3 @@ class MultiIPAdapter(Method):
             "image_encoder": self.backbone.image_encoder,
             "face_encoder": None if face is None else asdict(face),
         }
-
-
-def _widen(projection: dict[str, Tensor], clip: int, width: int) -> None:
-    """Widen a Linear (4 E, clip) that was made for CLIP alone, with zeros for the face's embedding beside it."""
-    weight = projection.get("proj.weight")
-    if weight is not None and weight.ndim == 2 and weight.shape[1] == clip:
-        projection["proj.weight"] = F.pad(weight, (0, width - clip))

@@ -3,17 +3,24 @@
 Every `G` maps `(B, N, D) -> (B, M, D)`; each of the M vectors becomes four image tokens. The order of the photos
 never matters: what is pooled is invariant, and what keeps a row per photo permutes its rows with the photos (which
 cross-attention, being permutation-invariant itself, does not see). `First` alone reads the order it is given.
+
+Where an adapter takes T patch tokens of a photo, `G` maps `(B, N, T, D) -> (B, M, T, D)` before the adapter's
+resampler: each of the T places by itself, but `SelfAttention`, which attends over all N T tokens.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lit_multiip.backbone.layouts import join_rows, split_rows
+from lit_multiip.files import LitMultiIPError
 
 
 class Aggregator(nn.Module, ABC):
@@ -32,29 +39,32 @@ class Aggregator(nn.Module, ABC):
     def __init__(self, dim: int) -> None:
         super().__init__()
         if dim < 1:
-            raise ValueError(f"an embedding has at least one dimension, got dim={dim}: pass the image encoder's width")
+            raise LitMultiIPError(
+                f"an embedding has at least one dimension, got dim={dim}: pass the image encoder's width"
+            )
         self.dim = dim
 
     def forward(self, embeds: Tensor) -> Tensor:
         """Aggregate one person's photo embeddings.
 
         Args:
-            embeds: image embeddings, (B, N, D), N >= 1. Dropped or negative conditions are zeros AFTER aggregation.
+            embeds: image embeddings, (B, N, D), N >= 1, or patch tokens, (B, N, T, D). What stands for no photo, in
+                dropped or negative conditions, takes its place AFTER aggregation.
 
         Returns:
-            (B, M, D); M is 1 for First and what pools, and N for Concat and SelfAttention.
+            (B, M, D) or (B, M, T, D); M is 1 for First and what pools, and N for Concat and SelfAttention.
 
         Raises:
-            ValueError: `embeds` is not (B, N, D) with this aggregator's D, or N is 0.
+            ValueError: `embeds` is not of such a shape with this aggregator's D, or N is 0.
         """
         self._check(embeds)
-        return self.aggregate(embeds)
+        return self.aggregate(embeds) if embeds.ndim == 3 else self.aggregate_tokens(embeds)
 
     def photo_weights(self, embeds: Tensor) -> Tensor | None:
         """How much each photo gets to say, where that can be read off; for inspection.
 
         Args:
-            embeds: image embeddings, (B, N, D).
+            embeds: image embeddings, (B, N, D), or patch tokens, (B, N, T, D), of whose places it is the mean.
 
         Returns:
             (B, N), rows of at least 0 that sum to one; None where `weights_are` is.
@@ -65,21 +75,40 @@ class Aggregator(nn.Module, ABC):
     def aggregate(self, embeds: Tensor) -> Tensor:
         """Map checked embeddings (B, N, D) to (B, M, D)."""
 
+    def aggregate_tokens(self, tokens: Tensor) -> Tensor:
+        """Map checked patch tokens (B, N, T, D) to (B, M, T, D): each of the T places by itself."""
+        return _places(tokens, self.aggregate).transpose(1, 2)  # (B, T, M, D) => (B, M, T, D)
+
+    @property
+    def name(self) -> str:
+        """Name in tables and checkpoints."""
+        return type(self).__name__
+
     def _check(self, embeds: Tensor) -> None:
         name, shape = type(self).__name__, tuple(embeds.shape)
-        if embeds.ndim != 3:
-            raise ValueError(f"{name} takes embeddings of shape (B, N, D), got {shape}: add the missing dimensions")
-        if embeds.shape[2] != self.dim:
-            raise ValueError(
-                f"{name} was built for embeddings of width {self.dim}, got width {embeds.shape[2]}: "
+        if embeds.ndim not in (3, 4):
+            raise LitMultiIPError(
+                f"{name} takes embeddings of shape (B, N, D), got {shape}: add the missing dimensions"
+            )
+        if embeds.shape[-1] != self.dim:
+            raise LitMultiIPError(
+                f"{name} was built for embeddings of width {self.dim}, got width {embeds.shape[-1]}: "
                 "use the image encoder it was built for"
             )
         if embeds.shape[1] == 0:
-            raise ValueError(f"{name} got no photo, shape {shape}: pass at least one reference, or drop the condition")
+            raise LitMultiIPError(
+                f"{name} got no photo, shape {shape}: pass at least one reference, or drop the condition"
+            )
 
     def extra_repr(self) -> str:
         """Show the width in `print(module)`."""
         return f"dim={self.dim}"
+
+
+def _places(tokens: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Call a function of embeddings (B, N, D) on each place of patch tokens, (B, N, T, D) => (B, T, ...)."""
+    rows = function(tokens.transpose(1, 2).flatten(0, 1))  # (B T, ...)
+    return rows.reshape(tokens.shape[0], tokens.shape[2], *rows.shape[1:])
 
 
 class First(Aggregator):
@@ -105,6 +134,8 @@ class MaxPool(Aggregator):
     def photo_weights(self, embeds: Tensor) -> Tensor:
         """Share of the D dimensions in which a photo is the maximum; photos that tie divide a dimension."""
         self._check(embeds)
+        if embeds.ndim == 4:
+            return _places(embeds, self.photo_weights).mean(dim=1)  # (B, T, N) => (B, N)
         wins = (embeds == embeds.amax(dim=1, keepdim=True)).float()  # (B, N, D)
         return (wins / wins.sum(dim=1, keepdim=True)).mean(dim=2)  # (B, N)
 
@@ -146,7 +177,9 @@ class WeightedSum(Aggregator):
     def __init__(self, dim: int, temperature: float = 0.05) -> None:
         super().__init__(dim)
         if not temperature > 0:
-            raise ValueError(f"temperature={temperature} must be above 0: 0.05 is the default, 1 is nearly AvgPool")
+            raise LitMultiIPError(
+                f"temperature={temperature} must be above 0: 0.05 is the default, 1 is nearly AvgPool"
+            )
         self.temperature = temperature
 
     def aggregate(self, embeds: Tensor) -> Tensor:
@@ -156,6 +189,8 @@ class WeightedSum(Aggregator):
     def photo_weights(self, embeds: Tensor) -> Tensor:
         """Return the weights, (B, N)."""
         self._check(embeds)
+        if embeds.ndim == 4:
+            return _places(embeds, self.photo_weights).mean(dim=1)  # (B, T, N) => (B, N)
         unit = F.normalize(embeds, dim=2)  # (B, N, D)
         agreement = (unit @ unit.transpose(1, 2)).mean(dim=2)  # (B, N, N) => (B, N)
         return torch.softmax(agreement / self.temperature, dim=1)
@@ -228,9 +263,9 @@ class SelfAttention(Aggregator):
     ) -> None:
         super().__init__(dim)
         if heads < 1 or dim % heads:
-            raise ValueError(f"heads={heads} does not divide the embedding width {dim}: choose a divisor of {dim}")
+            raise LitMultiIPError(f"heads={heads} does not divide the embedding width {dim}: choose a divisor of {dim}")
         if not 0 <= query_scale < math.inf:
-            raise ValueError(f"query_scale must be finite and at least 0, got {query_scale}")
+            raise LitMultiIPError(f"query_scale must be finite and at least 0, got {query_scale}")
         self.heads, self.residual, self.pool, self.attend = heads, residual, pool, attend
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(dim, dim, bias=False)
@@ -245,26 +280,42 @@ class SelfAttention(Aggregator):
 
     def aggregate(self, embeds: Tensor) -> Tensor:
         """Attend: row n of (B, N, D) is what photo n takes from all N; M = N rows, or their mean, M = 1."""
+        return self._pool(self._rows(embeds))
+
+    def aggregate_tokens(self, tokens: Tensor) -> Tensor:
+        """Attend over all N T tokens, (B, N, T, D) => (B, M, T, D): a token takes from those of every photo."""
+        return self._pool(self._rows(tokens.flatten(1, 2)).reshape_as(tokens))
+
+    def _pool(self, rows: Tensor) -> Tensor:
+        return rows.mean(dim=1, keepdim=True) if self.pool == "mean" else rows  # (B, M, ...)
+
+    def _rows(self, embeds: Tensor) -> Tensor:
         mixed = self.to_v(embeds)  # (B, N, D)
         if self.attend:
             query, key, value = map(self._split, (self.to_q(embeds), self.to_k(embeds), mixed))  # (B, h, N, d)
             mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # (B, N, D)
         rows: Tensor = embeds + mixed if self.residual else mixed  # (B, N, D)
-        return rows.mean(dim=1, keepdim=True) if self.pool == "mean" else rows  # (B, M, D)
+        return rows
 
     def attention_weights(self, embeds: Tensor) -> Tensor:
         """Weights softmax(Q K^T / sqrt(d)) for inspection.
 
         Args:
-            embeds: image embeddings, (B, N, D).
+            embeds: image embeddings, (B, N, D), or patch tokens, (B, N, T, D).
 
         Returns:
-            (B, heads, N, N); row n holds photo n's weights over all N and sums to one.
+            (B, heads, N, N); row n holds photo n's weights over all N and sums to one. Of patch tokens it is the mean
+            over a photo's tokens of what they give to all tokens of each photo.
         """
         self._check(embeds)
-        query, key = self._split(self.to_q(embeds)), self._split(self.to_k(embeds))  # (B, h, N, d)
+        rows = embeds if embeds.ndim == 3 else embeds.flatten(1, 2)
+        query, key = self._split(self.to_q(rows)), self._split(self.to_k(rows))  # (B, h, N, d)
         logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (B, h, N, N)
-        return torch.softmax(logits, dim=-1)
+        weights = torch.softmax(logits, dim=-1)
+        if embeds.ndim == 4:
+            photos = embeds.shape[1:3]  # N, T
+            weights = weights.reshape(*weights.shape[:2], *photos, *photos).sum(dim=5).mean(dim=3)  # (B, h, N, N)
+        return weights
 
     def photo_weights(self, embeds: Tensor) -> Tensor:
         """Attention that each photo receives: the mean over heads and over the photos that attend."""
@@ -276,5 +327,45 @@ class SelfAttention(Aggregator):
     def extra_repr(self) -> str:
         """Show the options in `print(module)`."""
         pool = f", pool={self.pool}" if self.pool != "none" else ""
-        attend = "" if self.attend else ", attend=False"
-        return f"dim={self.dim}, heads={self.heads}, residual={self.residual}{pool}{attend}"
+        return f"dim={self.dim}, heads={self.heads}, residual={self.residual}{pool}"
+
+
+class OfKinds(Aggregator):
+    """An aggregator for each kind of what conditions, where an adapter takes several: (B, N, E + T H) in one row.
+
+    Args:
+        parts: aggregators of one class, by kind.
+        shapes: of a photo's features, by kind.
+    """
+
+    def __init__(self, parts: Mapping[str, Aggregator], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__(sum(math.prod(shape) for shape in shapes.values()))
+        self.parts, self.shapes = nn.ModuleDict(parts), dict(shapes)
+        first = self._part(next(iter(shapes)))
+        self.weights_are, self.counts_repeats = first.weights_are, first.counts_repeats
+
+    def aggregate(self, embeds: Tensor) -> Tensor:
+        """Aggregate each kind by itself, (B, N, E + T H) => (B, M, E + T H)."""
+        return join_rows([self._part(kind)(value) for kind, value in split_rows(embeds, self.shapes).items()])
+
+    def photo_weights(self, embeds: Tensor) -> Tensor | None:
+        """Return the mean of the kinds' weights, (B, N)."""
+        self._check(embeds)
+        if self.weights_are is None:
+            return None
+        found = (self._part(kind).photo_weights(value) for kind, value in split_rows(embeds, self.shapes).items())
+        return torch.stack([weights for weights in found if weights is not None]).mean(dim=0)
+
+    @property
+    def name(self) -> str:
+        """Name of the parts."""
+        return self._part(next(iter(self.shapes))).name
+
+    def extra_repr(self) -> str:
+        """Show the options of the parts in `print(module)`."""
+        return "; ".join(f"{kind}: {part.extra_repr()}" for kind, part in self.parts.items())
+
+    def _part(self, kind: str) -> Aggregator:
+        part = self.parts[kind]
+        assert isinstance(part, Aggregator)
+        return part

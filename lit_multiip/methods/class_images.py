@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
-from lit_multiip.files import hash_text, write_durably
+from lit_multiip.files import LitMultiIPError, hash_text, write_durably
 
 DRAWN_AT_ONCE = 16
 
@@ -59,7 +59,7 @@ class ClassImages:
         try:
             self.moments = load_file(file)["moments"].float()
         except (SafetensorError, KeyError) as error:
-            raise ValueError(f"class images '{file}' cannot be read ({error}): delete the file") from error
+            raise LitMultiIPError(f"class images '{file}' cannot be read ({error}): delete the file") from error
 
     @torch.no_grad()
     def write(self, draw: Callable[[list[str], list[int]], Tensor], encode: Callable[[Tensor], Tensor]) -> None:

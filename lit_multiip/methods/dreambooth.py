@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -36,7 +37,7 @@ WITHOUT_WARMUP = ("constant", "piecewise_constant")  # schedules of diffusers th
 
 
 class DreamBooth(Method):
-    """Tunes the UNet on one person's reference set under "a photo of sks person", with prior preservation (eq. 13).
+    """Tunes the UNet on one person's reference set under "a photo of sks person" (eq. 12, 13).
 
     `fit` learns one person, `data.person`; `test` and `predict` learn each person that they draw, always from
     the backbone's own weights, which are put back bit for bit. All draws are functions of (seed, person, step) alone.
@@ -50,7 +51,7 @@ class DreamBooth(Method):
         lr_schedule: a schedule of `diffusers.optimization.get_scheduler`, stepped every optimiser step.
         steps: of tuning, a person; `trainer.max_steps` is -1, or the same.
         batch_size: reference photos a step, and as many class images.
-        prior_weight: lambda of eq. (13); 0 needs no class images.
+        prior_weight: lambda of eq. (13); 0 needs no class images, and suits the miniature, to which `sks` means little.
         class_images: how many the backbone draws, once, from seeds 0, 1, ...
         class_folder: where they are kept, by their settings.
         identifier: a rare token, which comes to mean the person.
@@ -67,11 +68,11 @@ class DreamBooth(Method):
     def __init__(
         self,
         backbone: Backbone | None = None,
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=1e-2),
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-5, weight_decay=1e-2),
         lr_schedule: str = "constant",
-        steps: int = 50,
-        batch_size: int = 2,
-        prior_weight: float = 1.0,
+        steps: int = 200,
+        batch_size: int = 4,
+        prior_weight: float = 0.0,
         class_images: int = 50,
         class_folder: str = "runs/features",
         identifier: str = "sks",
@@ -83,7 +84,7 @@ class DreamBooth(Method):
     ) -> None:
         super().__init__(backbone, optimizer, lr_schedule, **kwargs)
         if min(steps, batch_size, class_images) < 1 or not prior_weight >= 0:
-            raise ValueError(
+            raise LitMultiIPError(
                 f"steps={steps}, batch_size={batch_size} and class_images={class_images} must be at least 1, and "
                 f"prior_weight={prior_weight} at least 0"
             )
@@ -94,10 +95,10 @@ class DreamBooth(Method):
             )
         require_peft(lora_rank)
         if not identifier.strip() or not class_noun.strip():
-            raise ValueError("identifier and class_noun must not be empty: give words such as 'sks' and 'person'")
+            raise LitMultiIPError("identifier and class_noun must not be empty: give words such as 'sks' and 'person'")
         for name, plain in (("ip_scale", 1), ("ip_start", 0), ("ip_end", 1)):
             if (value := getattr(self.sampling, name)) != plain:
-                raise ValueError(
+                raise LitMultiIPError(
                     f"sampling.{name}={value} has no effect, as DreamBooth has no image attention: leave it at {plain}"
                 )
         self.automatic_optimization = False  # fit takes the same steps as test
@@ -144,7 +145,9 @@ class DreamBooth(Method):
         """Refuse, too, a precision that needs a scaled loss, and a Trainer that would stop early."""
         super().check_trainer(trains)
         if self.trainer.precision == "16-mixed":
-            raise ValueError("DreamBooth does not scale its loss, as 16-mixed needs: use trainer.precision bf16-mixed")
+            raise LitMultiIPError(
+                "DreamBooth does not scale its loss, as 16-mixed needs: use trainer.precision bf16-mixed"
+            )
         if self.trainer.state.fn == TrainerFn.FITTING and self.trainer.max_steps not in (-1, self.steps):
             raise LitMultiIPError(
                 f"trainer.max_steps is {self.trainer.max_steps} and model.steps {self.steps}: leave trainer.max_steps "
@@ -157,7 +160,7 @@ class DreamBooth(Method):
         if stage == "fit" and not getattr(data, "validation_tasks", None):
             self.trainer.check_val_every_n_epoch = 1
             for callback in self.trainer.checkpoint_callbacks:
-                if getattr(callback, "monitor", None):
+                if isinstance(callback, ModelCheckpoint) and callback.monitor:
                     callback.save_top_k = 0
 
     # ---- weights ----------------------------------------------------------------------------------------------------
@@ -373,7 +376,7 @@ class DreamBooth(Method):
             references: the task's own, with the identifier in the prompt, or none: the backbone itself.
         """
         if references not in self.conditions:
-            raise ValueError(f"DreamBooth cannot be conditioned on references='{references}': {self.conditions}")
+            raise LitMultiIPError(f"DreamBooth cannot be conditioned on references='{references}': {self.conditions}")
         seeds = [int(seed) for seed in batch["seed"]]
         if references == "none":
             with self.pristine():

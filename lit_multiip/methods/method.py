@@ -189,17 +189,17 @@ class Method(L.LightningModule):
         if isinstance(
             strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
         ):  # checkpoints hold whole weights
-            raise ValueError(
+            raise LitMultiIPError(
                 f"trainer.strategy is {type(strategy).__name__}, which shards weights: use ddp, and to save memory "
                 "model.gradient_checkpointing, model.frozen_dtype bfloat16 and model.lora_rank"
             )
         if trains and precision in ("bf16-true", "16-true"):
-            raise ValueError(
+            raise LitMultiIPError(
                 f"trainer.precision={precision} rounds optimiser steps to zero, so nothing is trained: use "
                 "bf16-mixed, and model.frozen_dtype bfloat16 to save memory"
             )
         if precision.startswith(("32", "64")) and self.frozen_dtype != torch.float32:
-            raise ValueError(
+            raise LitMultiIPError(
                 f"trainer.precision={precision} does not go with model.frozen_dtype="
                 f"{str(self.frozen_dtype).removeprefix('torch.')}: use bf16-mixed, or model.frozen_dtype float32"
             )

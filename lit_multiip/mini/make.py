@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from lit_multiip.cli import choose_precision
+from lit_multiip.defaults import choose_precision
 from lit_multiip.mini.maker import STAGES, Maker, Settings
 from lit_multiip.mini.photos import RealPeople, TrainingPhotos  # noqa: F401  so that a recipe may call it by name
 from lit_multiip.mini.portraits import DrawnPeople  # noqa: F401  likewise

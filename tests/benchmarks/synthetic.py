@@ -48,7 +48,7 @@ class Strangers(PeopleSource):
 def fill(features: Features, photos: Sequence[Photo], seed: int = 0) -> None:
     """Store features of photos that no encoder made, as ``Features.build`` stores the encoders'."""
     rng = np.random.default_rng(seed)
-    shapes = features.backbone.feature_shapes()
+    shapes = features.backbone.feature_shapes() | features.backbone.photo_shapes()
     for kind, shape in ((kind, shapes[kind]) for kind in ("embeds", "latent")):
         dtype = np.dtype(np.float32 if kind == "embeds" else np.float16)
         keys = features.store[kind].missing(photo.content_key() for photo in photos)

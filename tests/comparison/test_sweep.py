@@ -159,7 +159,7 @@ def test_the_shipped_sweep_has_the_points_that_it_says(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
 
     class Named(Inputs):
-        def key(self, command, arguments, depends=""):
+        def key(self, command, arguments, depends="", untrained=False):
             return " ".join([command, *arguments, depends])
 
         def read_run(self, run):

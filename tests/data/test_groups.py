@@ -32,6 +32,9 @@ class FakeFeatures:
     def text(self, prompt: str) -> dict[str, torch.Tensor]:
         return {"prompt_embeds": torch.tensor([[float(prompt == "")]])}
 
+    def blank(self) -> None:
+        """Zeros stand for no photo."""
+
     def sizes(self, photo) -> dict[str, torch.Tensor]:
         return {}
 

@@ -55,7 +55,7 @@ def test_a_folder_without_people_is_named(tmp_path, make):
 
 def test_one_persons_folder_reads_as_it_does_among_others(photos):
     assert read_person(photos / "Bo") == Folder(str(photos)).people()[1]
-    with pytest.raises(DataError, match="no photos"):
+    with pytest.raises(DataError, match="holds the folders of 3 people"):
         read_person(photos)
 
 

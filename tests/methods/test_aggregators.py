@@ -9,6 +9,7 @@ from lit_multiip.methods.aggregators import (
     First,
     MaxPool,
     NormAvgPool,
+    OfKinds,
     SelfAttention,
     WeightedSum,
 )
@@ -251,3 +252,56 @@ def test_pooled_self_attention_is_the_mean_of_its_rows_and_another_method_to_a_c
     x = photos()
     assert torch.allclose(trained(pool="mean")(x), trained()(x).mean(1, keepdim=True), atol=1e-6)
     assert trained(pool="mean").extra_repr() != trained().extra_repr()
+
+
+# Patch tokens
+
+
+def tokens(batch: int = 2, count: int = 9, places: int = 5, seed: int = 0) -> Tensor:
+    return torch.randn(batch, count, places, DIM, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", [*POOLING, Concat])
+def test_patch_tokens_are_aggregated_at_each_place_by_itself(kind):
+    module, x = kind(DIM), tokens()
+    out = module(x)
+    assert out.shape == (2, 1 if kind in POOLING else 9, 5, DIM)
+    for place in range(5):
+        assert torch.allclose(out[:, :, place], module(x[:, :, place]), atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"heads": 3}, {"residual": True}])
+def test_self_attention_is_over_all_tokens_of_all_photos(options):
+    module, x = trained(**options), tokens()
+    out = module(x)
+    assert out.shape == x.shape
+    assert (out.flatten(1, 2) - module(x.flatten(1, 2))).abs().max() < 1e-6
+    pooled = trained(pool="mean", **options)
+    assert (pooled(x) - out.mean(dim=1, keepdim=True)).abs().max() < 1e-6  # of photos, not of tokens
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(2))
+    assert (module(x[:, order]) - out[:, order]).abs().max() < 1e-6
+    assert (module(x[:, :1]) - out[:, :1]).abs().max() > 1e-2  # the other photos count
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_photo_weights_of_patch_tokens_sum_to_one(kind):
+    weights = kind(DIM).photo_weights(tokens())
+    assert (weights is None) == (kind(DIM).weights_are is None)
+    if weights is not None:
+        assert weights.shape == (2, 9)
+        torch.testing.assert_close(weights.sum(dim=1), torch.ones(2))
+    rows = trained(heads=2).attention_weights(tokens())
+    assert rows.shape == (2, 2, 9, 9)
+    torch.testing.assert_close(rows.sum(dim=3), torch.ones(2, 2, 9))
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_where_an_adapter_takes_two_kinds_each_is_aggregated_by_itself(kind):
+    shapes = {"face": (4,), "tokens": (5, DIM)}
+    parts = {"face": kind(4), "tokens": kind(DIM)}
+    both, face, patches = OfKinds(parts, shapes), photos(dim=4), tokens()
+    out = both(torch.cat([face, patches.flatten(2)], dim=2))
+    expected = torch.cat([parts["face"](face), parts["tokens"](patches).flatten(2)], dim=2)
+    assert torch.equal(out, expected) and both.name == kind.__name__
+    weights = both.photo_weights(torch.cat([face, patches.flatten(2)], dim=2))
+    assert weights is None or torch.allclose(weights.sum(dim=1), torch.ones(2))

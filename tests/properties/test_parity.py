@@ -147,7 +147,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_published_training_step(kind
     groups, keys = loader.dataset, list(loader.sampler)[:6]
     batch = next(iter(loader))
     photos = [groups.draw(*key)[0] for key in keys]
-    model = MultiIPAdapter(Backbone(str(folder)), First)
+    model = MultiIPAdapter(Backbone(str(folder)), First, snr_gamma=None)
     model.configure_model()
     model.log = lambda *_, **__: None
     model._trainer = None

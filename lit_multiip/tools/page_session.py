@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from lit_multiip.backbone.encoders import replace_missing
 from lit_multiip.backbone.faces import FaceDetector
 from lit_multiip.backbone.features import Features
 from lit_multiip.data.people import MiniFaces, is_photo, read_photos
@@ -316,7 +317,7 @@ class Session:
 
         Returns:
             What the shares are of, and a share of at least 0 by the photo's name; all add to 1. Empty for a method that
-            does not look at photos while it draws.
+            does not look at photos while it draws, or whose adapter takes two embeddings of a photo.
         """
         with me.weights_in_place() as model, torch.no_grad():
             if not isinstance(model, MultiIPAdapter):
@@ -325,7 +326,9 @@ class Session:
             features = Features(model.backbone, str(self.studio.features), model.device)
             features.build(references, [], [])
             features.refresh()
-            embeds = torch.nan_to_num(features.embeds(references)).to(model.device)[None]  # (1, N, D)
+            embeds = replace_missing(features.embeds(references), me.person.name).to(model.device)[None]  # (1, N, D)
+            if embeds.isnan().any():  # no photo has a face
+                return "", {}
             autocast = nullcontext() if dtype == torch.float32 else torch.autocast(model.device.type, dtype)
             with autocast:
                 weights, what = (
@@ -334,6 +337,8 @@ class Session:
                 )
                 if weights is None and len(references) == 1:
                     weights = torch.ones(1, 1)
+                elif weights is None and len(features.kinds) > 1:  # the adapter takes them apart
+                    return "", {}
                 elif weights is None:
                     what = "change of the image tokens where it is left out"
                     with_all, without = model.condition(embeds), model.condition(leave_one_out(embeds[0]))

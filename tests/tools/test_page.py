@@ -144,7 +144,7 @@ def test_tuning_is_stopped_and_a_second_one_is_refused_and_the_files_come_as_a_z
     before, _, after, _ = fetch(served[0], result)
     again = fetch(served[0], draw(ann, names_of(photos[0]), weights="tuned")[0])[0]
     assert (after == again).all() and before.shape == (32, 32, 3)
-    file = ann.predict(names_of(photos[0]), "none", "tuned", "ann", api_name="/export")
+    file = ann.predict(names_of(photos[0]), "none", "tuned", "ann", api_name="/export")["value"]
     names = zipfile.ZipFile(file).namelist()
     assert {"README.md", "lit_multiip.json", "ip-adapter_multiip.safetensors", "embeds/ann.safetensors"} <= {*names}
     assert not any(name.endswith((".png", ".jpg")) for name in names)

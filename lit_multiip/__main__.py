@@ -24,6 +24,7 @@ PLAIN = {  # functions that need no model and no data: where they are, and what 
     "report": ("lit_multiip.comparison.report", "write the report of a comparison again"),
     "photos": ("lit_multiip.tools.photos", "check one person's photos: strangers, faces, copies, blur; which to take"),
     "caption": ("lit_multiip.tools.caption", "write a prompt beside every photo that has none"),
+    "page": ("lit_multiip.tools.page", "serve a web page: draw one person from photos, tune, take the files"),
     "make-mini": ("lit_multiip.mini.make", "make a small backbone by a recipe, from photos or drawn portraits"),
     "measure-mini": ("lit_multiip.mini.measure", "print a small backbone's figures"),
 }

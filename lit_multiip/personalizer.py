@@ -148,6 +148,11 @@ class Personalizer:
         """What `tune` did; None before."""
         return self._tuned
 
+    @property
+    def is_tuning(self) -> bool:
+        """Whether this object, or one that shares its model, tunes just now."""
+        return bool(self._shared.tuning.locked())
+
     def to(self, device: str | torch.device) -> Personalizer:
         """Move the model, for all that share it, and return this object."""
         with self._shared.lock:
@@ -182,7 +187,7 @@ class Personalizer:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         numbers = [seeds] if isinstance(seeds, int) else list(seeds)
         data = self._shared.loaded.data
-        with self._weights_in_place() as model, self._drawing(**sampling):
+        with self.weights_in_place() as model, self._drawing(**sampling):
             self._prepare(model)
             data.request(self.person.name, self.references, texts, numbers)
             parts = []
@@ -199,7 +204,7 @@ class Personalizer:
     @property
     def image_embeds(self) -> list[Tensor]:
         """What a diffusers pipeline takes as `ip_adapter_image_embeds`: zeros and the person's, [(2, M, D)]."""
-        with self._weights_in_place() as model, torch.no_grad():
+        with self.weights_in_place() as model, torch.no_grad():
             if not isinstance(model, MultiIPAdapter):
                 raise PersonalizerError(f"{model.method()} has no image embeddings: the identifier draws the person")
             encoder = model.photo_encoder()
@@ -210,7 +215,7 @@ class Personalizer:
 
         Its call takes `ip_adapter_image_embeds=me.image_embeds`, as do other pipelines made of it by `from_pipe`.
         """
-        with self._weights_in_place() as model:
+        with self.weights_in_place() as model:
             backbone = model.backbone
             texts = {name: backbone.load(name, model.unet.dtype) for name in backbone.text_components}
             if isinstance(model, DreamBooth):
@@ -247,11 +252,11 @@ class Personalizer:
         if not self._shared.tuning.acquire(blocking=False):
             raise PersonalizerError("another tuning is going on with this model: wait until it has ended, or stop it")
         try:
-            with self._weights_in_place() as model:
+            with self.weights_in_place() as model:
                 self._keep_untuned()
                 try:
                     of = (model, self._shared.loaded.data, self.person, self._shared.device)
-                    how = (self._shared.loaded.precision, self._find_extractors(), steps, learning_rate)
+                    how = (self._shared.loaded.precision, self.extractors, steps, learning_rate)
                     with quiet_lightning():
                         tuned = self._tuned = tune_person(*of, *how, FollowTuning(progress, stop))
                 finally:
@@ -281,7 +286,7 @@ class Personalizer:
             By `<score>/<extractor>`, as in `evaluation/README.md`: `identity_held_out_mean` to the held-out photos,
             `identity_references` and `nearest_reference` to the photos given, and `prompt`.
         """
-        judges = self._find_extractors()
+        judges = self.extractors
         if not judges or not images:
             lacks = "no network scores real photos by itself: from_pretrained(..., extractors=[SFace()])"
             raise PersonalizerError(lacks if images else "there are no images to score: draw some")
@@ -315,7 +320,7 @@ class Personalizer:
         if self._person is not None and not self.model.per_person:
             people = {self._person.name: self.references}
         check_target(folder, list(people), overwrite)
-        with self._weights_in_place() as model:
+        with self.weights_in_place() as model:
             if model.unet.dtype != torch.float32:
                 raise PersonalizerError("frozen weights are rounded: load with dtype='float32' to save")
             self._keep_untuned()
@@ -337,8 +342,9 @@ class Personalizer:
 
     # ---- whose weights, and how ---------------------------------------------------------------------------------
 
-    def _find_extractors(self) -> list[Extractor] | None:
-        """Return the networks that score, made once."""
+    @property
+    def extractors(self) -> list[Extractor] | None:
+        """The networks that score, made once; None where none is known."""
         shared = self._shared
         if shared.extractors is None:
             shared.extractors = read_extractors(shared.loaded.config)
@@ -349,7 +355,7 @@ class Personalizer:
         return shared.extractors
 
     @contextmanager
-    def _weights_in_place(self) -> Iterator[Method]:
+    def weights_in_place(self) -> Iterator[Method]:
         """Have the model to oneself, with one's own weights in it."""
         with self._shared.lock:
             if self._shared.owner is not self._tuned:

@@ -32,15 +32,7 @@ from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.data.record import RECORD, merge_records, read_record, unknown_record
 from lit_multiip.files import LitMultiIPError, hash_file
 from lit_multiip.methods.adapter_rates import build_with_kv_factor, check_kv_factor
-from lit_multiip.methods.adapter_weights import (
-    check_file,
-    load_aggregator,
-    load_lora,
-    no_photo,
-    over,
-    take_rank,
-    widen,
-)
+from lit_multiip.methods.adapter_weights import check_file, load_aggregator, load_lora, no_photo, over, take_rank, widen
 from lit_multiip.methods.aggregators import Aggregator, OfKinds, SelfAttention
 from lit_multiip.methods.identity_loss import IdentityLoss, digest_weights
 from lit_multiip.methods.method import VALIDATION_TIMES, Batch, Method, References

@@ -145,9 +145,7 @@ class DreamBooth(Method):
         """Refuse, too, a precision that needs a scaled loss, and a Trainer that would stop early."""
         super().check_trainer(trains)
         if self.trainer.precision == "16-mixed":
-            raise LitMultiIPError(
-                "DreamBooth does not scale its loss, as 16-mixed needs: use trainer.precision bf16-mixed"
-            )
+            raise LitMultiIPError("DreamBooth scales no loss, as 16-mixed needs: use trainer.precision bf16-mixed")
         if self.trainer.state.fn == TrainerFn.FITTING and self.trainer.max_steps not in (-1, self.steps):
             raise LitMultiIPError(
                 f"trainer.max_steps is {self.trainer.max_steps} and model.steps {self.steps}: leave trainer.max_steps "

@@ -184,7 +184,8 @@ class Page:
             info="Nothing is drawn from it: pictures are compared with it.",
             visible=False,
         )
-        shown, one = [cards, use, held_out], {"concurrency_id": "photos", "show_progress_on": cards}
+        shown = [cards, use, held_out]
+        one: dict[str, Any] = {"concurrency_id": "photos", "show_progress_on": cards}
         upload.upload(in_sentences(self.add_photos), upload, [upload, *shown], api_name="add_photos", **one)
         example.click(in_sentences(self.add_example), None, shown, api_name="add_example", **one)
         clear.click(in_sentences(self.clear), None, shown, api_name="clear", **one)
@@ -199,7 +200,7 @@ class Page:
         seeds = gr.Textbox("0, 1", label="Seeds", info="A picture each.")
         with gr.Row():
             by_block = isinstance(sampling.ip_scale, dict)
-            value = 1.0 if by_block else sampling.ip_scale
+            value = 1.0 if isinstance(sampling.ip_scale, dict) else sampling.ip_scale
             info = "Weight of the photos."
             scale = gr.Slider(
                 0, 2, value, step=0.05, label="ip_scale", info=info, min_width=140, visible=adapter and not by_block

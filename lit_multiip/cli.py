@@ -32,7 +32,6 @@ from lit_multiip.resume import DurableCheckpointIO
 
 logger = logging.getLogger(__name__)
 
-BACKBONE_TARGETS = ("model.init_args.backbone", "data.backbone")  # given the one backbone of the top-level key
 SECTIONS = ("trainer", "data", "checkpoint", "grid", "score")  # of a config
 
 WHICH_RUN = "folder of a run; without one, a config or a checkpoint the newest under runs/"
@@ -117,7 +116,7 @@ class CLI(LightningCLI):
         """Add the backbone, the callbacks that have options, and the short options of the parser's subcommand."""
         parser.add_subclass_arguments(Backbone, "backbone", help="the frozen pipeline and its encoders")
         parser.set_defaults({"backbone": {"class_path": "lit_multiip.backbone.pipeline.Backbone"}})
-        for target in BACKBONE_TARGETS:
+        for target in runs.BACKBONE_TARGETS:
             parser.link_arguments("backbone", target, apply_on="instantiate")
         # a config may set options that methods share without naming a method: --config configs/on/sd15.yaml
         parser.set_defaults({"model": {"class_path": f"{MultiIPAdapter.__module__}.{MultiIPAdapter.__name__}"}})
@@ -145,7 +144,7 @@ class CLI(LightningCLI):
             for section in SECTIONS:
                 if not isinstance(value := self.options.get(section), Namespace):
                     raise UsageError(f"'{section}' in a config is {value!r}: write its options below it, one a line")
-            for target in BACKBONE_TARGETS:  # which the link would replace without a word
+            for target in runs.BACKBONE_TARGETS:  # which the link would replace without a word
                 if self.options.get(target) is not None:
                     raise UsageError(f"{target} is set, and model and data share one backbone: set backbone.path")
             for place, (cls, commands, short) in SHORT.items():

@@ -1,8 +1,9 @@
-"""Durable files, folders with one writer, hashes, and the root of this package's errors."""
+"""Durable files, folders with one writer, hashes, quiet libraries, and the root of this package's errors."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -131,3 +132,15 @@ def only_writer(folder: Path) -> Iterator[None]:
         ) from None
     with lock:
         yield
+
+
+@contextmanager
+def quiet_logger(name: str, level: int = logging.WARNING) -> Iterator[None]:
+    """Keep a library's logger from telling what nobody asked for: all that is below `level`."""
+    log = logging.getLogger(name)
+    before = log.level
+    log.setLevel(level)
+    try:
+        yield
+    finally:
+        log.setLevel(before)

@@ -30,14 +30,14 @@ from lit_multiip.evaluation.person import score_images, see
 from lit_multiip.evaluation.pictures import to_picture
 from lit_multiip.export.card import record_of
 from lit_multiip.export.weights import check_target, with_negative, write
-from lit_multiip.files import LitMultiIPError, first_line
+from lit_multiip.files import LitMultiIPError, first_line, quiet_logger
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.aggregators import Aggregator
 from lit_multiip.methods.dreambooth import DreamBooth
 from lit_multiip.methods.method import Dtype, Method
 from lit_multiip.pixels import square, to_tensor
 from lit_multiip.pretrained import Pretrained, load_pretrained, read_extractors
-from lit_multiip.tuning import FollowTuning, Progress, Tuned, copy_trained, quiet_lightning, tune_person
+from lit_multiip.tuning import FollowTuning, Progress, Tuned, copy_trained, tune_person
 
 
 class PersonalizerError(LitMultiIPError):
@@ -257,7 +257,7 @@ class Personalizer:
                 try:
                     of = (model, self._shared.loaded.data, self.person, self._shared.device)
                     how = (self._shared.loaded.precision, self.extractors, steps, learning_rate)
-                    with quiet_lightning():
+                    with quiet_logger("lightning.pytorch"):
                         tuned = self._tuned = tune_person(*of, *how, FollowTuning(progress, stop))
                 finally:
                     self._put(self._tuned or self._shared.untuned)

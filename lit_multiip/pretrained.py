@@ -28,9 +28,8 @@ from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.aggregators import Aggregator
 from lit_multiip.methods.dreambooth import DreamBooth
 from lit_multiip.methods.method import Dtype, Method
-from lit_multiip.runs import best_checkpoint, load_trained, read_checkpoint
+from lit_multiip.runs import BACKBONE_TARGETS, best_checkpoint, load_trained, read_checkpoint
 
-LINKS = ("model.init_args.backbone", "data.backbone")  # given the one backbone of the top-level key
 PLAIN_PRECISION = "32-true"
 
 
@@ -127,8 +126,8 @@ def _build_objects(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     parser.add_subclass_arguments(Backbone, "backbone")
     parser.add_subclass_arguments(Method, "model")
     parser.add_class_arguments(MultiPhotoData, "data")
-    for link in LINKS:
-        parser.link_arguments("backbone", link, apply_on="instantiate")
+    for target in BACKBONE_TARGETS:
+        parser.link_arguments("backbone", target, apply_on="instantiate")
     given = {key: config[key] for key in ("backbone", "model", "data") if key in config}
     given["model"] = given["model"] | {"init_args": (given["model"].get("init_args") or {}) | dict(options)}
     made = parser.instantiate_classes(parser.parse_object(given))

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 LAST = "last.ckpt"
 CHOSEN = "LIT_MULTIIP_RUN"  # how a process tells the ranks that it starts which run it chose
+BACKBONE_TARGETS = ("model.init_args.backbone", "data.backbone")  # of a config, given its one backbone
 START = "python -m lit_multiip fit --config configs/self_attn.yaml"
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+import yaml
 from torch import Tensor
 
 from lit_multiip.callbacks import ValidateBySteps
@@ -21,11 +20,18 @@ from lit_multiip.data.photos import Photo
 from lit_multiip.datamodule import MultiPhotoData
 from lit_multiip.evaluation.extractors import Extractor
 from lit_multiip.evaluation.person import IDENTITY, ScorePerson
+from lit_multiip.files import package_file
 from lit_multiip.finite import RequireFinite
 from lit_multiip.methods.dreambooth import DreamBooth
 from lit_multiip.methods.method import Method
 
-STEPS, LEARNING_RATE, BATCH, VALIDATIONS, SEEDS = 40, 2e-4, 8, 4, 2  # of an adapter; as in `one_person.yaml`
+# of an adapter, as `fit --photos` has them
+ONE_PERSON = yaml.safe_load(package_file("one_person.yaml").read_text(encoding="utf-8"))
+STEPS: int = ONE_PERSON["trainer"]["max_steps"]
+VALIDATIONS = STEPS // ONE_PERSON["trainer"]["val_check_interval"]
+LEARNING_RATE: float = ONE_PERSON["model"]["init_args"]["optimizer"]["init_args"]["lr"]
+BATCH: int = ONE_PERSON["data"]["batch_size"]
+SEEDS: int = ONE_PERSON["data"]["seeds"]
 
 
 class Progress(NamedTuple):
@@ -150,15 +156,3 @@ class FollowTuning(L.Callback):
 def copy_trained(model: Method) -> dict[str, Tensor]:
     """Return copies of the trained parameters by name, where they are."""
     return {name: parameter.detach().clone() for name, parameter in model.trained_parameters().items()}
-
-
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Keep Lightning from telling what a user of this API did not ask for."""
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

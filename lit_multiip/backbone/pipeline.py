@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ from lit_multiip.backbone.faces import FaceEncoder
 from lit_multiip.backbone.ip_adapter import read_layout
 from lit_multiip.backbone.layouts import PLAIN, Layout, find_layout
 from lit_multiip.data.record import Record, read_record
-from lit_multiip.files import first_line
+from lit_multiip.files import first_line, quiet_logger
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +230,7 @@ class Backbone:
         if cut:
             logger.warning("%d prompts are cut to %d tokens, such as '%s'", len(cut), length, cut[0][:100])
         options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        with _without_warnings():  # one for each cut prompt
+        with quiet_logger("diffusers", logging.ERROR):  # one for each cut prompt
             states = pipe.encode_prompt(list(prompts), device=pipe.text_encoder.device, **options)
         return {"prompt_embeds": states[0]} | ({"pooled_prompt_embeds": states[2]} if len(states) == 4 else {})
 
@@ -399,14 +398,3 @@ class Backbone:
                 f"image encoder '{image_encoder}' has no readable config.json ({first_line(error)}): give the folder "
                 "of a CLIPVisionModelWithProjection"
             ) from error
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    log = logging.getLogger("diffusers")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

@@ -29,9 +29,8 @@ from lit_multiip.comparison.plan import OUTPUT, CompareError, Contrast, Plan, Ro
 from lit_multiip.comparison.steps import Step, run_steps
 from lit_multiip.evaluation.critic import shipped_critic
 from lit_multiip.evaluation.results import write_json
-from lit_multiip.files import hash_file, hash_text
+from lit_multiip.files import hash_file, hash_text, quiet_logger
 from lit_multiip.runs import best_checkpoint
-from lit_multiip.tuning import quiet_lightning
 
 if TYPE_CHECKING:
     from lit_multiip.backbone.pipeline import Backbone
@@ -198,7 +197,7 @@ class Inputs:
             config = self.parser.parse_args(list(arguments), with_meta=False)
             values = config.as_dict()
             config.score.extractors = None  # which would read their weights
-            with quiet_lightning():
+            with quiet_logger("lightning.pytorch"):
                 built = self.parser.instantiate_classes(config)
             if untrained:
                 built.model.check_untrained()
@@ -267,7 +266,7 @@ def _parser() -> Any:
     """Return what parses the options of a command; making it takes seconds."""
     from lit_multiip.cli import CLI
 
-    with quiet_lightning():
+    with quiet_logger("lightning.pytorch"):
         return CLI([], run=False).parser
 
 

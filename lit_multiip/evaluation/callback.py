@@ -23,7 +23,12 @@ from lit_multiip.datamodule import MultiPhotoData
 from lit_multiip.evaluation import audit
 from lit_multiip.evaluation import results as report
 from lit_multiip.evaluation.critic import SHIPPED, CriticExtractor, shipped_critic
-from lit_multiip.evaluation.extractors import Extractor, refuse_conditioning_network, refuse_training_network
+from lit_multiip.evaluation.extractors import (
+    Extractor,
+    leave_out_trainers,
+    refuse_conditioning_network,
+    refuse_training_network,
+)
 from lit_multiip.evaluation.intervals import Score
 from lit_multiip.evaluation.pictures import draw_tasks, first_tasks
 from lit_multiip.evaluation.scoring import RealPhotos, RowScores, Scorer, choose_other_photos, draw_strangers
@@ -146,16 +151,11 @@ class ScoreTest(L.Callback):
 
     def _allowed(self, module: Method) -> list[Extractor]:
         """Return the extractors that may score the module; those that were named are refused otherwise."""
-        allowed = []
         for extractor in self._loaded():
             refuse_conditioning_network(extractor, module.backbone)
-            try:
+            if self._named:
                 refuse_training_network(extractor, module.identity_networks)
-                allowed.append(extractor)
-            except ValueError as error:
-                if self._named:
-                    raise
-                logger.warning("%s is left out: %s", extractor.name, error)
+        allowed = leave_out_trainers(self._loaded(), module.identity_networks)
         if not allowed:
             raise LitMultiIPError(
                 "both critics trained the model, so neither may score it: give others by score.extractors"

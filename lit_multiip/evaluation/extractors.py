@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.files import LitMultiIPError
 from lit_multiip.methods.identity_loss import digest_weights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,18 @@ def refuse_training_network(extractor: Extractor, identity_networks: Mapping[str
             f"extractor {extractor.name!r} is the network of the identity loss that trained the model, and would score "
             "its own work: take another extractor"
         )
+
+
+def leave_out_trainers(extractors: Iterable[Extractor], identity_networks: Mapping[str, str]) -> list[Extractor]:
+    """Return the extractors that `refuse_training_network` lets pass, and warn of each other one."""
+    kept = []
+    for extractor in extractors:
+        try:
+            refuse_training_network(extractor, identity_networks)
+            kept.append(extractor)
+        except LitMultiIPError as error:
+            logger.warning("%s is left out: %s", extractor.name, error)
+    return kept
 
 
 class Inception(Extractor):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -18,8 +18,8 @@ from lit_multiip.evaluation.critic import CriticExtractor
 from lit_multiip.evaluation.extractors import (
     Extraction,
     Extractor,
+    leave_out_trainers,
     refuse_conditioning_network,
-    refuse_training_network,
 )
 from lit_multiip.evaluation.metrics import IdentitySimilarity, NearestReference
 from lit_multiip.evaluation.scoring import RealPhotos, extract_all
@@ -74,7 +74,7 @@ class ScorePerson(L.Callback):
             refuse_conditioning_network(extractor, module.backbone)
         loss = getattr(module, "identity_loss", None)
         taught = module.identity_networks | ({} if loss is None else {digest_weights(loss.network): loss.network.name})
-        self.extractors = [extractor for extractor in self._loaded() if not _has_taught(extractor, taught)]
+        self.extractors = leave_out_trainers(self._loaded(), taught)
         if not any(extractor.can_identify for extractor in self._loaded()):
             raise LitMultiIPError("no extractor tells people apart, and the best checkpoint is chosen by that: add one")
         if isinstance(self._loaded()[0], CriticExtractor) and module.backbone.path != "mini":
@@ -143,16 +143,6 @@ class ScorePerson(L.Callback):
             if extractor is self._judge():
                 scores[IDENTITY] = found[f"{extractor.likeness}_held_out_mean/{extractor.name}"]
         return scores
-
-
-def _has_taught(extractor: Extractor, taught: Mapping[str, str]) -> bool:
-    """Tell whether a network's loss trains the method, so that it may not choose the checkpoint; log it."""
-    try:
-        refuse_training_network(extractor, taught)
-    except ValueError as error:
-        logger.warning("%s is left out: %s", extractor.name, error)
-        return True
-    return False
 
 
 def see(extractor: Extractor, images: Tensor, device: torch.device | str) -> Extraction:

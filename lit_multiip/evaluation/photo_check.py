@@ -163,7 +163,7 @@ def _look(checked: CheckedPhoto, image: Image.Image, detector: FaceDetector | No
     checked.size, checked.sharpness = image.size, sharpness(image)
     seen = square(image, min(SEEN_SIDE, *image.size))
     if detector is not None:
-        checked.faces = len(detector.faces(np.asarray(image)))
+        checked.faces = len(detector.boxes(np.asarray(image)))
         if checked.faces > 1:
             checked.faults["several faces"] = f"{checked.faces} faces: cut the others off"
         elif checked.faces == 0:

@@ -47,7 +47,7 @@ def restoration_losses(model: Any, item: Mapping[str, Any], conditions: Tensor, 
     """Return the denoising loss of a held-out photo under several conditions, at the noise and times of validation.
 
     Args:
-        model: has `denoising_loss`, `noise` and `scaling_factor`, as `MultiIPAdapter`.
+        model: has `denoising_loss` and `fixed_draws`, as `Method`.
         item: of `TaskDataset`: moments (2C, h, w), text (what the UNet takes besides) and seed ().
         conditions: aggregated embeddings, (K, M, D).
         batch_size: conditions a pass of the UNet.
@@ -56,17 +56,14 @@ def restoration_losses(model: Any, item: Mapping[str, Any], conditions: Tensor, 
         (K,), the mean over `VALIDATION_TIMES`; noise and times are the same for all K.
     """
     x = item["moments"].chunk(2)[0][None] * model.backbone.scaling_factor  # (1, C, h, w)
-    steps = model.noise.config.num_train_timesteps
     losses = torch.zeros(len(conditions), device=x.device)
-    for number, time in enumerate(VALIDATION_TIMES):
-        generator = torch.Generator().manual_seed(int(item["seed"]) + number)
-        eps = torch.randn(x.shape[1:], generator=generator)[None].to(x)
+    for t, eps in model.fixed_draws(x, [int(item["seed"])]):
         parts = []
         for part in conditions.split(batch_size):
             k = len(part)
-            t = torch.full((k,), int(time * steps), device=x.device)
             text = {name: value.expand(k, *value.shape) for name, value in item["text"].items()}
-            parts.append(model.denoising_loss(x.expand(k, -1, -1, -1), eps.expand(k, -1, -1, -1), t, text, part))
+            of_all = x.expand(k, -1, -1, -1), eps.expand(k, -1, -1, -1), t.expand(k)
+            parts.append(model.denoising_loss(*of_all, text, part))
         losses += torch.cat(parts) / len(VALIDATION_TIMES)
     return losses
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lit_multiip.backbone.faces import FaceDetector
+from lit_multiip.backbone.dlib_faces import load_detector
 from lit_multiip.data.people import read_person
 from lit_multiip.evaluation import faces, vision  # noqa: F401  so that `--extractor` may call their classes by name
 from lit_multiip.evaluation.critic import Resemblance
@@ -28,7 +28,8 @@ def check(
         folder: with photos of one person.
         extractor: tells people apart; null is `Resemblance`, of drawn portraits. Of real people take a face network,
             such as `SFace`, or `FaceRecognition` with its `path`.
-        detector: finds faces: YuNet's file, or `org/repository/file.onnx` on the hub; null counts no faces.
+        detector: finds faces: `dlib`, or YuNet: its file or `org/repository/file.onnx` on the hub. Null counts no
+            faces.
         same_person: cosine from which two photos show one person; null takes the extractor's own.
         side: px that a photo's shorter side should have: that of the backbone's images.
         take: how many photos to take.
@@ -36,7 +37,7 @@ def check(
     if take < 1:
         raise LitMultiIPError(f"take={take}: give at least 1")
     person = read_person(folder)
-    finder = None if detector is None else FaceDetector(detector)
+    finder = None if detector is None else load_detector(detector)
     result = check_person(person, extractor or Resemblance(), finder, same_person, side)
     print(render(result, take))
 

@@ -19,7 +19,8 @@ _HOME = {  # the module of each public name
     "methods.adapter": ("MultiIPAdapter",),
     "methods.dreambooth": ("DreamBooth",),
     "methods.aggregators": (
-        "Aggregator", "AvgPool", "Concat", "First", "MaxPool", "NormAvgPool", "SelfAttention", "WeightedSum",
+        "Aggregator", "AgreementGate", "AvgPool", "Concat", "First", "MaxPool", "NormAvgPool", "SelfAttention",
+        "WeightedSum",
     ),
     "evaluation.extractors": ("Extraction", "Extractor", "Inception"),
     "evaluation.critic": ("CriticExtractor",),

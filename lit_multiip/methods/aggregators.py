@@ -176,10 +176,7 @@ class WeightedSum(Aggregator):
 
     def __init__(self, dim: int, temperature: float = 0.05) -> None:
         super().__init__(dim)
-        if not temperature > 0:
-            raise LitMultiIPError(
-                f"temperature={temperature} must be above 0: 0.05 is the default, 1 is nearly AvgPool"
-            )
+        _check_temperature(temperature)
         self.temperature = temperature
 
     def aggregate(self, embeds: Tensor) -> Tensor:
@@ -328,6 +325,54 @@ class SelfAttention(Aggregator):
         """Show the options in `print(module)`."""
         pool = f", pool={self.pool}" if self.pool != "none" else ""
         return f"dim={self.dim}, heads={self.heads}, residual={self.residual}{pool}"
+
+
+class AgreementGate(Aggregator):
+    """A photo that does not agree with the others gives way to those that do, (B, N, D) -> (B, N, D).
+
+    Z_n = (g_n x_n + (1 - g_n) sum_m w_m x_m) W_v, with w_n = softmax_n(mean_{m != n} cos(x_n, x_m) / temperature) and
+    g_n = min(1, N w_n). The temperature and W_v, which starts at I, are trained. It is not in the paper: it is made for
+    references among which are photos of other people.
+
+    Args:
+        dim: width D of an embedding.
+        temperature: before training; the smaller, the less odd photos count. Large values give `Concat`.
+
+    Raises:
+        ValueError: `temperature` is not positive.
+    """
+
+    weights_are = "agreement with the others"
+
+    def __init__(self, dim: int, temperature: float = 0.1) -> None:
+        super().__init__(dim)
+        _check_temperature(temperature)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.to_v = nn.Linear(dim, dim, bias=False)
+        nn.init.eye_(self.to_v.weight)
+
+    def aggregate(self, embeds: Tensor) -> Tensor:
+        """Put the weighted mean in the place of what does not agree."""
+        weights = self.photo_weights(embeds)[:, :, None]  # (B, N, 1)
+        gate = (embeds.shape[1] * weights).clamp(max=1)  # (B, N, 1)
+        mean = (weights * embeds).sum(dim=1, keepdim=True)  # (B, 1, D)
+        rows: Tensor = self.to_v(gate * embeds + (1 - gate) * mean)  # (B, N, D)
+        return rows
+
+    def photo_weights(self, embeds: Tensor) -> Tensor:
+        """Return the weights w, (B, N)."""
+        self._check(embeds)
+        if embeds.ndim == 4:
+            return _places(embeds, self.photo_weights).mean(dim=1)  # (B, T, N) => (B, N)
+        unit = F.normalize(embeds, dim=2)  # (B, N, D)
+        others = (unit @ unit.transpose(1, 2)).sum(dim=2) - unit.square().sum(dim=2)  # (B, N), without itself
+        agreement = others / max(embeds.shape[1] - 1, 1)
+        return torch.softmax(agreement / self.log_temperature.exp(), dim=1)
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise LitMultiIPError(f"temperature={temperature} must be above 0: 0.05 to 0.1 is usual, 1 hardly weighs")
 
 
 class OfKinds(Aggregator):

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from lit_multiip.methods.aggregators import (
     Aggregator,
+    AgreementGate,
     AvgPool,
     Concat,
     First,
@@ -16,7 +17,7 @@ from lit_multiip.methods.aggregators import (
 
 DIM = 12
 POOLING = [First, MaxPool, AvgPool, NormAvgPool, WeightedSum]
-ALL = [*POOLING, Concat, SelfAttention]
+ALL = [*POOLING, Concat, SelfAttention, AgreementGate]
 
 
 def photos(batch: int = 2, count: int = 9, dim: int = DIM, seed: int = 0) -> Tensor:
@@ -154,8 +155,9 @@ def test_attention_weights_without_queries_are_uniform_and_all_sum_to_one():
     assert weights.std() > 1e-3
 
 
-def test_only_self_attention_has_weights_and_it_has_three_square_ones():
-    assert [sum(p.numel() for p in kind(DIM).parameters()) for kind in ALL] == [0] * 6 + [3 * DIM**2]
+def test_self_attention_has_three_square_matrices_and_the_gate_one_and_a_temperature():
+    counts = [sum(p.numel() for p in kind(DIM).parameters()) for kind in ALL]
+    assert counts == [0] * 6 + [3 * DIM**2, DIM**2 + 1]
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -237,6 +239,37 @@ def test_a_weighted_sum_gives_a_stranger_less_than_a_ninth_and_at_a_high_tempera
     assert torch.allclose(WeightedSum(DIM, temperature=1e6)(x), AvgPool(DIM)(x), atol=1e-4)
     with pytest.raises(ValueError, match="temperature=0"):
         WeightedSum(DIM, temperature=0)
+
+
+def test_agreement_gate_replaces_a_stranger_and_keeps_those_who_agree():
+    person = photos(batch=4, count=1) + 0.3 * photos(batch=4, seed=3)  # eight that resemble each other, and a stranger
+    x = torch.cat([person[:, :8], photos(batch=4, count=1, seed=9)], dim=1)
+    module = AgreementGate(DIM, temperature=0.05)
+    out, weights = module(x), module.photo_weights(x)
+    assert (weights[:, 8] < 0.01).all()
+    kept = (out[:, :8] - x[:, :8]).norm(dim=2) / x[:, :8].norm(dim=2)
+    mean = (weights[:, :8, None] * x[:, :8]).sum(dim=1)
+    assert kept.median() < 0.05 and ((out[:, 8] - mean).norm(dim=1) < 0.1 * mean.norm(dim=1)).all()
+
+
+def test_agreement_gate_is_concat_at_a_high_temperature_and_for_photos_that_agree_alike():
+    x = photos()
+    assert (AgreementGate(DIM, temperature=1e4)(x) - x).abs().max() < 1e-3
+    assert torch.equal(AgreementGate(DIM)(x[:, :1]), x[:, :1])  # one photo has none to agree with
+    assert (AgreementGate(DIM)(x[:, :2]) - x[:, :2]).abs().max() < 1e-6  # of two each agrees as well as the other
+
+
+def test_agreement_gate_learns_its_temperature():
+    module = AgreementGate(DIM)
+    module(photos()).square().sum().backward()
+    assert module.log_temperature.grad.abs() > 1e-4 and module.to_v.weight.grad.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", [WeightedSum, AgreementGate])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_an_impossible_temperature_is_refused(kind, temperature):
+    with pytest.raises(ValueError, match=f"temperature={temperature} must be above 0"):
+        kind(DIM, temperature=temperature)
 
 
 def test_self_attention_that_does_not_attend_is_concat_with_the_same_matrix():

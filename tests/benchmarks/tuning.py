@@ -1,0 +1,89 @@
+"""``python tests/benchmarks/tuning.py --run <folder>``: what tuning on one person's nine references adds, by person.
+
+The tuning holds out some of the nine to choose its weights, and does not see the photos that are scored here. The
+prompts of these are drawn before it, after it by the photos that it tuned on, and after it by all nine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from lit_multiip import Personalizer
+from lit_multiip.data.photos import Photo
+from lit_multiip.data.split import select_people
+from lit_multiip.data.tasks import make_tasks
+from lit_multiip.evaluation.critic import SHIPPED, CriticExtractor
+from lit_multiip.evaluation.intervals import paired_difference, person_mean
+from lit_multiip.pretrained import load_pretrained
+
+REAL, BEFORE, FEWER, ALL = "real held-out photos", "untuned", "tuned, drawn by the tuned", "tuned, drawn by all"
+
+
+def main() -> None:
+    """Tune on people one after another, and print differences with intervals by person."""
+    parser = argparse.ArgumentParser(prog="python tests/benchmarks/tuning.py", description=__doc__)
+    parser.add_argument("--run", required=True, help="a trained run")
+    parser.add_argument("--people", type=int, default=30)
+    parser.add_argument("--held_out", type=int, default=4, help="photos of a person to compare with")
+    parser.add_argument("--side", choices=("validation", "test"), default="validation")
+    parser.add_argument("--steps", type=int, nargs="+", help="to choose among, a tuning each; not given: the default")
+    parser.add_argument("--learning_rate", type=float, nargs="+", default=[None])
+    parser.add_argument("--seed", type=int, default=0, help="of people, photos and noise")
+    parser.add_argument("--json", help="a file for every value")
+    args = parser.parse_args()
+    loaded = load_pretrained(args.run)
+    people = select_people(loaded.data._split().people_of(args.side), 2, args.people, args.seed)
+    tasks = make_tasks(people, held_out=args.held_out, seed=args.seed)
+    base = Personalizer(loaded, [CriticExtractor(name) for name in SHIPPED])  # the first chooses among weights
+    settings = [(n, rate) for n in args.steps or [None] for rate in args.learning_rate]
+    values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    seconds = defaultdict(list)
+    for person in people:
+        own = [task for task in tasks if task.person == person.name]
+        references, targets = list(dict.fromkeys(own[0].references)), [task.held_out for task in own]
+        me = base.with_photos(references, person.name)
+        own_prompts = [photo.prompt for photo in targets]
+        real = me.score([photo.image() for photo in targets], targets, own_prompts)
+        for score in ("nearest_reference", "prompt"):
+            for name in SHIPPED:
+                values[REAL][f"{score}/{name}"].append(real[f"{score}/{name}"])
+        _score(values[BEFORE], me, targets)
+        for steps, rate in settings:
+            tuned = base.with_photos(references, person.name)
+            start = time.perf_counter()
+            tuned.tune(steps, rate)
+            name = "" if len(settings) == 1 else f" ({steps} steps, {rate})"
+            seconds[name].append(time.perf_counter() - start)
+            _score(values[FEWER + name], tuned, targets)
+            _score(values[ALL + name], tuned.with_photos(references, person.name), targets)
+        done = {name: found["identity_held_out_mean/critic"][-1:] for name, found in values.items() if name != REAL}
+        print(person.name, done, flush=True)
+    labels = [person.name for person in people]
+    for name, scores in values.items():
+        print(f"\n{name}, {len(people)} people x {args.held_out}, seed {args.seed}")
+        for score, found in scores.items():
+            s = person_mean(found, labels)
+            line = [f"{s.value:.4f} [{s.low:.4f}, {s.high:.4f}]"]
+            if name not in (REAL, BEFORE):
+                s = paired_difference(found, values[BEFORE][score], labels)
+                line.append(f"minus untuned {s.value:+.4f} [{s.low:+.4f}, {s.high:+.4f}]")
+            print(f"  {score:34}", *line)
+    for name, found in seconds.items():
+        print(f"\nseconds a person{name}: {sum(found) / len(found):.1f}, at most {max(found):.1f}")
+    if args.json:
+        Path(args.json).write_text(json.dumps({"values": values, "seconds": seconds}), encoding="utf-8")
+
+
+def _score(into: dict[str, list[float]], me: Personalizer, targets: list[Photo]) -> None:
+    """Draw each held-out photo's prompt, and keep the scores; identity is to all of them."""
+    prompts = [photo.prompt for photo in targets]
+    for score, value in me.score(me(prompts, seeds=0), targets, prompts).items():
+        into[score].append(value)
+
+
+if __name__ == "__main__":
+    main()

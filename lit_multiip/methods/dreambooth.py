@@ -70,7 +70,7 @@ class DreamBooth(Method):
         backbone: Backbone | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=5e-5, weight_decay=1e-2),
         lr_schedule: str = "constant",
-        steps: int = 200,
+        steps: int = 400,
         batch_size: int = 4,
         prior_weight: float = 0.0,
         class_images: int = 50,

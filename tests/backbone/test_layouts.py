@@ -124,7 +124,7 @@ def test_plain_diffusers_draws_the_same_from_what_is_exported(layout, network, t
     options: dict[str, Any] = {"aggregator": SelfAttention, "sampling": Sampling(steps=2, guidance_scale=3.0)}
     model = built(tiny_backbone, layout, network, tmp_path / "adapter.bin", **options)
     (tmp_path / "out").mkdir()
-    record = record_of(model, 1, "run", "float32", 3)
+    record = record_of(model, MultiPhotoData(model.backbone, references=3), 1, "run", "float32")
     written = write_adapter(model, record, tmp_path / "out", {}, {"Ann": PHOTOS[:3]})
     assert written.difference <= 1
     assert ("clip_embeds" in written.lines) == (layout == "faceid_plus_v2")

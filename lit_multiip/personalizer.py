@@ -29,7 +29,7 @@ from lit_multiip.evaluation.extractors import Extractor, refuse_conditioning_net
 from lit_multiip.evaluation.person import score_images, see
 from lit_multiip.evaluation.pictures import to_picture
 from lit_multiip.export.card import record_of
-from lit_multiip.export.weights import check_target, with_negative, write
+from lit_multiip.export.weights import check_target, embed_person, write
 from lit_multiip.files import LitMultiIPError, first_line, quiet_logger
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.aggregators import Aggregator
@@ -203,12 +203,11 @@ class Personalizer:
 
     @property
     def image_embeds(self) -> list[Tensor]:
-        """What a diffusers pipeline takes as `ip_adapter_image_embeds`: zeros and the person's, [(2, M, D)]."""
+        """What a diffusers pipeline takes as `ip_adapter_image_embeds`: no photo and the person's, [(2, M, ...)]."""
         with self.weights_in_place() as model, torch.no_grad():
             if not isinstance(model, MultiIPAdapter):
                 raise PersonalizerError(f"{model.method()} has no image embeddings: the identifier draws the person")
-            encoder = model.photo_encoder()
-            return [with_negative(model.condition(encoder(self.references)[None]))]
+            return [embed_person(model, model.photo_encoder(), self.references)]
 
     def to_pipeline(self) -> Any:
         """Return a plain diffusers pipeline with copies of the weights, on the same device.
@@ -325,7 +324,7 @@ class Personalizer:
                 raise PersonalizerError("frozen weights are rounded: load with dtype='float32' to save")
             self._keep_untuned()
             step = self._tuned.steps if self._tuned else loaded.step
-            record = record_of(model, step, loaded.name, dtype, loaded.data.references)
+            record = record_of(model, loaded.data, step, loaded.name, dtype)
             record |= {"precision": loaded.precision}
             try:
                 return write(model, folder, record, loaded.config, self.trained_on(), people, overwrite)

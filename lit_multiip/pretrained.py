@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,7 +14,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HFValidationError
 from jsonargparse import ArgumentParser
 
+from lit_multiip.backbone.dlib_faces import DLIB
+from lit_multiip.backbone.face_crop import FaceCrop
+from lit_multiip.backbone.faces import FaceEncoder
 from lit_multiip.backbone.lora import LORA_FILE, read_lora
+from lit_multiip.backbone.onnx import weights_file
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.data.record import RECORD, Record, training_record, unknown_record
@@ -63,7 +66,8 @@ def load_pretrained(
         method: name or class of an aggregator, or `DreamBooth`.
         backbone: of exported files, where their record does not say where it lies.
         dtype: of the frozen weights; None takes the run's, else float32.
-        options: of the method, such as `lora_rank`; they overrule the run's.
+        options: of the method, such as `lora_rank`; they overrule the run's. Exported files whose aggregator a function
+            made take `aggregator`.
     """
     if dtype is not None:
         options["frozen_dtype"] = dtype
@@ -83,7 +87,7 @@ def load_pretrained(
         )
     try:
         return _read_exported(folder, backbone, options)
-    except (KeyError, TypeError, AttributeError, SyntaxError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise PretrainedError(f"'{folder / RECORD_FILE}' cannot be read ({error!r}): export the run again") from error
 
 
@@ -150,41 +154,73 @@ def _fetch(hub_id: str) -> Path:
 
 def _read_exported(folder: Path, backbone: Backbone | None, options: dict[str, Any]) -> Pretrained:
     record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-    dreambooth = "identifier" in record
+    dreambooth, build = "identifier" in record, record.get("build", {})
+    if not dreambooth and not build:
+        raise PretrainedError(f"'{folder}' was exported by a version that recorded too little: export its run again")
+    parts, crop = build.get("backbone", {}), build.get("data", {}).get("crop")
     if backbone is None:
-        encoder = None if dreambooth else record["image_encoder"]
-        name = record["backbone"]
-        if (name != "mini" and "/" not in name) or (encoder and not (encoder.startswith("that of ") or "/" in encoder)):
-            raise PretrainedError(
-                f"'{folder}' was exported for a backbone of another folder, {name}: give it, backbone=Backbone(...)"
-            )
-        backbone = Backbone(name, None if not encoder or encoder.startswith("that of ") else encoder)
+        backbone = _recorded_backbone(folder, record["backbone"], parts.get("image_encoder"))
+    face = parts.get("face_encoder") if backbone.face_encoder is None else None
+    backbone = backbone.fill(
+        face and FaceEncoder(**_located(folder, face, "path", "detector")), record["image_side"], parts.get("layout")
+    )
     options = {"sampling": Sampling(**record["sampling"]), "lora_rank": record["lora_rank"]} | options
     model: Method
     if dreambooth:
         model = _exported_dreambooth(folder, record, backbone, options)
     else:
-        own = (folder / ADAPTER).as_posix()
-        model = MultiIPAdapter(backbone, _aggregator_of(record["aggregator"]), own, **options)
+        aggregator = options.pop("aggregator", None) or _recorded_aggregator(folder, build["aggregator"])
+        model = MultiIPAdapter(backbone, aggregator, (folder / ADAPTER).as_posix(), **options)
         model.configure_model()
         content = model.provenance()["image_encoder_content"]
         if content != record["image_encoder_content"]:
-            raise PretrainedError(f"'{folder}' was exported for another image encoder: {record['image_encoder']}")
-    data = MultiPhotoData(backbone, references=record["references"])
+            raise PretrainedError(
+                f"'{folder}' was exported for another image encoder, {record['image_encoder']}, than this one: give "
+                "the one it was trained with, backbone=Backbone(...)"
+            )
+    data = MultiPhotoData(
+        backbone,
+        references=record["references"],
+        seed=build.get("data", {}).get("seed", 0),
+        crop=crop and FaceCrop(**(crop if crop["share"] else _located(folder, crop, "detector"))),
+    )
     config = {"model": {"class_path": type(model).__name__}, "data": {"references": record["references"]}}
     precision, step = record.get("precision", PLAIN_PRECISION), record["step"]
     return Pretrained(model, data, record["run"], config, precision, step, model.trained_on or unknown_record())
 
 
-def _aggregator_of(settings: str) -> Callable[[int], Aggregator]:
-    """Return the aggregator of `MultiIPAdapter.settings`, such as `SelfAttention(dim=768, heads=1)`."""
-    call: Any = ast.parse(settings, mode="eval").body
-    values: dict[str, Any] = {
-        word.arg: word.value.id if isinstance(word.value, ast.Name) else ast.literal_eval(word.value)
-        for word in call.keywords
-        if word.arg != "dim"
-    }
-    return partial(find_aggregator(call.func.id), **values)
+def _recorded_backbone(folder: Path, name: str, image_encoder: str | None) -> Backbone:
+    """Return the backbone of that name, with an image encoder that lies apart; of folders only the names are known."""
+    if (name != "mini" and "/" not in name) or (image_encoder and "/" not in image_encoder):
+        raise PretrainedError(
+            f"'{folder}' was exported for a backbone of another folder, {name}: give it, backbone=Backbone(...)"
+        )
+    return Backbone(name, image_encoder)
+
+
+def _located(folder: Path, options: Mapping[str, Any], *files: str) -> dict[str, Any]:
+    """Return recorded options, their `files` as paths beside the record, paths from here, or on the hub."""
+    found: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in options.items()}
+    for name in files:
+        if options[name] in (None, DLIB):
+            continue
+        beside = folder / options[name]
+        found[name] = str(beside) if beside.is_file() else options[name]
+        try:
+            weights_file(found[name])
+        except FileNotFoundError as error:
+            raise PretrainedError(
+                f"'{folder}' needs the face network '{options[name]}', which is not here: copy its file to '{beside}'"
+            ) from error
+    return found
+
+
+def _recorded_aggregator(folder: Path, call: Mapping[str, Any] | None) -> Callable[[int], Aggregator]:
+    if call is None:
+        raise PretrainedError(
+            f"'{folder}' does not say how its aggregator is made, as a function made it: give it, aggregator=..."
+        )
+    return partial(find_aggregator(call["class_path"]), **call["init_args"])
 
 
 def _exported_dreambooth(

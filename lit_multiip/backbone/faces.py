@@ -198,7 +198,8 @@ class FaceEncoder:
 
     def fingerprint(self) -> str:
         """Name the network's content and what is shown to it; 16 hexadecimal digits."""
-        facts = asdict(self) | {"path": self.sha256()}
+        detector = None if self.detector is None else hash_file(weights_file(self.detector))
+        facts = asdict(self) | {"path": self.sha256(), "detector": detector}
         return hash_text(json.dumps(facts, sort_keys=True))[:16]
 
 

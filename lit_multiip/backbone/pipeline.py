@@ -8,6 +8,7 @@ hub id and subfolder, such as `h94/IP-Adapter/models/image_encoder`; an adapter'
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
@@ -82,6 +83,15 @@ class Backbone:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r})"
+
+    def fill(self, face_encoder: FaceEncoder | None, image_side: int, layout: str | None) -> Backbone:
+        """Return a copy that has these where nothing was given; see the class for what they are."""
+        filled = copy.copy(self)
+        filled.__dict__.pop("layout", None)  # as it was found without them
+        filled.face_encoder = self.face_encoder or face_encoder
+        filled._image_side = self._image_side or image_side
+        filled._layout = self._layout or (None if layout is None else find_layout(layout))
+        return filled
 
     # ---- components -------------------------------------------------------------------------------------------------
 

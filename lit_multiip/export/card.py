@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+from lit_multiip.backbone.faces import FaceEncoder
 from lit_multiip.backbone.layouts import PLAIN
 from lit_multiip.backbone.lora import LORA_FILE
 from lit_multiip.backbone.pipeline import Backbone
@@ -17,6 +20,9 @@ from lit_multiip.files import LitMultiIPError, first_line, package_file
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.methods.dreambooth import DreamBooth
 from lit_multiip.methods.method import Method
+
+if TYPE_CHECKING:
+    from lit_multiip.datamodule import MultiPhotoData
 
 ADAPTER = "ip-adapter_multiip.safetensors"
 RECORD_FILE = "lit_multiip.json"  # the record, by which `Personalizer.from_pretrained` builds the method again
@@ -55,11 +61,13 @@ class Written(NamedTuple):
     difference: int
 
 
-def record_of(model: Method, step: int | None, run: str, dtype: str, references: int) -> dict[str, Any]:
+def record_of(model: Method, data: MultiPhotoData, step: int | None, run: str, dtype: str) -> dict[str, Any]:
     """Return where weights come from and how they draw, JSON-able.
 
-    An adapter's `aggregator` and `lora_rank` are checked when it is read back.
+    An adapter's `aggregator` and `lora_rank` are checked when it is read back. `build` holds the options by which
+    `Personalizer.from_pretrained` builds the method and its data again, as a config has them.
     """
+    build: dict[str, Any] = {"data": {"seed": data.seed, "crop": _fields(data.crop, "detector")}}
     record: dict[str, Any] = {
         "method": model.method(),
         "backbone": _public(model.backbone.path),
@@ -68,15 +76,18 @@ def record_of(model: Method, step: int | None, run: str, dtype: str, references:
         "run": run,
         "step": step,
         "dtype": dtype,
-        "references": references,
+        "references": data.references,
         "sampling": model.sampling.describe(),
+        "build": build,
         "exported_by_commit": commit(),
         "versions": versions(),
     }
     if isinstance(model, MultiIPAdapter):
         own = model.backbone
-        face = own.face_encoder and replace(own.face_encoder, path=_public(own.face_encoder.path))
-        public = Backbone(_public(own.path), _public(own.image_encoder) or None, face_encoder=face)
+        image_encoder, face = _public(own.image_encoder) or None, _fields(own.face_encoder, "path", "detector")
+        public = Backbone(_public(own.path), image_encoder, face_encoder=FaceEncoder(**face) if face else None)
+        build["backbone"] = {"image_encoder": image_encoder, "face_encoder": face, "layout": own.layout.name}
+        build["aggregator"] = _call(model.make_aggregator)
         record |= {
             "aggregator": model.settings(),
             "lora_rank": model.lora_rank,
@@ -90,6 +101,22 @@ def record_of(model: Method, step: int | None, run: str, dtype: str, references:
         options = ("tuned", "lora_rank", "identifier", "class_noun")
         record |= {name: getattr(model, name) for name in options}
     return record
+
+
+def _fields(options: Any, *files: str) -> dict[str, Any] | None:
+    """Return the fields of a dataclass, `files` among them without their folders on this machine; None for None."""
+    return options and asdict(options) | {name: _public(getattr(options, name)) or None for name in files}
+
+
+def _call(make: Any) -> dict[str, Any] | None:
+    """Return class and options of what makes an aggregator, as a config has them; None where a function makes it."""
+    parts, options = ([make.func, *make.args], make.keywords) if isinstance(make, partial) else ([make], {})
+    made = next((part for part in parts if isinstance(part, type)), None)
+    try:
+        init_args = json.loads(json.dumps(options))
+    except TypeError:  # an option that is an object
+        return None
+    return None if made is None else {"class_path": made.__name__, "init_args": init_args}
 
 
 def card(record: Mapping[str, Any], config: Mapping[str, Any], written: Written) -> str:

@@ -65,7 +65,7 @@ def export(
     loaded = load_trained(model, Path(ckpt_path))
     model.to(trainer.strategy.root_device).eval()
     people = own | {name: datamodule.read_references(folder)[1] for name, folder in zip(names, photos, strict=True)}
-    record = record_of(model, loaded.get("global_step"), f"{run.parent.name}/{run.name}", dtype, datamodule.references)
+    record = record_of(model, datamodule, loaded.get("global_step"), f"{run.parent.name}/{run.name}", dtype)
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     trained_on = training_record([], loaded.get(RECORD, unknown_record()), model.trained_on)
     files = write(model, output, record | {"precision": str(trainer.precision)}, config, trained_on, people, overwrite)

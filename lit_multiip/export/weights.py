@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lit_multiip.backbone.encoders import PhotoEncoder
 from lit_multiip.backbone.ip_adapter import RECORD, ip_adapter_parameters
 from lit_multiip.backbone.layouts import PLAIN, join_kv, join_rows, split_rows
 from lit_multiip.backbone.lora import LORA_FILE, lora_parameters, save_lora
@@ -93,6 +94,13 @@ def with_negative(embeds: Tensor, blank: Tensor | None = None) -> Tensor:
     """
     negative = torch.zeros_like(embeds) if blank is None else blank.to(embeds).expand_as(embeds)
     return torch.cat([negative, embeds]).detach().float().cpu().contiguous()
+
+
+def embed_person(model: MultiIPAdapter, encoder: PhotoEncoder, photos: Sequence[Photo]) -> Tensor:
+    """Return what the aggregator makes of a person's photos, as `with_negative` does."""
+    blank = encoder.blank()
+    embeds = model.condition(encoder(photos)[None], None if blank is None else blank[None])  # (1, M, ...)
+    return with_negative(embeds, blank)
 
 
 def diffusers_names(model: MultiIPAdapter, embeds: Tensor) -> dict[str, Tensor]:
@@ -353,15 +361,13 @@ def write_embeds(
     if not people:
         return None
     encoder = model.photo_encoder()
-    blank = encoder.blank()
     (output / "embeds").mkdir()
     adapter = hash_file(output / ADAPTER)[:16]
     files = []
     for name, references in people.items():
-        embeds = model.condition(encoder(references)[None], None if blank is None else blank[None])  # (1, M, ...)
         files.append(output / "embeds" / f"{name}.safetensors")
         record = {"aggregator": model.settings(), "photos": len(references), "adapter": adapter}
-        both = with_negative(embeds, blank)
+        both = embed_person(model, encoder, references)
         save_file(diffusers_names(model, both), files[-1], {"format": "pt", RECORD: json.dumps(record)})
         if model.backbone.layout is not PLAIN:
             continue

@@ -124,7 +124,7 @@ def test_plain_diffusers_draws_the_same_from_what_is_exported(layout, network, t
     options: dict[str, Any] = {"aggregator": SelfAttention, "sampling": Sampling(steps=2, guidance_scale=3.0)}
     model = built(tiny_backbone, layout, network, tmp_path / "adapter.bin", **options)
     (tmp_path / "out").mkdir()
-    record = record_of(model, 1, "run", "float32", 3)
+    record = record_of(model, MultiPhotoData(model.backbone, references=3), 1, "run", "float32")
     written = write_adapter(model, record, tmp_path / "out", {}, {"Ann": PHOTOS[:3]})
     assert written.difference <= 1
     assert ("clip_embeds" in written.lines) == (layout == "faceid_plus_v2")
@@ -308,29 +308,49 @@ SDXL = {
 }
 
 
+SD15 = {"cross_attention_dim": 768}
+WIDTHS = {"face": 512, "tokens": 1280}  # of w600k_r50 and ViT-H
+
+
 @pytest.mark.parametrize(
-    ("layout", "unet", "size"),  # bytes of the published file, 2 a weight
+    ("layout", "unet", "count", "size"),  # weights by the published classes; bytes of the published file, 2 a weight
     [
-        ("plus", {"cross_attention_dim": 768}, 98_183_288),  # ip-adapter-plus_sd15, and -plus-face_sd15, .safetensors
-        ("plus", SDXL, 847_517_512),  # ip-adapter-plus_sdxl_vit-h, and -plus-face_sdxl_vit-h, .safetensors
-        ("faceid", {"cross_attention_dim": 768}, 96_740_574),  # ip-adapter-faceid_sd15.bin
-        ("faceid_plus_v2", {"cross_attention_dim": 768}, 156_558_509),  # ip-adapter-faceid-plusv2_sd15.bin
-        ("faceid_plus_v2", SDXL, 1_487_555_181),  # ip-adapter-faceid-plusv2_sdxl.bin
+        ("plus", SD15, 49_087_488, 98_183_288),  # ip-adapter-plus_sd15, and -plus-face_sd15, .safetensors
+        ("plus", SDXL, 423_748_864, 847_517_512),  # ip-adapter-plus_sdxl_vit-h, and -plus-face_sdxl_vit-h, .safetensors
+        ("full_face", SD15, 21_794_304, 43_592_352),  # ip-adapter-full-face_sd15.safetensors
+        ("faceid", SD15, 48_354_816, 96_740_574),  # ip-adapter-faceid_sd15.bin
+        ("faceid", SDXL, 535_507_968, None),  # ip-adapter-faceid_sdxl.bin, listed as 1.07 GB
+        ("faceid_plus_v2", SD15, 78_260_736, 156_558_509),  # ip-adapter-faceid-plusv2_sd15.bin
+        ("faceid_plus_v2", SDXL, 743_707_648, 1_487_555_181),  # ip-adapter-faceid-plusv2_sdxl.bin
     ],
 )
-def test_the_real_sizes_have_as_many_weights_as_the_published_files(layout, unet, size):
+def test_the_real_sizes_have_as_many_weights_as_the_published_files(layout, unet, count, size):
     with torch.device("meta"):
         real, found = UNet2DConditionModel(**unet), find_layout(layout)
-        widths = [{"face": 512, "tokens": 1280}[kind] for kind in found.kinds]
-        project = found.build(real.config.cross_attention_dim, widths)
+        project = found.build(real.config.cross_attention_dim, [WIDTHS[kind] for kind in found.kinds])
     shapes = [p.shape for p in project.parameters()] + [w.shape for w in text_kv(real).values()]
     if found.lora:
         for name in real.attn_processors:
             attn: Any = real.get_submodule(name.removesuffix(".processor"))
             for layer in (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]):
                 shapes += [torch.Size([128, layer.in_features]), torch.Size([layer.out_features, 128])]
-    rest = size - 2 * sum(shape.numel() for shape in shapes)  # names and places of the tensors
-    assert 0 < rest < 400 * len(shapes)
+    assert sum(shape.numel() for shape in shapes) == count
+    if size is None:
+        assert round(2 * count / 1e9, 2) == 1.07
+    else:  # the rest are names and places of the tensors
+        assert 0 < size - 2 * count < 400 * len(shapes)
+
+
+@pytest.mark.parametrize("context", [768, 2048], ids=["sd15", "sdxl"])
+@pytest.mark.parametrize("layout", PUBLISHED)
+def test_a_projection_has_the_published_weights_at_the_real_sizes_by_name_and_shape(layout, context):
+    found = find_layout(layout)
+    with torch.device("meta"):
+        ours = found.build(context, [WIDTHS[kind] for kind in found.kinds])
+        theirs = projection(layout, context, WIDTHS["face"], WIDTHS["tokens"])
+    named = {f"image_proj.{found.publish_name(name)}": weight for name, weight in ours.named_parameters()}
+    shapes = {name: weight.shape for name, weight in join_kv(named).items()}
+    assert shapes == {f"image_proj.{name}": weight.shape for name, weight in theirs.named_parameters()}
 
 
 def test_each_layout_is_listed_with_a_weight_that_tells_it_apart(tiny_backbone):

@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from PIL import Image
+from run_folder import PEOPLE, write_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -49,24 +50,6 @@ def built(backbone: Path, **options: Any) -> MultiIPAdapter:
     model = MultiIPAdapter(Backbone(str(backbone)), **options)
     model.configure_model()
     return model.eval()
-
-
-PEOPLE = MiniFaces(train=3, validation=1, test=1, photos=2).people()
-
-
-def write_run(folder: Path, model: Any, config: dict[str, Any], seed: int = 1, step: int = 7) -> Path:
-    """A run, on record for 5 people, of a model whose trained weights all differ from where they start."""
-    (folder / "checkpoints").mkdir(parents=True)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.trained_parameters().values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    checkpoint = {"state_dict": model.state_dict(), "global_step": step, TRAINED_ON: training_record(PEOPLE)}
-    model.on_save_checkpoint(checkpoint)
-    torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
-    trainer = {"accelerator": "cpu", "enable_progress_bar": False, "max_steps": 7}
-    (folder / "config.yaml").write_text(yaml.safe_dump({"trainer": trainer, **config}))
-    return folder
 
 
 def export(args: list[str]) -> None:

@@ -10,6 +10,7 @@ from tiny import make_tiny_backbone
 from torch import Tensor
 
 from lit_multiip.backbone.pipeline import Backbone
+from lit_multiip.datamodule import MultiPhotoData
 from lit_multiip.evaluation.critic import CriticExtractor
 from lit_multiip.export.card import record_of
 from lit_multiip.files import LitMultiIPError
@@ -153,7 +154,8 @@ def test_a_checkpoint_and_an_export_say_which_network_trained(tiny_backbone, ran
     again = built(tiny_backbone)
     again.on_load_checkpoint(checkpoint)
     assert again.identity_networks == module.identity_networks
-    assert record_of(again, 1, "run", "float16", 9)["identity_networks"] == module.identity_networks
+    record = record_of(again, MultiPhotoData(again.backbone), 1, "run", "float16")
+    assert record["identity_networks"] == module.identity_networks
     assert module.describe()["identity_loss"] == {"network": "critic", "weight": 0.2, "max_time": 0.25}
     assert built(tiny_backbone).describe()["identity_loss"] is None
 

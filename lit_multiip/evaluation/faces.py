@@ -125,6 +125,7 @@ class Dlib(Extractor):
     """
 
     can_identify = True
+    same_person = 0.5  # see tools/README.md
     MEAN = "evaluation/dlib_mean.npy"
 
     def __init__(

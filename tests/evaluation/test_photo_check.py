@@ -14,7 +14,7 @@ from lit_multiip.__main__ import main
 from lit_multiip.data.people import Folder, MiniFaces, Person, read_person
 from lit_multiip.evaluation.critic import Resemblance
 from lit_multiip.evaluation.extractors import Extraction, Extractor
-from lit_multiip.evaluation.faces import FaceRecognition
+from lit_multiip.evaluation.faces import Dlib, FaceRecognition
 from lit_multiip.evaluation.photo_check import check_person, sharpness
 from lit_multiip.files import LitMultiIPError
 
@@ -153,15 +153,22 @@ def test_strangers_among_50_drawn_people():
     assert found >= 45 and false <= 5
 
 
+def mobilefacenet() -> Extractor:
+    file = SHARED / "models/mobilefacenet.onnx"
+    if not file.is_file():
+        pytest.skip("needs ../shared/models")
+    network = FaceRecognition(str(file), crop=(0.5, 0.48, 0.448))
+    network.same_person = 0.26
+    return network
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "lfw-deepfunneled").is_dir(), reason="needs ../shared/lfw-deepfunneled")
-@pytest.mark.skipif(not (SHARED / "models/mobilefacenet.onnx").is_file(), reason="needs ../shared/models")
-def test_strangers_among_50_people_of_lfw():
+@pytest.mark.parametrize("make", [mobilefacenet, Dlib])
+def test_strangers_among_50_people_of_lfw(make):
     """The cosine was chosen on the 50 people before them."""
-    network = FaceRecognition(str(SHARED / "models/mobilefacenet.onnx"), crop=(0.5, 0.48, 0.448))
-    network.same_person = 0.26
     people = [person for person in Folder(str(SHARED / "lfw-deepfunneled")).people() if len(person.photos) >= 10]
-    found, false = found_and_false(people[50:100], network)
+    found, false = found_and_false(people[50:100], make())
     print(f"found {found}, false alarms {false} of 50")
     assert found >= 45 and false <= 5
 

@@ -15,7 +15,7 @@ MOST_WORKERS = 8  # each has imported torch and all tests, and takes 1 to 2 GB
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A worker a core; none for the tests of one file, nor where somebody looks on: `-s`, `--trace` (`--pdb`: xdist)."""
+    """A worker a core; none for the tests of one file, nor where one looks on: `-s`, `--trace` (`--pdb`: xdist)."""
     files = {arg.split("::")[0] for arg in config.args}
     if config.option.capture == "no" or config.option.trace or (len(files) == 1 and Path(*files).is_file()):
         return 0

@@ -280,7 +280,7 @@ class TaskDataset(Dataset[dict[str, Any]]):
         return item
 
     def _draw_by(self, request: Request) -> dict[str, Any]:
-        """Return what `Drawing` adds: `beside` and `negatives`, (R, D) a person, `masks` (P, H, W) and `weighted`."""
+        """Return what `Drawing` adds: `beside` and `negatives`, (R, D) a person, and `masks` (P, H, W)."""
         drawing, item = request.drawing, dict[str, Any]()
         if drawing.beside:
             item["beside"] = [self._embeds(photos) for photos in drawing.beside]
@@ -289,8 +289,6 @@ class TaskDataset(Dataset[dict[str, Any]]):
             item["negatives"] = [self._embeds(list(islice(cycle(drawing.negatives), len(one)))) for one in people]
         if drawing.masks:
             item["masks"] = torch.from_numpy(np.stack(drawing.masks))
-        if drawing.weighted:
-            item["weighted"] = torch.tensor(True)
         return item
 
     def _embeds(self, photos: Sequence[Photo]) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampling
+from lit_multiip.data.drawing import NOTHING, Drawing, MaskLike, read_masks, without_copies
 from lit_multiip.data.people import Person, PhotoLike, read_person, read_photos
 from lit_multiip.data.photos import Photo
 from lit_multiip.data.record import Record, training_record
@@ -84,14 +85,14 @@ class Personalizer:
             model.as_is = model.as_is or model.learnt is not None
         self._shared = Shared(loaded, extractors)
         self._person: Person | None = None
-        self._ready: Person | None = None  # with the photos that condition, cut as the method takes them
+        self._usable: Person | None = None  # with the photos that may condition, cut as the method takes them
         self._drawn: tuple[Photo, ...] = ()
         self._held_out: Sequence[Photo] = ()
         self._tuned: Tuned | None = None
         if data.photos is not None and Path(data.photos).expanduser().is_dir():  # a run of one person
             self._person = read_person(data.photos)
             split = data.split_photos(self._person)
-            self._ready, self._held_out = split.train[0], split.validation[0].photos
+            self._usable, self._held_out = split.train[0], split.validation[0].photos
 
     @classmethod
     def from_pretrained(
@@ -136,12 +137,15 @@ class Personalizer:
     @property
     def references(self) -> tuple[Photo, ...]:
         """The photos that condition, as many as the method was trained with; none that tuning held out."""
-        data = self._shared.loaded.data
-        if self._ready is None:
-            self._ready = data.readable(self.person)
         if not self._drawn:  # DreamBooth takes all
-            self._drawn = self._ready.photos if self.model.per_person else data.draw_references(self._ready)
+            person, data = self._usable_person(), self._shared.loaded.data
+            self._drawn = without_copies(person).photos if self.model.per_person else data.draw_references(person)
         return self._drawn
+
+    def _usable_person(self) -> Person:
+        if self._usable is None:
+            [self._usable] = self._shared.loaded.data.usable([self.person])
+        return self._usable
 
     @property
     def tuned(self) -> Tuned | None:
@@ -169,31 +173,70 @@ class Personalizer:
             name: of the person, for files that are written; a single folder's own where that is all that is given.
         """
         new = copy.copy(self)
-        new._person, new._ready, new._drawn, new._held_out = read_photos(photos, name), None, (), ()
+        new._person, new._usable, new._drawn, new._held_out = read_photos(photos, name), None, (), ()
         return new
 
     # ---- drawing ------------------------------------------------------------------------------------------------
 
     def __call__(
-        self, prompts: str | Sequence[str], seeds: int | Sequence[int] = (0,), **sampling: Any
+        self,
+        prompts: str | Sequence[str],
+        seeds: int | Sequence[int] = (0,),
+        weights: Sequence[float] | None = None,
+        negatives: PhotoLike | Sequence[PhotoLike] | None = None,
+        beside: Personalizer | Sequence[Personalizer] = (),
+        masks: MaskLike | Sequence[MaskLike] = (),
+        **sampling: Any,
     ) -> list[Image.Image]:
         """Draw every prompt with every seed: the same images as `predict` draws.
+
+            me("a photo of a person", weights=[2, 1, 1, 0, 1], negatives="not_like_these", ip_end=0.6)
+            you = me.with_photos("Bo_Ray")
+            me("a photo of two people", beside=you, masks=["left.png", "right.png"])
 
         Args:
             prompts: what to draw; the person is "a person" in it, never a name.
             seeds: an image each per prompt.
+            weights: one a photo, in the order of `person.photos` less those that tuning held out; then of each person
+                beside. A photo of weight 2 counts as two, one of 0 is left out, and all others are used.
+            negatives: photos that guidance leads away from.
+            beside: further people in the picture, made by `with_photos`; this object's weights draw them too.
+            masks: pictures in black and white (files, PIL) of an image's size, one a person, this one's first: white
+                where that person's photos act.
             sampling: of `Sampling`, for this call alone: `ip_scale`, `guidance_scale`, `steps`, ...
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         numbers = [seeds] if isinstance(seeds, int) else list(seeds)
         data = self._shared.loaded.data
         with self.weights_in_place() as model, self._drawing(**sampling):
+            references, drawing = self.choose_photos(weights, negatives, beside, masks)
+            model.check_drawing(drawing)
             self._prepare(model)
-            data.request(self.person.name, self.references, texts, numbers)
+            data.request(self.person.name, references, texts, numbers, drawing)
             parts = []
             for number, batch in enumerate(data.predict_dataloader()):
                 parts.append(model.predict_step(move_data_to_device(batch, self._shared.device), number).cpu())
         return [to_picture(image) for image in torch.cat(parts)]
+
+    def choose_photos(
+        self,
+        weights: Sequence[float] | None = None,
+        negatives: PhotoLike | Sequence[PhotoLike] | None = None,
+        beside: Personalizer | Sequence[Personalizer] = (),
+        masks: MaskLike | Sequence[MaskLike] = (),
+    ) -> tuple[tuple[Photo, ...], Drawing]:
+        """Return the references of a drawing, and what acts on it besides; the arguments are those of a call."""
+        others = list(beside) if isinstance(beside, Sequence) else [beside]
+        areas = read_masks(masks if isinstance(masks, Sequence) and not isinstance(masks, str) else [masks])
+        if weights is None and negatives is None and not others and not areas:
+            return self.references, NOTHING
+        if any(not isinstance(one, Personalizer) or one._shared is not self._shared for one in others):
+            raise PersonalizerError("beside this person stand people of the same model: make them by with_photos(...)")
+        data = self._shared.loaded.data
+        unlike = [] if negatives is None else data.usable([read_photos(negatives, "negatives")])
+        people = [one._usable_person() for one in (self, *others)]
+        shares = None if weights is None else [weights] if isinstance(weights, int | float) else list(weights)
+        return data.draw_together(people, weights=shares, negatives=unlike, masks=areas)
 
     def _prepare(self, model: Method) -> None:
         if isinstance(model, MultiIPAdapter):
@@ -260,7 +303,7 @@ class Personalizer:
                         tuned = self._tuned = tune_person(*of, *how, FollowTuning(progress, stop))
                 finally:
                     self._put(self._tuned or self._shared.untuned)
-                self._ready, self._drawn = replace(self.person, photos=tuple(tuned.photos)), ()
+                self._usable, self._drawn = replace(self.person, photos=tuple(tuned.photos)), ()
                 self._held_out = tuned.held_out
         finally:
             self._shared.tuning.release()
@@ -391,8 +434,7 @@ class Personalizer:
             changed = replace(own, **sampling)
         except (TypeError, ValueError) as error:
             raise PersonalizerError(f"images cannot be drawn so: {first_line(error)}") from error
-        if isinstance(model, DreamBooth) and changed.ip_scale != 1:
-            raise PersonalizerError("ip_scale has no effect, as DreamBooth has no image attention: leave it out")
+        model.check_sampling(changed)
         model.sampling = sampler.sampling = changed
         if changed.scheduler != own.scheduler:  # which a sampler is made with
             model._sampler = None

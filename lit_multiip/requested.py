@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -49,28 +48,35 @@ class RequestData(L.LightningDataModule):
 
     def _read_drawing(self, folders: str | list[str]) -> tuple[Person, tuple[Photo, ...], Drawing]:
         """Read what `predict` names, and refuse what does not fit before anything is encoded."""
-        args, read = self.predict_args, partial(check_photos, on_unreadable=self.on_unreadable, progress=False)
+        args, masks = self.predict_args, read_masks(self.predict_args.masks or ())
         people = [read_person(folder) for folder in ([folders] if isinstance(folders, str) else folders)]
-        negatives = [] if args.negatives is None else self._cut(read([read_person(args.negatives)]))
         if not people:
             raise DataError("data.predict.photos names no folder: give one a person")
-        check_names_differ(people)
-        people, masks = self._cut(read(people)), read_masks(args.masks or ())
-        options = {"weights": args.weights, "negatives": negatives, "masks": masks}
-        return people[0], *self.draw_together(people, **options)
+        negatives = [] if args.negatives is None else self.usable([read_person(args.negatives)])
+        people = self.usable(people)
+        return people[0], *self.draw_together(people, weights=args.weights, negatives=negatives, masks=masks)
 
     def draw_together(self, people: Sequence[Person], **options: Any) -> tuple[tuple[Photo, ...], Drawing]:
-        """Draw the references of people in one picture, by the options of `data.drawing.draw_together`."""
+        """Draw the references of people in one picture.
+
+        Args:
+            people: less photos that are not `usable`.
+            options: of `data.drawing.draw_together`.
+        """
         if self.per_person and (len(people) > 1 or any(options.values())):
             raise DataError("a method that tunes on one person takes no weights, negatives or masks: leave them out")
+        check_names_differ(people)
         first, drawing = draw_together(people, self.references, self.seed, **options)
         drawing.check_side(self.backbone.image_side)
         return first, drawing
 
+    def usable(self, people: Sequence[Person]) -> list[Person]:
+        """Check people's photos, and cut them."""
+        return self._cut(check_photos(people, self.on_unreadable, progress=False))
+
     def readable(self, person: Person) -> Person:
-        """Check, cut, and keep one photo of each content."""
-        [person] = self._cut(check_photos([person], self.on_unreadable, progress=False))
-        return without_copies(person)
+        """Check and cut a person's photos, and keep one of each content."""
+        return without_copies(self.usable([person])[0])
 
     def _cut(self, people: list[Person]) -> list[Person]:
         return people if self.crop is None else self.crop(people, self.cache_dir)

@@ -8,6 +8,23 @@ from pathlib import Path
 
 import pytest
 
+# Of this process and of those that it starts, before torch is imported: two processes of two threads on two cores are
+# several times slower than two of one, and a number does not depend on how many workers there are.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+MOST_WORKERS = 8  # each has imported torch and all tests, and takes 1 to 2 GB
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker a core; none for the tests of one file, nor where one looks on: `-s`, `--trace` (`--pdb`: xdist)."""
+    files = {arg.split("::")[0] for arg in config.args}
+    if config.option.capture == "no" or config.option.trace or (len(files) == 1 and Path(*files).is_file()):
+        return 0
+    return min(count_cores(), MOST_WORKERS)
+
+
+def count_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 
 @pytest.fixture(autouse=True)
 def own_process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

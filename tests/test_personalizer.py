@@ -95,6 +95,38 @@ def test_it_draws_what_predict_draws_and_the_exported_files_draw_the_same(loaded
         me.save("out")
 
 
+def test_what_acts_on_a_picture_acts_as_in_predict(loaded, work):
+    """Weights, photos to draw away from, masks and a second person, scales by block, and steps, in one picture each."""
+    for name in ("left", "right"):
+        Image.fromarray(half(name) * np.uint8(255)).save(f"{name}.png")
+    ann, bob = loaded.with_photos("ann"), loaded.with_photos("bob")
+    weights = [2.0, *[1.0] * 5, 0.0, 0.5, 1.0, 1.0]
+    plain, seen = ann(PROMPT)[0], set[bytes]()
+    for options, words in (
+        ({"weights": weights, "negatives": "bob"}, ["--weights", *map(str, weights), "--negatives", "bob"]),
+        ({"beside": bob, "masks": ["left.png", Image.open("right.png")]}, ["bob", "--masks", "left.png", "right.png"]),
+        (
+            {"ip_scale": {"up": {"block_0": 1.0}}, "ip_end": 0.5},
+            ["--ip_scale", "{up: {block_0: 1.0}}", "--ip_end", "0.5"],
+        ),
+    ):
+        shutil.rmtree("runs/self_attn/version_0/predict", ignore_errors=True)
+        main(["predict", "--photos", "ann", *words, "--prompts", PROMPT, "--seeds", "0", "--steps", "3"])
+        [file] = Path("runs/self_attn/version_0/predict/ann").glob("0*.png")
+        [image] = ann(PROMPT, steps=3, **options)
+        assert levels(image, Image.open(file)) == 0
+        seen.add(image.tobytes())
+    assert len(seen | {plain.tobytes()}) == 4
+    assert levels(ann(PROMPT)[0], plain) == 0
+
+
+def half(name, side=32):
+    """A mask of the left or the right half of a picture."""
+    mask = np.zeros((side, side), dtype=bool)
+    mask[:, : side // 2] = True
+    return mask if name == "left" else ~mask
+
+
 def test_files_folders_and_pictures_are_photos_and_their_order_is_theirs(untrained, work):
     files = sorted(path for path in (work / "ann").glob("*.png"))
     given = [str(files[0]), Image.open(files[1]), "bob"]
@@ -189,8 +221,12 @@ def test_dreambooth_is_tuned_drawn_saved_and_loaded(tiny_backbone, tmp_path):
     assert max(levels(a, b) for a, b in zip(images, again(PROMPT, seeds=[0, 1]), strict=True)) <= 1
     with pytest.raises(LitMultiIPError, match="no image embeddings"):
         _ = me.image_embeds
-    with pytest.raises(LitMultiIPError, match="ip_scale has no effect"):
-        me(PROMPT, ip_scale=0.5)
+    for option in ({"ip_scale": 0.5}, {"ip_end": 0.5}):
+        with pytest.raises(LitMultiIPError, match=r"=0\.5 has no effect"):
+            me(PROMPT, **option)
+    for option in ({"weights": [1.0] * 6}, {"negatives": "ann"}, {"beside": me.with_photos("ann")}):
+        with pytest.raises(LitMultiIPError, match="takes no weights, negatives or masks"):
+            me(PROMPT, **option)
 
 
 def test_what_cannot_be_is_refused_in_a_sentence(untrained, loaded, tiny_backbone, work):
@@ -218,6 +254,36 @@ def test_what_cannot_be_is_refused_in_a_sentence(untrained, loaded, tiny_backbon
     refused("is no run", lambda: Personalizer.from_pretrained(work / "ann"))
     refused("no network scores", lambda: Personalizer.from_pretrained(str(tiny_backbone), "First")
             .with_photos("ann").score([Image.new("RGB", (32, 32))]))  # fmt: skip
+
+
+def test_what_cannot_act_on_a_picture_is_refused_before_anything_is_encoded(loaded, untrained, monkeypatch):
+    ann, bob, black = loaded.with_photos("ann"), loaded.with_photos("bob"), Image.new("1", (32, 32))
+    white = Image.new("1", (32, 32), 1)
+    monkeypatch.setattr("lit_multiip.backbone.features.Features.build", None)
+    for words, options in (
+        ("9 weights for 10 photos: give one each, in the order test_000000_0000.png", {"weights": [1.0] * 9}),
+        ("1 weights for 10 photos", {"weights": 2}),
+        ("weight is nan: give a number", {"weights": [float("nan"), *[1.0] * 9]}),
+        ("weight is one: give a number", {"weights": ["one", *[1.0] * 9]}),
+        ("all weights .* are 0: give one photo", {"weights": [0] * 10}),
+        ("there are no photos", {"negatives": []}),
+        ("there is no photo 'nobody.jpg'", {"negatives": ["nobody.jpg"]}),
+        ("negative photos act through guidance", {"negatives": "bob", "guidance_scale": 1.0}),
+        ("2 masks and 1 people: give one mask a person", {"masks": [white, white]}),
+        ("0 masks and 2 people", {"beside": bob}),
+        ("a mask is black all over: paint white", {"beside": [bob], "masks": [white, black]}),
+        ("mask 1 has 16 x 16 px, and pictures have 32 x 32", {"masks": Image.new("1", (16, 16), 1)}),
+        ("mask 'none.png' cannot be read", {"masks": "none.png"}),
+        ("mask 1 is of type ndarray: give a file or a picture", {"masks": half("left")}),
+        ("several people are called ann", {"beside": ann, "masks": [white, white]}),
+        ("of the same model: make them by with_photos", {"beside": untrained, "masks": [white, white]}),
+        ("of the same model: make them by with_photos", {"beside": "bob", "masks": [white, white]}),
+        ("there are no photos yet", {"beside": loaded, "masks": [white, white]}),
+        (r"names 'up\.block_7'", {"ip_scale": {"up": {"block_7": 1.0}}}),
+    ):
+        with pytest.raises(LitMultiIPError, match=words) as error:
+            ann(PROMPT, **options)
+        assert "\n" not in str(error.value)
 
 
 def test_module_and_data_go_into_a_bare_trainer(tiny_backbone, tmp_path):

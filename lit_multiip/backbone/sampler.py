@@ -61,6 +61,14 @@ class Sampling:
                 f"sampling.scheduler='{self.scheduler}' is not a diffusers class: give one, such as DDIMScheduler"
             )
 
+    def require_guidance(self) -> None:
+        """Raise `BackboneError` if negative photos would do nothing."""
+        if self.guidance_scale <= 1:
+            raise BackboneError(
+                f"negative photos act through guidance, and sampling.guidance_scale={self.guidance_scale} has none: "
+                "give more than 1, or leave them out"
+            )
+
     def acts_always(self) -> bool:
         """Tell whether the photos act in every step."""
         return (self.ip_start, self.ip_end) == (0, 1)
@@ -131,11 +139,8 @@ class Sampler:
         self.pipe.vae.to(text["prompt_embeds"].device)
         slices = len(seeds) * side**2 > SLICED
         (self.pipe.vae.enable_slicing if slices else self.pipe.vae.disable_slicing)()
-        if negative_embeds is not None and not guided:
-            raise BackboneError(
-                f"negative photos act through guidance, and sampling.guidance_scale={self.sampling.guidance_scale} has "
-                "none: give more than 1, or leave them out"
-            )
+        if negative_embeds is not None:
+            self.sampling.require_guidance()
         scale = self.sampling.ip_scale if ip_scale is None else ip_scale
         with self._image_attention(scale, image_embeds) as options:
             if masks is not None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from lit_multiip.files import first_line
 logger = logging.getLogger(__name__)
 
 Mask = npt.NDArray[np.bool_]  # (H, W), true where a person's photos act
+MaskLike = str | Path | Image.Image
 
 FINEST = 20  # a photo of the largest weight is given at most so often; weights are rounded to a share of it
 
@@ -175,7 +178,7 @@ def check_weights(photos: Sequence[Photo], weights: Sequence[float]) -> None:
         raise DataError(
             f"there are {len(weights)} weights for {len(photos)} photos: give one each, in the order {names}"
         )
-    if wrong := [weight for weight in weights if not 0 <= weight < math.inf]:
+    if wrong := [weight for weight in weights if not isinstance(weight, Real) or not 0 <= weight < math.inf]:
         raise DataError(f"a photo's weight is {wrong[0]}: give a number of at least 0; 0 leaves the photo out")
     if not any(weights):
         raise DataError(f"all weights of {photos[0].person}'s photos are 0: give one photo at least 1")
@@ -195,14 +198,17 @@ def repeats_of(weights: Sequence[float]) -> list[int]:
     return [max(int(count), int(ratio > 0)) for count, ratio in zip(counts, ratios, strict=True)]
 
 
-def read_masks(files: Sequence[str | Path]) -> tuple[Mask, ...]:
-    """Read masks from pictures: true where they are lighter than middle grey."""
+def read_masks(given: Sequence[MaskLike]) -> tuple[Mask, ...]:
+    """Read masks from files and pictures: true where they are lighter than middle grey."""
     masks = []
-    for file in files:
+    for number, one in enumerate(given, 1):
+        if not isinstance(one, MaskLike):
+            kind = type(one).__name__
+            raise DataError(f"mask {number} is of type {kind}: give a file or a picture (PIL) in black and white")
         try:
-            with Image.open(file) as picture:
+            with nullcontext(one) if isinstance(one, Image.Image) else Image.open(one) as picture:
                 masks.append(np.asarray(picture.convert("L")) > 127)  # (H, W)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             reason = first_line(error)
-            raise DataError(f"mask '{file}' cannot be read ({reason}): give a picture in black and white") from error
+            raise DataError(f"mask '{one}' cannot be read ({reason}): give a picture in black and white") from error
     return tuple(masks)

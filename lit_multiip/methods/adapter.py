@@ -29,6 +29,8 @@ from lit_multiip.backbone.ip_adapter import (
 from lit_multiip.backbone.layouts import PLAIN
 from lit_multiip.backbone.lora import add_lora, lora_disabled, require_peft
 from lit_multiip.backbone.pipeline import Backbone
+from lit_multiip.backbone.sampler import Sampling
+from lit_multiip.data.drawing import Drawing
 from lit_multiip.data.record import RECORD, merge_records, read_record, unknown_record
 from lit_multiip.files import LitMultiIPError, hash_file
 from lit_multiip.methods.adapter_rates import build_with_kv_factor, check_kv_factor
@@ -37,8 +39,6 @@ from lit_multiip.methods.aggregators import Aggregator, OfKinds, SelfAttention
 from lit_multiip.methods.identity_loss import IdentityLoss, digest_weights
 from lit_multiip.methods.method import VALIDATION_TIMES, Batch, Method, References
 from lit_multiip.runs import CheckpointError, read_checkpoint
-
-_NO = torch.zeros(1, dtype=torch.bool)
 
 
 class MultiIPAdapter(Method):
@@ -128,8 +128,7 @@ class MultiIPAdapter(Method):
             self.identity_networks |= read_adapter_record(path).get("identity_networks", {})
         for parameter in ip_adapter_parameters(self.unet).values():
             parameter.requires_grad_(self.trained == "adapter")
-        set_ip_scale(self.unet, self.sampling.ip_scale)  # refuses blocks that the UNet lacks
-        set_ip_scale(self.unet, 1.0)
+        self.check_sampling(self.sampling)
 
     @property
     def adds_lora(self) -> bool:
@@ -254,6 +253,23 @@ class MultiIPAdapter(Method):
 
     # ---- drawing ------------------------------------------------------------------------------------------------
 
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Refuse blocks that the UNet lacks."""
+        try:
+            set_ip_scale(self.unet, sampling.ip_scale)
+        finally:
+            set_ip_scale(self.unet, 1.0)
+
+    def check_drawing(self, drawing: Drawing) -> None:
+        """Refuse weights that the aggregator would not feel, and negatives without guidance."""
+        if drawing.weighted and not self.aggregator.counts_repeats:
+            raise LitMultiIPError(
+                f"{self.aggregator.name} gives photos no weights: leave out weights other than 0 and 1, or "
+                "take another model.aggregator, such as AvgPool"
+            )
+        if drawing.negatives:
+            self.sampling.require_guidance()
+
     def generate(self, batch: Batch, references: References = "right", ip_scale: Scale | None = None) -> Tensor:
         """Draw the images of a batch of tasks: RGB, (B, 3, H, W) uint8.
 
@@ -267,11 +283,6 @@ class MultiIPAdapter(Method):
         embeds = self.condition(batch["other_references" if references == "other" else "references"], blank)
         if references == "zero":
             embeds = no_photo(embeds, blank)
-        if batch.get("weighted", _NO).any() and not self.aggregator.counts_repeats:
-            raise LitMultiIPError(
-                f"{self.aggregator.name} gives photos no weights: leave out weights other than 0 and 1, or "
-                "take another model.aggregator, such as AvgPool"
-            )
         people = [embeds, *(self.condition(rows, blank) for rows in batch.get("beside", ()))]  # (B, M, D) each
         negative, masks = None, None
         if "negatives" in batch:
@@ -312,8 +323,10 @@ class MultiIPAdapter(Method):
         self.spent["personalise"] = seconds * len({task.person for task in tasks})
 
     def on_predict_start(self) -> None:
-        """Refuse to draw with an untrained adapter."""
+        """Refuse to draw with an untrained adapter, or what cannot be drawn."""
         self.refuse_random_adapter()
+        for request in getattr(getattr(self.trainer, "datamodule", None), "requests", [])[:1]:
+            self.check_drawing(request.drawing)
 
     def refuse_random_adapter(self) -> None:
         """Raise `BackboneError` if the adapter was made at random and never trained."""

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from lit_multiip.backbone.lora import add_lora, require_peft
 from lit_multiip.backbone.pipeline import Backbone
+from lit_multiip.backbone.sampler import Sampling
 from lit_multiip.data.groups import stable_hash
 from lit_multiip.files import LitMultiIPError
 from lit_multiip.methods.class_images import ClassImages
@@ -96,11 +97,7 @@ class DreamBooth(Method):
         require_peft(lora_rank)
         if not identifier.strip() or not class_noun.strip():
             raise LitMultiIPError("identifier and class_noun must not be empty: give words such as 'sks' and 'person'")
-        for name, plain in (("ip_scale", 1), ("ip_start", 0), ("ip_end", 1)):
-            if (value := getattr(self.sampling, name)) != plain:
-                raise LitMultiIPError(
-                    f"sampling.{name}={value} has no effect, as DreamBooth has no image attention: leave it at {plain}"
-                )
+        self.check_sampling(self.sampling)
         self.automatic_optimization = False  # fit takes the same steps as test
         self.steps, self.batch_size, self.seed = steps, batch_size, seed
         self.prior_weight, self.class_images = prior_weight, class_images
@@ -140,6 +137,14 @@ class DreamBooth(Method):
     def tuned_modules(self) -> list[str]:
         """Return the names of the modules that are tuned."""
         return ["unet", *(self.text_encoders() if self.tuned == "unet+text" else [])]
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Refuse options of photos, which DreamBooth does not look at while it draws."""
+        for name, plain in (("ip_scale", 1), ("ip_start", 0), ("ip_end", 1)):
+            if (value := getattr(sampling, name)) != plain:
+                raise LitMultiIPError(
+                    f"sampling.{name}={value} has no effect, as DreamBooth has no image attention: leave it at {plain}"
+                )
 
     def check_trainer(self, trains: bool) -> None:
         """Refuse, too, a precision that needs a scaled loss, and a Trainer that would stop early."""

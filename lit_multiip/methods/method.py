@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lit_multiip.backbone.components import BackboneError
 from lit_multiip.backbone.pipeline import Backbone
 from lit_multiip.backbone.sampler import Sampler, Sampling
+from lit_multiip.data.drawing import Drawing
 from lit_multiip.data.record import Record
 from lit_multiip.files import LitMultiIPError
 from lit_multiip.runs import CheckpointError
@@ -123,6 +124,12 @@ class Method(L.LightningModule):
 
     def check_untrained(self) -> None:
         """Refuse a method that must be trained before it draws; nothing is built yet."""
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Refuse options of drawing that the method cannot follow."""
+
+    def check_drawing(self, drawing: Drawing) -> None:
+        """Refuse what the built method cannot draw by."""
 
     def method(self) -> str:
         """Return the name of the method, as in tables."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import html
 import logging
-import secrets
-import threading
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -17,15 +15,27 @@ import jinja2
 import torch
 
 from lit_multiip.console import explain
+from lit_multiip.data.photos import Photo
 from lit_multiip.evaluation.person import IDENTITY
 from lit_multiip.files import package_file
+from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.personalizer import Personalizer
-from lit_multiip.tools.page_session import Drawn, PageError, Session, Studio, read_seeds
+from lit_multiip.tools.page_session import (
+    BESIDE,
+    KINDS,
+    NEGATIVES,
+    PHOTOS,
+    Drawn,
+    PageError,
+    Session,
+    Studio,
+    read_seeds,
+)
+from lit_multiip.tools.page_visits import Sessions
 from lit_multiip.tuning import STEPS, Progress
 
 logger = logging.getLogger(__name__)
 
-KEEP = 600  # seconds that a session outlives its connection: a telephone that slept comes back to it
 PROMPT = "a photo of a smiling person, in a red shirt, in front of a blue wall"
 LOADED, TUNED = "as loaded", "tuned"
 NONE = "none"
@@ -57,51 +67,6 @@ def in_sentences(handler: Callable[..., Any]) -> Callable[..., Any]:
             raise gr.Error(html.escape(sentence), duration=20, print_exception=False) from None
 
     return handle
-
-
-class Sessions:
-    """The sessions by gradio's name of a connection; one ends `KEEP` seconds after its connection does."""
-
-    def __init__(self, studio: Studio) -> None:
-        self.studio, self.lock = studio, threading.Lock()
-        self.found: dict[str, Session] = {}
-        self.leaving: dict[str, threading.Timer] = {}
-
-    def find(self, request: gr.Request) -> Session:
-        """Return the visitor's session, a new one at their first visit."""
-        name = str(request.session_hash)
-        with self.lock:
-            if timer := self.leaving.pop(name, None):
-                timer.cancel()
-            if name not in self.found:
-                self.found[name] = Session(self.studio, secrets.token_urlsafe(16))
-            return self.found[name]
-
-    def leave(self, request: gr.Request) -> None:
-        """End a session soon, unless its visitor comes back."""
-        name = str(request.session_hash)
-        with self.lock:
-            if name in self.found and name not in self.leaving:
-                timer = self.leaving[name] = threading.Timer(KEEP, self.end, [name])
-                timer.daemon = True
-                timer.start()
-
-    def end(self, name: str) -> None:
-        """End a session now."""
-        with self.lock:
-            session = self.found.pop(name, None)
-            self.leaving.pop(name, None)
-        if session is not None:
-            session.end()
-
-    def close(self) -> None:
-        """End all sessions."""
-        for timer in list(self.leaving.values()):
-            timer.cancel()
-        for session in list(self.found.values()):
-            session.stopping = session.ended = True
-        for name in list(self.found):
-            self.end(name)
 
 
 class Page:
@@ -149,9 +114,13 @@ class Page:
             gr.Markdown(INTRODUCTION.format(**facts))
             with gr.Row():
                 with gr.Column(min_width=320):
-                    chosen = self._build_photos()
+                    shown, clear = self._build_photos()
+                    chosen = shown[1:3]
                 with gr.Column(min_width=320):
-                    asked = self._build_drawing(chosen)
+                    asked, further = self._build_drawing(chosen, shown[-1])
+            clear.click(
+                in_sentences(self.clear), None, [*shown, *further], api_name="clear", **waiting_for_photos(shown[0])
+            )
             with gr.Row():
                 with gr.Column(min_width=320):
                     self._build_tuning(chosen, asked)
@@ -161,8 +130,8 @@ class Page:
             gr.Timer(60).tick(self.ping, None, None, show_progress="hidden", queue=False, api_visibility="private")
         return blocks.queue(default_concurrency_limit=1, max_size=50)
 
-    def _build_photos(self) -> list[Any]:
-        """Build where photos are added; return what chooses among them."""
+    def _build_photos(self) -> tuple[list[Any], Any]:
+        """Build where photos are added; return what shows them and chooses among them, and the button to delete all."""
         gr.Markdown("## 1. Photos of one person")
         upload = gr.File(
             label="Photos",
@@ -184,15 +153,31 @@ class Page:
             info="Nothing is drawn from it: pictures are compared with it.",
             visible=False,
         )
-        shown = [cards, use, held_out]
-        one: dict[str, Any] = {"concurrency_id": "photos", "show_progress_on": cards}
-        upload.upload(in_sentences(self.add_photos), upload, [upload, *shown], api_name="add_photos", **one)
-        example.click(in_sentences(self.add_example), None, shown, api_name="add_example", **one)
-        clear.click(in_sentences(self.clear), None, shown, api_name="clear", **one)
-        return [use, held_out]
+        with gr.Accordion("How much each photo counts", open=False, visible=self._weighs()):
+            gr.Markdown(
+                "A photo of weight 2 counts as two, one of 0 is left out. All 1: as many are drawn from as in training."
+            )
+            table = gr.Dataframe(
+                [],
+                headers=["Photo", "Weight"],
+                datatype=["str", "number"],
+                type="array",
+                interactive=True,
+                static_columns=[0],
+                show_label=False,
+            )
+        shown, waiting = [cards, use, held_out, table], waiting_for_photos(cards)
+        upload.upload(in_sentences(self.add_photos), upload, [upload, *shown], api_name="add_photos", **waiting)
+        example.click(in_sentences(self.add_example), None, shown, api_name="add_example", **waiting)
+        return shown, clear
 
-    def _build_drawing(self, chosen: Sequence[Any]) -> list[Any]:
-        """Build where pictures are drawn; return what says how."""
+    def _weighs(self) -> bool:
+        """Tell whether the method feels that a photo is given twice."""
+        model = self.studio.base.model
+        return isinstance(model, MultiIPAdapter) and model.aggregator.counts_repeats
+
+    def _build_drawing(self, chosen: Sequence[Any], table: Any) -> tuple[list[Any], list[Any]]:
+        """Build where pictures are drawn; return what says how, and what shows photos to draw away from and beside."""
         model = self.studio.base.model
         sampling, adapter = model.sampling, not model.per_person
         gr.Markdown("## 2. Draw")
@@ -212,19 +197,36 @@ class Page:
         with gr.Accordion("When the photos act", open=False, visible=adapter), gr.Row():
             start = gr.Slider(0, 1, sampling.ip_start, step=0.05, label="From this share of the steps", min_width=140)
             end = gr.Slider(0, 1, sampling.ip_end, step=0.05, label="To this share", min_width=140)
+        with gr.Accordion("Photos to draw away from", open=False, visible=adapter):
+            unlike = self._build_further(NEGATIVES, "Of anybody; the pictures get less like them.")
+        with gr.Accordion("A second person, on the right", open=False, visible=adapter):
+            beside = self._build_further(BESIDE, "Photos of that person; the prompt must name two people.")
+            border = gr.Slider(0.1, 0.9, 0.5, step=0.05, label="Begins at this share of the width")
         weights = gr.Radio([LOADED, TUNED], value=LOADED, label="Weights", info="Tuned: after step 3.")
         draw = gr.Button("Draw", variant="primary")
         pictures, shares = gr.HTML(elem_classes="waits"), gr.HTML()
         asked = [prompt, seeds, scale, guidance, steps, start, end, weights]
         draw.click(
             in_sentences(self.draw),
-            [*chosen, *asked],
+            [*chosen, *asked, table, border],
             [pictures, shares],
             concurrency_id="model",
             show_progress_on=pictures,
             api_name="draw",
         )
-        return asked
+        return asked, [unlike, beside]
+
+    def _build_further(self, kind: str, text: str) -> Any:
+        """Build where further photos are added; return what shows them."""
+        gr.Markdown(text)
+        upload = gr.File(label="Photos", file_count="multiple", file_types=SUFFIXES, height=120)
+        remove = gr.Button("Remove them", size="sm")
+        cards, of = gr.HTML(), gr.State(kind)
+        waiting = waiting_for_photos(cards)
+        added = [upload, cards]
+        upload.upload(in_sentences(self.add_further), [of, upload], added, api_name=f"add_{kind}", **waiting)
+        remove.click(in_sentences(self.remove_further), of, cards, api_name=f"remove_{kind}", **waiting)
+        return cards
 
     def _build_tuning(self, chosen: Sequence[Any], asked: Sequence[Any]) -> None:
         gr.Markdown("## 3. Tune on the photos")
@@ -276,14 +278,27 @@ class Page:
         return self._show_photos(session)
 
     def clear(self, request: gr.Request) -> tuple[Any, ...]:
-        """Delete all photos."""
+        """Delete all photos, of all kinds."""
         session = self.sessions.find(request)
-        session.clear()
-        return self._show_photos(session)
+        for kind in KINDS:
+            session.clear(kind)
+        return *self._show_photos(session), "", ""
+
+    def add_further(self, kind: str, files: list[str] | None, request: gr.Request) -> tuple[None, str]:
+        """Take uploaded files of photos to draw away from, or of a second person."""
+        session = self.sessions.find(request)
+        for sentence in session.add(files or [], kind):
+            gr.Warning(html.escape(sentence), duration=20)
+        return None, str(self.parts.photos(session.checked(kind), session, address))
+
+    def remove_further(self, kind: str, request: gr.Request) -> str:
+        """Delete them."""
+        self.sessions.find(request).clear(kind)
+        return ""
 
     def _show_photos(self, session: Session) -> tuple[Any, ...]:
         """Show each photo with what is known of it, and choose the usable ones, less one that is held out."""
-        checked = [] if session.check is None else session.check.photos
+        checked = session.checked(PHOTOS)
         names = [one.photo.name for one in checked]
         good = [one.photo.name for one in checked if one.usable]
         readable = [one.photo.name for one in checked if "unreadable" not in one.faults]
@@ -293,6 +308,7 @@ class Page:
             str(self.parts.photos(checked, session, address)) if names else "",
             gr.CheckboxGroup(choices=readable, value=[name for name in good if name != out], visible=shown),
             gr.Dropdown(choices=[NONE, *readable], value=out, visible=shown),
+            [[name, 1] for name in readable],
         )
 
     # ---- pictures ---------------------------------------------------------------------------------------------------
@@ -309,6 +325,8 @@ class Page:
         start: float,
         end: float,
         weights: str,
+        table: list[list[Any]],
+        border: float,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  gradio looks for it here
     ) -> tuple[str, str]:
@@ -318,8 +336,11 @@ class Page:
         if me.is_tuning:
             progress(0, desc="a tuning goes on, and this waits for its end")
         options = self._options(scale, guidance, steps, start, end)
-        drawn = session.draw(me, out, prompt or "", read_seeds(seeds or ""), options, tell(progress, "drawing"))
-        return self._show_pictures(session, [("", drawn)]), self._show_shares(session, me)
+        acting = session.acting(me, table, border)
+        wanted, bar = read_seeds(seeds or ""), tell(progress, "drawing")
+        drawn = session.draw(me, out, prompt or "", wanted, options, bar, acting)
+        shares = self._show_shares(session, me, me.choose_photos(**acting)[0])
+        return self._show_pictures(session, [("", drawn)]), shares
 
     def tune(
         self,
@@ -388,8 +409,8 @@ class Page:
         unscored = "" if self.studio.judge() is not None else UNSCORED
         return unscored + str(self.parts.pictures(groups, session, address))
 
-    def _show_shares(self, session: Session, me: Personalizer) -> str:
-        what, shares = session.shares(me)
+    def _show_shares(self, session: Session, me: Personalizer, references: Sequence[Photo]) -> str:
+        what, shares = session.shares(me, references)
         photos = session.photos
         rows = [(name, share, session.thumbnail(photos[name])) for name, share in shares.items()]
         return str(self.parts.shares(rows, what, address))
@@ -398,6 +419,11 @@ class Page:
 def address(file: Path) -> str:
     """Return the address of a file of a session, relative to the page's."""
     return f"gradio_api/file={quote(file.as_posix())}"
+
+
+def waiting_for_photos(cards: Any) -> dict[str, Any]:
+    """Return options of an event that changes photos: one at a time, and `cards` show that it goes on."""
+    return {"concurrency_id": "photos", "show_progress_on": cards}
 
 
 def without_none(choice: str | None) -> str | None:

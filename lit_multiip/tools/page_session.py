@@ -29,11 +29,12 @@ from lit_multiip.files import LitMultiIPError, shorten
 from lit_multiip.methods.adapter import MultiIPAdapter
 from lit_multiip.personalizer import Personalizer
 from lit_multiip.pixels import square, to_tensor
-from lit_multiip.tools.measures import leave_one_out, mean_token
+from lit_multiip.tools.measures import mean_token
 from lit_multiip.tuning import Progress
 
 MOST_PHOTOS, MOST_PICTURES = 60, 16  # of a visit, and of one drawing: the others wait for it
 THUMBNAIL = 192  # px
+PHOTOS, NEGATIVES, BESIDE = KINDS = "photos", "negatives", "beside"  # of one person, to draw away from, of a second one
 
 
 class PageError(LitMultiIPError):
@@ -90,11 +91,11 @@ class Session:
 
     def __init__(self, studio: Studio, token: str) -> None:
         self.studio, self.folder = studio, studio.folder / token
-        self.check: PhotoCheck | None = None
+        self.checks: dict[str, PhotoCheck] = {}
         self.tuned: Personalizer | None = None
         self.stopping = self.ended = False
         self._examples = self._pictures = 0
-        for name in ("photos", "thumbnails", "pictures"):
+        for name in (*KINDS, "thumbnails", "pictures"):
             (self.folder / name).mkdir(parents=True)
 
     # ---- photos -------------------------------------------------------------------------------------------------
@@ -102,41 +103,50 @@ class Session:
     @property
     def photos(self) -> dict[str, Photo]:
         """The photos by name, best first."""
-        return {} if self.check is None else {checked.photo.name: checked.photo for checked in self.check.photos}
+        return {checked.photo.name: checked.photo for checked in self.checked(PHOTOS)}
 
-    def add(self, files: Sequence[str | Path]) -> list[str]:
-        """Move files into the session's folder, and look at all photos again.
+    def checked(self, kind: str) -> list[CheckedPhoto]:
+        """Return the photos of a kind, best first, with what is known of them."""
+        return self.checks[kind].photos if kind in self.checks else []
+
+    def add(self, files: Sequence[str | Path], kind: str = PHOTOS) -> list[str]:
+        """Move files into the session's folder, and look at all photos of their kind again.
 
         A text file is the prompt of the photo of its name.
+
+        Args:
+            files: of the visitor.
+            kind: one of `KINDS`.
 
         Returns:
             A sentence for each file that is left out.
         """
         paths = [Path(file) for file in dict.fromkeys(files)]
         new = [path for path in paths if is_photo(path)]
-        if len(self.photos) + len(new) > MOST_PHOTOS:
-            raise PageError(f"{len(self.photos) + len(new)} photos are more than the page takes: give {MOST_PHOTOS}")
-        stems = {Path(name).stem: Path(name).stem for name in self.photos}
+        names, folder = [checked.photo.name for checked in self.checked(kind)], self.folder / kind
+        if len(names) + len(new) > MOST_PHOTOS:
+            raise PageError(f"{len(names) + len(new)} photos are more than the page takes: give {MOST_PHOTOS}")
+        stems = {Path(name).stem: Path(name).stem for name in names}
         left_out = []
         for path in new:
-            target = self._free_name(path)
+            target = self._free_name(path, folder)
             stems[path.stem] = target.stem
             self._move(path, target)
         for path in paths:
             if path.suffix.lower() == ".txt" and path.stem in stems:
-                self._move(path, self.folder / "photos" / f"{stems[path.stem]}.txt")
+                self._move(path, folder / f"{stems[path.stem]}.txt")
             elif path not in new:
                 path.unlink(missing_ok=True)
                 left_out.append(
                     f"'{path.name}' is left out: it is no .jpg, .png, .webp or .bmp picture, and no text file with a "
                     "picture's name"
                 )
-        self._look()
+        self._look(kind)
         return left_out
 
     def add_example(self) -> None:
         """Add photos of a drawn person, another one each time."""
-        self.clear()
+        self.clear(PHOTOS)
         people = [person for person in MiniFaces(train=1, validation=1, photos=10).people() if person.split == "test"]
         person = people[self._examples % len(people)]
         self._examples += 1
@@ -144,23 +154,29 @@ class Session:
             file = self.folder / "photos" / photo.name
             photo.image().save(file)
             file.with_suffix(".txt").write_text(photo.prompt, encoding="utf-8")
-        self._look()
+        self._look(PHOTOS)
 
-    def clear(self) -> None:
-        """Delete all photos, pictures and tuned weights."""
-        self.check = self.tuned = None
-        for name in ("photos", "thumbnails", "pictures", "exported"):
+    def clear(self, kind: str) -> None:
+        """Delete the photos of a kind; with those of the person go all pictures and tuned weights."""
+        self.checks.pop(kind, None)
+        if kind == PHOTOS:
+            self.tuned = None
+        for name in (kind, *(("pictures", "exported") if kind == PHOTOS else ())):
             shutil.rmtree(self.folder / name, ignore_errors=True)
             (self.folder / name).mkdir(parents=True)
+        kept = {checked.photo.content_key() for other in KINDS for checked in self.checked(other)}
+        for file in (self.folder / "thumbnails").iterdir():
+            if file.stem not in kept:
+                file.unlink()
 
     def thumbnail(self, photo: Photo) -> Path | None:
         """Return a small picture of a photo; None of one that cannot be read."""
         file = self.folder / "thumbnails" / f"{photo.content_key()}.png"
         return file if file.is_file() else None
 
-    def _free_name(self, path: Path) -> Path:
+    def _free_name(self, path: Path, folder: Path) -> Path:
         """Return a name that no photo has: telephones call every photo image.jpg."""
-        folder, number = self.folder / "photos", 1
+        number = 1
         taken = {file.stem for file in folder.iterdir() if is_photo(file)}
         stem = path.stem
         while stem in taken:
@@ -174,26 +190,25 @@ class Session:
         except FileNotFoundError:
             raise PageError(f"'{path.name}' did not arrive: add it again") from None
 
-    def _look(self) -> None:
-        """Check all photos, and make thumbnails."""
-        files = sorted(file for file in (self.folder / "photos").iterdir() if is_photo(file))
+    def _look(self, kind: str) -> None:
+        """Check all photos of a kind, and make thumbnails; those to draw away from may be of anyone."""
+        files = sorted(file for file in (self.folder / kind).iterdir() if is_photo(file))
+        self.checks.pop(kind, None)
         if not files:
-            self.check = None
             return
-        person = read_photos(files, "person")
+        person = read_photos(files, kind)
         checker, side = self.studio.checker, self.studio.base.model.image_side
-        if checker is not None:
+        if checker is not None and kind != NEGATIVES:
             detector = getattr(checker, "detector", None)
-            self.check = check_person(
-                person, checker, detector if isinstance(detector, FaceDetector) else None, side=side
-            )
+            found = check_person(person, checker, detector if isinstance(detector, FaceDetector) else None, side=side)
         else:
-            self.check = PhotoCheck(person.name, [CheckedPhoto(photo) for photo in person.photos])
-        for checked in self.check.photos:
+            found = PhotoCheck(person.name, [CheckedPhoto(photo) for photo in person.photos])
+        self.checks[kind] = found
+        for checked in found.photos:
             try:
                 image = checked.photo.image()
             except DataError as error:
-                checked.faults["unreadable"] = str(error).removeprefix(f"{self.folder / 'photos'}/")
+                checked.faults["unreadable"] = str(error).removeprefix(f"{self.folder / kind}/")
                 continue
             checked.size = image.size
             file = self.folder / "thumbnails" / f"{checked.photo.content_key()}.png"
@@ -237,6 +252,29 @@ class Session:
 
     # ---- pictures ---------------------------------------------------------------------------------------------------
 
+    def acting(self, me: Personalizer, table: Sequence[Sequence[Any]], border: float) -> dict[str, Any]:
+        """Return what acts on a picture besides the photos, as arguments of `Personalizer.choose_photos`.
+
+        Args:
+            me: who draws.
+            table: a row a photo, its name and its weight; photos without a row have 1.
+            border: share of the picture's width at which the second person's part begins.
+        """
+        wished = {str(row[0]): row[-1] for row in table if row and row[0]}
+        if missing := [name for name in wished if name not in self.photos]:
+            raise PageError(f"there is no photo '{missing[0]}' to weigh: choose among {shorten(self.photos)}")
+        weights = [read_weight(photo.name, wished.get(photo.name, 1)) for photo in me.person.photos]
+        negatives, beside = (
+            [checked.photo for checked in self.checked(kind) if "unreadable" not in checked.faults]
+            for kind in (NEGATIVES, BESIDE)
+        )
+        found: dict[str, Any] = {"negatives": negatives} if negatives else {}
+        if beside:
+            found |= {"beside": me.with_photos(beside, BESIDE), "masks": halves(me.model.image_side, border)}
+        if any(weight != 1 for weight in weights):
+            found["weights"] = weights + [1.0] * len(beside)
+        return found
+
     def draw(
         self,
         me: Personalizer,
@@ -245,6 +283,7 @@ class Session:
         seeds: Sequence[int],
         options: Mapping[str, Any],
         progress: Callable[[int, int], None],
+        acting: Mapping[str, Any] | None = None,
     ) -> list[Drawn]:
         """Draw a prompt with every seed, and score the pictures.
 
@@ -255,21 +294,24 @@ class Session:
             seeds: a picture each.
             options: of `Sampling`.
             progress: is told of the number of pictures that are drawn, and of all.
+            acting: on the pictures besides the photos; None: nothing.
         """
         self.check_request(prompt, seeds)
+        acting = acting or {}
+        references, _ = me.choose_photos(**acting)
         images: list[Image.Image] = []
         for number, seed in enumerate(seeds):
             if self.ended:
                 raise PageError("the page was closed")
             progress(number, len(seeds))
-            images += me(prompt, seeds=[seed], **options)
+            images += me(prompt, seeds=[seed], **acting, **options)
         found = []
         for seed, image in zip(seeds, images, strict=True):
             self._pictures += 1
             place = self.folder / "pictures" / f"{self._pictures:04d}_seed_{seed}.png"
             image.save(place)
             found.append(Drawn(place, seed))
-        self._score(me, out, images, found)
+        self._score(me, list(dict.fromkeys(references)), out, images, found)
         return found
 
     def check_request(self, prompt: str, seeds: Sequence[int]) -> None:
@@ -284,14 +326,19 @@ class Session:
             raise PageError(f"the prompt has {count:,} tokens, and {most} are read: shorten it")
 
     def _score(
-        self, me: Personalizer, out: Sequence[Photo], images: Sequence[Image.Image], found: Sequence[Drawn]
+        self,
+        me: Personalizer,
+        references: Sequence[Photo],
+        out: Sequence[Photo],
+        images: Sequence[Image.Image],
+        found: Sequence[Drawn],
     ) -> None:
         """Note how like the person each picture is."""
         judge = self.studio.judge()
         if judge is None:
             return
         with me.weights_in_place() as model:  # which also guards the network that scores
-            references, side, device = list(dict.fromkeys(me.references)), model.image_side, model.device
+            side, device = model.image_side, model.device
             photos = see(judge, to_tensor(square(p.image(), side) for p in (*references, *out)), device).vectors()
             made = see(judge, to_tensor(images), device).vectors()  # (T, E)
         near, far = photos[: len(references)], photos[len(references) :]
@@ -312,8 +359,12 @@ class Session:
             for drawn, value in zip(found, values, strict=True):
                 drawn.scores[title] = float(value)
 
-    def shares(self, me: Personalizer) -> tuple[str, dict[str, float]]:
+    def shares(self, me: Personalizer, references: Sequence[Photo]) -> tuple[str, dict[str, float]]:
         """Say what each photo contributes: the aggregator's weights, or what changes where a photo is left out.
+
+        Args:
+            me: who draws.
+            references: that are drawn from; a photo may be among them several times.
 
         Returns:
             What the shares are of, and a share of at least 0 by the photo's name; all add to 1. Empty for a method that
@@ -322,7 +373,7 @@ class Session:
         with me.weights_in_place() as model, torch.no_grad():
             if not isinstance(model, MultiIPAdapter):
                 return "", {}
-            references, dtype = me.references, model.unet.dtype
+            dtype = model.unet.dtype
             features = Features(model.backbone, str(self.studio.features), model.device)
             features.build(references, [], [])
             features.refresh()
@@ -330,25 +381,25 @@ class Session:
             if embeds.isnan().any():  # no photo has a face
                 return "", {}
             autocast = nullcontext() if dtype == torch.float32 else torch.autocast(model.device.type, dtype)
+            photos = list(dict.fromkeys(references))
+            own = torch.tensor([[one == photo for one in references] for photo in photos])  # (K, N): its rows
+            aggregator, shares = model.aggregator, torch.ones(len(photos))
+            what = (aggregator.weights_are or "weight").removeprefix("share of ")
             with autocast:
-                weights, what = (
-                    model.aggregator.photo_weights(embeds),
-                    (model.aggregator.weights_are or "weight").removeprefix("share of "),
-                )
-                if weights is None and len(references) == 1:
-                    weights = torch.ones(1, 1)
-                elif weights is None and len(features.kinds) > 1:  # the adapter takes them apart
+                weights = aggregator.photo_weights(embeds)  # (1, N)
+                if weights is not None:
+                    shares = own.double() @ weights[0].double().cpu()
+                elif len(photos) > 1 and len(features.kinds) > 1:  # the adapter takes them apart
                     return "", {}
-                elif weights is None:
+                elif len(photos) > 1:
                     what = "change of the image tokens where it is left out"
-                    with_all, without = model.condition(embeds), model.condition(leave_one_out(embeds[0]))
-                    cosines = F.cosine_similarity(mean_token(model, with_all), mean_token(model, without))
-                    weights = (1 - cosines.float()).clamp(min=0)[None]
-        values = weights[0].double().cpu().numpy()
+                    left = [embeds[:, ~rows] for rows in own]
+                    without = torch.cat([mean_token(model, model.condition(rows)) for rows in left])  # (K, E)
+                    cosines = F.cosine_similarity(mean_token(model, model.condition(embeds)), without)
+                    shares = (1 - cosines.float()).clamp(min=0)
+        values = shares.double().cpu().numpy()
         values = values / values.sum() if values.sum() > 0 else np.full(len(values), 1 / len(values))
-        found: dict[str, float] = {}
-        for photo, value in zip(references, values, strict=True):
-            found[photo.name] = found.get(photo.name, 0.0) + float(value)
+        found = {photo.name: float(value) for photo, value in zip(photos, values, strict=True)}
         return what, dict(sorted(found.items(), key=lambda item: -item[1]))
 
     # ---- tuning, and away -------------------------------------------------------------------------------------------
@@ -384,7 +435,7 @@ class Session:
         with self.studio.base.weights_in_place():  # when nothing draws or tunes
             shutil.rmtree(self.folder, ignore_errors=True)
             shutil.rmtree(self.studio.features, ignore_errors=True)  # of others it is made again
-        self.check = self.tuned = None
+        self.checks, self.tuned = {}, None
 
 
 def read_seeds(text: str) -> list[int]:
@@ -393,3 +444,18 @@ def read_seeds(text: str) -> list[int]:
     if not words or not all(re.fullmatch(r"\d{1,18}", word) for word in words):
         raise PageError(f"'{text[:40]}' are no seeds: give whole numbers, a picture each, such as 0, 1")
     return [int(word) for word in words]
+
+
+def read_weight(name: str, value: Any) -> float:
+    """Read the weight of a photo of this name."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise PageError(f"the weight of '{name}' is '{str(value)[:40]}': give a number of at least 0") from None
+
+
+def halves(side: int, border: float) -> list[Image.Image]:
+    """Return masks of what lies left of a share of a picture's width, and of the rest."""
+    left = np.zeros((side, side), dtype=np.uint8)
+    left[:, : round(border * side)] = 255
+    return [Image.fromarray(left), Image.fromarray(255 - left)]

@@ -23,13 +23,14 @@ import cases  # noqa: E402
 import torch  # noqa: E402
 
 CASES = ("training", "tensors", "generation", "features", "flatness")
+PROCESSES = ("startup", "api")  # of whole processes, at no size
 
 
 def main() -> None:
     """Run the cases that are asked for."""
     parser = argparse.ArgumentParser(prog="python tests/benchmarks", description=__doc__)
     parser.add_argument("--sizes", nargs="+", choices=("mini", "sd15"), default=["mini"], help="sd15 takes an hour")
-    parser.add_argument("--only", nargs="+", choices=(*CASES, "startup"), default=[*CASES, "startup"])
+    parser.add_argument("--only", nargs="+", choices=(*CASES, *PROCESSES), default=[*CASES, *PROCESSES])
     parser.add_argument("--work", default=str(ROOT / "runs" / "benchmarks"), help="stored features, SD1.5's weights")
     parser.add_argument("--json", default=str(ROOT / "runs" / "benchmarks" / "results.json"))
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
@@ -47,8 +48,9 @@ def main() -> None:
             for case in CASES:
                 if case in args.only:
                     results["rows"] += [{"size": name, "case": case, **row} for row in getattr(cases, case)(size)]
-        if "startup" in args.only:
-            results["rows"] += [{"size": "", "case": "startup", **row} for row in cases.startup()]
+        for case in PROCESSES:
+            if case in args.only:
+                results["rows"] += [{"size": "", "case": case, **row} for row in getattr(cases, case)()]
         results["machine"]["load_after"] = os.getloadavg()
         os.chdir(ROOT)
     results_file.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +92,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-VALUES = (("ratio", 3, ""), ("gflop", 3, ""), ("anonymous_mib", 0, " MiB"), ("gigabytes", 2, " GB"))
+VALUES = (
+    ("ratio", 3, ""),
+    ("gflop", 3, ""),
+    ("anonymous_mib", 0, " MiB"),
+    ("gigabytes", 2, " GB"),
+    ("cpu_seconds", 2, " CPU s"),
+)
 
 if __name__ == "__main__":
     main()

@@ -172,7 +172,8 @@ def test_weights_are_those_of_a_weighted_mean(tiny_backbone, data):
 def test_an_aggregator_that_cannot_weigh_refuses_weights(tiny_backbone, data, aggregator):
     module = built(tiny_backbone, aggregator)
     with pytest.raises(LitMultiIPError, match=f"{aggregator.__name__} gives photos no weights"):
-        drawn(module, asked(data, ANN, weights=[2.0, *[1.0] * 8]))
+        module.check_drawing(draw_together([ANN], 9, 0, weights=[2.0, *[1.0] * 8])[1])
+    module.check_drawing(draw_together([ANN], 9, 0, weights=[0.0, *[1.0] * 8])[1])
     drawn(module, asked(data, ANN, weights=[0.0, *[1.0] * 8]))
 
 
@@ -248,7 +249,7 @@ def test_on_the_miniature_another_person_on_the_right_changes_the_right_most(min
 
 def test_options_off_add_nothing_to_a_request(tiny_backbone, data):
     batch = asked(data, ANN)
-    assert not {"beside", "negatives", "masks", "weighted"} & batch.keys()
+    assert not {"beside", "negatives", "masks"} & batch.keys()
     assert draw_together([ANN], 9, 0)[1] == NOTHING
 
 

@@ -1,6 +1,7 @@
 """The same config, seed and machine give the same bits; a task's image depends on its seed, not on its neighbours."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,10 @@ LEVELS = 1
 
 def images(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.rglob("*.png"))}
+
+
+def test_a_process_of_tests_has_the_threads_that_it_is_given():
+    assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"])
 
 
 def test_two_fits_and_their_images_are_equal_bit_for_bit(tiny_backbone, random_critic, tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 import socket
 import threading
 import time
@@ -22,7 +23,7 @@ pytest.importorskip("gradio", reason="the page needs the extra `page`")
 import httpx
 from gradio_client import Client, handle_file
 
-from lit_multiip.tools import page_layout
+from lit_multiip.tools import page_visits
 from lit_multiip.tools.page_session import Session
 
 PROMPT = "a person"
@@ -70,9 +71,16 @@ def add(client, files):
     return client.predict([handle_file(str(file)) for file in files], api_name="/add_photos")
 
 
-def draw(client, names, held_out="none", prompt=PROMPT, seeds="0", scale=1.0, steps=2, weights="as loaded"):
-    choices = (list(names), held_out, prompt, seeds, scale, 3.0, steps, 0.0, 1.0, weights)
+def draw(
+    client, names, held_out="none", prompt=PROMPT, seeds="0", scale=1.0, guidance=3.0, weights="as loaded", table=()
+):
+    rows = {"headers": ["Photo", "Weight"], "data": [list(row) for row in table]}
+    choices = (list(names), held_out, prompt, seeds, scale, guidance, 2, 0.0, 1.0, weights, rows, 0.25)
     return client.predict(*choices, api_name="/draw")
+
+
+def add_further(client, kind, files):
+    return client.predict([handle_file(str(file)) for file in files], api_name=f"/add_{kind}")[1]
 
 
 def tune(client, names, steps, call="predict"):
@@ -93,7 +101,8 @@ def fetch(url, part):
 def test_a_picture_is_drawn_over_loopback_as_the_api_draws_it(served, visit, photos):
     url, studio = served
     client = visit(photos[0])
-    _, cards, use, held_out = client.added
+    _, cards, use, held_out, table = client.added
+    assert {*map(tuple, table["data"])} == {(name, 1) for name in names_of(photos[0])}
     assert len(fetch(url, cards)) == 6 and cards.count('class="good"') == 6
     assert len(use["value"]) == 5 and held_out["value"] in names_of(photos[0]) and held_out["value"] not in use["value"]
     pictures, shares = draw(client, use["value"], held_out["value"], seeds="3, 4")
@@ -107,6 +116,61 @@ def test_a_picture_is_drawn_over_loopback_as_the_api_draws_it(served, visit, pho
     assert len(percent) == 5 and 95 <= sum(percent) <= 105
 
 
+def test_photos_to_draw_away_from_and_a_second_person_act_as_in_the_api_until_they_are_removed(served, visit, photos):
+    url, studio = served
+    client, names = visit(photos[0]), names_of(photos[0])
+
+    def picture():
+        return fetch(url, draw(client, names)[0])[0]
+
+    def differs(**options):
+        [image] = studio.base.with_photos(photos[0])(PROMPT, guidance_scale=3.0, steps=2, **options)
+        return int(np.abs(picture() - np.asarray(image).astype(int)).max())
+
+    plain = picture()
+    assert len(fetch(url, add_further(client, "negatives", photos[1][:2]))) == 2
+    assert differs(negatives=photos[1][:2]) == 0 and (picture() != plain).any()
+    with pytest.raises(Exception, match="negative photos act through guidance"):
+        draw(client, names, guidance=1.0)
+    assert client.predict(api_name="/remove_negatives") == "" and (picture() == plain).all()
+    add_further(client, "beside", photos[1])
+    right = np.arange(32) >= 8
+    masks = [Image.fromarray(np.tile(side, (32, 1))) for side in (~right, right)]
+    assert differs(beside=studio.base.with_photos(photos[1], "bob"), masks=masks) == 0 and (picture() != plain).any()
+    cleared = client.predict(api_name="/clear")
+    assert cleared[0] == cleared[4] == cleared[5] == ""
+    assert not [file for folder in studio.folder.iterdir() for file in (folder / "beside").glob("*") if folder.is_dir()]
+    add(client, photos[0])
+    assert (picture() == plain).all()
+
+
+def test_weights_act_as_in_the_api_and_what_is_no_weight_is_refused(served, visit, photos, tiny_backbone, tmp_path):
+    session = Session(open_studio(tmp_path, backbone=str(tiny_backbone), method="AvgPool"), "weights")
+    session.add([shutil.copy(file, tmp_path) for file in photos[0]])
+    me, out = session.personalizer(list(session.photos), None, tuned=False)
+    names = [photo.name for photo in me.person.photos]
+    assert session.acting(me, [[name, 1] for name in names], 0.5) == {}
+    acting = session.acting(me, [[names[1], "3"], [names[4], 0]], 0.5)
+    assert acting == {"weights": [1, 3, 1, 1, 0, 1]}
+    [drawn] = session.draw(me, out, PROMPT, [0], {"steps": 2}, lambda done, of: None, acting)
+    assert (np.asarray(Image.open(drawn.file)) == np.asarray(me(PROMPT, steps=2, **acting)[0])).all()
+    (_, shares), (_, alike) = (session.shares(me, me.choose_photos(**more)[0]) for more in (acting, {}))
+    assert shares.keys() == {*names} - {names[4]} and alike.keys() == {*names}
+    assert sum(shares.values()) == pytest.approx(1) and shares[names[1]] > 1.5 * alike[names[1]]
+    for table, words in (
+        ([[names[0], "much"]], f"the weight of '{names[0]}' is 'much': give a number of at least 0"),
+        ([[names[0], float("nan")]], "a photo's weight is nan: give a number"),
+        ([[names[0], -1]], "a photo's weight is -1.0: give a number"),
+        ([[name, 0] for name in names], "all weights of .* are 0: give one photo"),
+        ([["x.jpg", 2]], "there is no photo 'x.jpg' to weigh"),
+    ):
+        with pytest.raises(LitMultiIPError, match=words):
+            me.choose_photos(**session.acting(me, table, 0.5))
+    client = visit(photos[0])
+    with pytest.raises(Exception, match="MaxPool gives photos no weights"):
+        draw(client, names, table=[[names[0], 2]])
+
+
 def test_two_visitors_do_not_see_each_others_photos_and_what_is_left_is_deleted(served, visit, photos, monkeypatch):
     ann, bob = visit(photos[0]), visit(photos[1])
     assert all(name not in str(bob.added) for name in names_of(photos[0]))
@@ -116,7 +180,7 @@ def test_two_visitors_do_not_see_each_others_photos_and_what_is_left_is_deleted(
         draw(visit(), [])
     folders = {folder for folder in served[1].folder.iterdir() if (folder / "photos").is_dir()}
     assert len(folders) >= 2 and not list(served[1].folder.glob("*/*_0000.png"))  # none is left where it arrived
-    monkeypatch.setattr(page_layout, "KEEP", 0)
+    monkeypatch.setattr(page_visits, "KEEP", 0)
     ann.close()
     path = re.findall(r'src="gradio_api/file=([^"]+)"', ann.added[1])[0]
     until = time.monotonic() + 60

@@ -62,6 +62,7 @@ def compare(
     only: list[str] | None = None,
     output: str = OUTPUT,
     trained: str | None = None,
+    variables: dict[str, Any] | None = None,
     processes: PositiveInt = 1,
     dry_run: bool = False,
 ) -> None:
@@ -79,11 +80,12 @@ def compare(
         only: run these rows; the report is of all that is there.
         output: the folder to write; finished steps in it are kept.
         trained: folder of a finished comparison of these rows, whose runs are tested and not trained again.
+        variables: values that stand for `$name` in options, such as paths of photos and networks.
         processes: steps at a time, each with its share of the CPU cores and a log in its run's folder.
         dry_run: print the commands, and run none.
     """
     seeds = [0] if seeds is None else seeds
-    given = (contrasts or [], configs or [], options or {}, test_options or {}, seeds, output, trained)
+    given = (contrasts or [], configs or [], options or {}, test_options or {}, seeds, output, trained, variables or {})
     plan = Plan(rows, reference, title, *given)
     plan.check(only)
     steps = make_steps(plan.expand(only), Inputs())
@@ -136,7 +138,8 @@ def make_steps(plan: Plan, inputs: Inputs) -> list[Step]:
         for seed in plan.seeds_of(row):
             run = Path(plan.output) / name / f"version_{seed}"
             configs = [part for file in row.lay(plan.configs) for part in ("--config", file)]
-            options = {**plan.options, **row.options} | (dict.fromkeys(row.seed_options, seed) if row.seeds else {})
+            options = plan.fill({**plan.options, **row.options})
+            options |= dict.fromkeys(row.seed_options, seed) if row.seeds else {}
             given = _as_arguments(options)
 
             # what is trained, or was
@@ -154,7 +157,7 @@ def make_steps(plan: Plan, inputs: Inputs) -> list[Step]:
 
             # what is tested, or scored as it is
             anchors = name == plan.reference and seed == plan.seeds[0]
-            tested = {"score.anchors": anchors, **plan.test_options, **row.test_options}
+            tested = plan.fill({"score.anchors": anchors, **plan.test_options, **row.test_options})
             command: Literal["test", "score"] = "test" if row.images is None else "score"
             if row.images is not None:
                 depends = inputs.hash_images(row.images)

@@ -97,6 +97,7 @@ class Plan:
     seeds: Sequence[int] = (0,)
     output: str = OUTPUT
     trained: str | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self, only: Sequence[str] | None = None) -> None:
         """Refuse what cannot work before anything is run."""
@@ -136,6 +137,19 @@ class Plan:
         kept = {k: row for key, rows in combined.items() if only is None or key in only for k, row in rows.items()}
         contrasts = [replace(c, minus=(default[c.minus[0]], default[c.minus[1]])) for c in self.contrasts]
         return replace(self, rows=kept, reference=default[self.reference], contrasts=contrasts)
+
+    def fill(self, value: Any) -> Any:
+        """Return options with the value of each variable in the place of its name, such as `$photos`."""
+        if isinstance(value, Mapping):
+            return {key: self.fill(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [self.fill(part) for part in value]
+        if not isinstance(value, str) or value[:1] != "$" or value[1:] not in self.variables:
+            return value
+        name = value[1:]
+        if self.variables[name] is None:
+            raise CompareError(f"the plan's variable '{name}' has no value: give --variables.{name} <value>")
+        return self.variables[name]
 
     def run_of(self, key: str, row: Row, seed: int) -> str | None:
         """Return the run that a row tests in place of a fit of its own: its own `run`, or that of `trained`."""

@@ -95,6 +95,7 @@ def sweep(
             configs=list(whole.configs),
             options=dict(whole.options),
             seeds=list(whole.seeds[:1]),
+            variables=dict(whole.variables),
             output=str(folder / "best"),
             processes=processes,
         )

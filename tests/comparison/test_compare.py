@@ -221,6 +221,23 @@ def test_a_grid_is_a_row_for_every_combination_and_its_first_is_the_default(conf
     assert list(Plan(rows, "a").expand(only=["b"]).rows) == ["b"]
 
 
+def test_a_variable_stands_in_options_at_any_depth_and_one_without_a_value_in_rows_left_out(config, tmp_path):
+    extractors = [{"class_path": "OnnxFeatures", "init_args": {"path": "$network"}}, {"class_path": "Dlib"}]
+    rows = {
+        "a": Row([config], "A", options={"data.cache_dir": "$place"}),
+        "b": Row([config], "B", options={"data.seed": "$b"}),
+    }
+    values = {"network": "net.onnx", "place": str(tmp_path), "b": None}
+    plan = Plan(rows, "a", test_options={"score.extractors": extractors}, variables=values, output=str(tmp_path))
+    assert plan.fill(plan.test_options)["score.extractors"][0]["init_args"] == {"path": "net.onnx"}
+    assert plan.fill({"data.augment": "$other", "data.seed": 3}) == {"data.augment": "$other", "data.seed": 3}
+    [step] = make_steps(plan.expand(["a"]), Inputs())
+    assert f"--data.cache_dir={tmp_path}" in step.arguments
+    assert any('"net.onnx"' in argument for argument in step.arguments)
+    with pytest.raises(CompareError, match=r"variable 'b' has no value: give --variables\.b <value>"):
+        make_steps(plan.expand(), Inputs())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -398,6 +398,6 @@ def api(repeats: int = 3) -> list[Row]:
                 for number in range(repeats + 1)
             ][1:]
             wall, cpu = (float(np.median(values)) for values in zip(*spent, strict=True))
-            aim = {"aim": f"<= {most:g} s", "met": wall <= most}
+            aim = {"aim": f"<= {most:g} CPU s", "met": cpu <= most}  # the clock of a busy machine says nothing
             rows.append({"what": what, "seconds": wall, "cpu_seconds": cpu, "repeats": repeats, **aim})
     return rows

@@ -282,6 +282,7 @@ class Personalizer:
 
         Two of the photos, and at most one of five, are held out. Their prompts are drawn before, and four times
         meanwhile; the weights with the best identity are kept. Without a network that scores, the last are kept.
+        Held-out photos do not condition after it. Once `score` was asked, `with_photos` may give all of them again.
 
         Args:
             steps: of the optimiser; None takes 40, or DreamBooth's own.

@@ -110,7 +110,8 @@ def test_the_gap_to_another_persons_photos_is_left_out_where_there_is_nobody(tin
 
 def test_an_adapter_made_at_random_is_not_drawn_with_until_it_is_trained(tmp_path):
     backbone = make_tiny_backbone(tmp_path / "bare")
-    module = built(backbone, AvgPool)
+    module, again = built(backbone, AvgPool), built(backbone, AvgPool)
+    module.trainer = again.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     for start in (module.on_test_start, module.on_predict_start):
         with pytest.raises(
             BackboneError, match=r"made at random and was never trained .*--model\.ip_adapter <file>, or run"
@@ -119,7 +120,6 @@ def test_an_adapter_made_at_random_is_not_drawn_with_until_it_is_trained(tmp_pat
     assert module.describe()["ip_adapter_sha256"] is None
     checkpoint = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
-    again = built(backbone, AvgPool)
     again.on_load_checkpoint(checkpoint)
     again.on_predict_start()
 

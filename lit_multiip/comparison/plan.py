@@ -7,6 +7,7 @@ of the grid's values; the first of them is the row's default.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -110,6 +111,11 @@ class Plan:
             raise CompareError(f"'{self.trained}' is no comparison: give --trained a folder that `compare` wrote")
         if self.trained is not None and Path(self.trained).resolve() == Path(self.output).resolve():
             raise CompareError(f"--trained and --output are both '{self.output}': give --output a folder of its own")
+        own = [[row.options, row.test_options, row.grid] for row in self.rows.values()]
+        options = json.dumps([self.options, self.test_options, own], default=str)
+        if idle := [name for name in self.variables if f'"${name}"' not in options]:
+            used = ", ".join(name for name in self.variables if name not in idle) or "none"
+            raise CompareError(f"variable '{idle[0]}' stands in no option of the plan, whose variables are: {used}")
         for key, row in self.rows.items():
             if not re.fullmatch(r"\w[\w.-]*", key):
                 raise CompareError(f"row '{key}' cannot be a folder: use letters, digits, '.', '_' and '-'")
@@ -148,7 +154,9 @@ class Plan:
             return value
         name = value[1:]
         if self.variables[name] is None:
-            raise CompareError(f"the plan's variable '{name}' has no value: give --variables.{name} <value>")
+            raise CompareError(
+                f"the plan's variable '{name}' has no value: give --variables.{name} <value>, or write it there"
+            )
         return self.variables[name]
 
     def run_of(self, key: str, row: Row, seed: int) -> str | None:

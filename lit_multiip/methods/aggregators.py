@@ -69,11 +69,18 @@ class Aggregator(nn.Module, ABC):
         Returns:
             (B, N), rows of at least 0 that sum to one; None where `weights_are` is.
         """
-        return None
+        if self.weights_are is None:
+            return None
+        self._check(embeds)
+        return self.weigh(embeds) if embeds.ndim == 3 else _places(embeds, self.weigh).mean(dim=1)
 
     @abstractmethod
     def aggregate(self, embeds: Tensor) -> Tensor:
         """Map checked embeddings (B, N, D) to (B, M, D)."""
+
+    def weigh(self, embeds: Tensor) -> Tensor:
+        """Return the weights of checked embeddings, (B, N, D) -> (B, N), where `weights_are` says what they are."""
+        raise NotImplementedError
 
     def aggregate_tokens(self, tokens: Tensor) -> Tensor:
         """Map checked patch tokens (B, N, T, D) to (B, M, T, D): each of the T places by itself."""
@@ -131,11 +138,8 @@ class MaxPool(Aggregator):
         """Take the maximum over N."""
         return embeds.amax(dim=1, keepdim=True)  # (B, 1, D)
 
-    def photo_weights(self, embeds: Tensor) -> Tensor:
+    def weigh(self, embeds: Tensor) -> Tensor:
         """Share of the D dimensions in which a photo is the maximum; photos that tie divide a dimension."""
-        self._check(embeds)
-        if embeds.ndim == 4:
-            return _places(embeds, self.photo_weights).mean(dim=1)  # (B, T, N) => (B, N)
         wins = (embeds == embeds.amax(dim=1, keepdim=True)).float()  # (B, N, D)
         return (wins / wins.sum(dim=1, keepdim=True)).mean(dim=2)  # (B, N)
 
@@ -181,16 +185,11 @@ class WeightedSum(Aggregator):
 
     def aggregate(self, embeds: Tensor) -> Tensor:
         """Weigh and add."""
-        return (self.photo_weights(embeds)[:, :, None] * embeds).sum(dim=1, keepdim=True)  # (B, 1, D)
+        return (self.weigh(embeds)[:, :, None] * embeds).sum(dim=1, keepdim=True)  # (B, 1, D)
 
-    def photo_weights(self, embeds: Tensor) -> Tensor:
+    def weigh(self, embeds: Tensor) -> Tensor:
         """Return the weights, (B, N)."""
-        self._check(embeds)
-        if embeds.ndim == 4:
-            return _places(embeds, self.photo_weights).mean(dim=1)  # (B, T, N) => (B, N)
-        unit = F.normalize(embeds, dim=2)  # (B, N, D)
-        agreement = (unit @ unit.transpose(1, 2)).mean(dim=2)  # (B, N, N) => (B, N)
-        return torch.softmax(agreement / self.temperature, dim=1)
+        return torch.softmax(_cosines(embeds).mean(dim=2) / self.temperature, dim=1)
 
     def extra_repr(self) -> str:
         """Show the options in `print(module)`."""
@@ -353,21 +352,24 @@ class AgreementGate(Aggregator):
 
     def aggregate(self, embeds: Tensor) -> Tensor:
         """Put the weighted mean in the place of what does not agree."""
-        weights = self.photo_weights(embeds)[:, :, None]  # (B, N, 1)
+        weights = self.weigh(embeds)[:, :, None]  # (B, N, 1)
         gate = (embeds.shape[1] * weights).clamp(max=1)  # (B, N, 1)
         mean = (weights * embeds).sum(dim=1, keepdim=True)  # (B, 1, D)
         rows: Tensor = self.to_v(gate * embeds + (1 - gate) * mean)  # (B, N, D)
         return rows
 
-    def photo_weights(self, embeds: Tensor) -> Tensor:
+    def weigh(self, embeds: Tensor) -> Tensor:
         """Return the weights w, (B, N)."""
-        self._check(embeds)
-        if embeds.ndim == 4:
-            return _places(embeds, self.photo_weights).mean(dim=1)  # (B, T, N) => (B, N)
-        unit = F.normalize(embeds, dim=2)  # (B, N, D)
-        others = (unit @ unit.transpose(1, 2)).sum(dim=2) - unit.square().sum(dim=2)  # (B, N), without itself
+        cosines = _cosines(embeds)
+        others = cosines.sum(dim=2) - cosines.diagonal(dim1=1, dim2=2)  # (B, N), without itself
         agreement = others / max(embeds.shape[1] - 1, 1)
         return torch.softmax(agreement / self.log_temperature.exp(), dim=1)
+
+
+def _cosines(embeds: Tensor) -> Tensor:
+    """Cosine of every two photos, (B, N, D) => (B, N, N)."""
+    unit = F.normalize(embeds, dim=2)
+    return unit @ unit.transpose(1, 2)
 
 
 def _check_temperature(temperature: float) -> None:

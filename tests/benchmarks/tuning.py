@@ -14,8 +14,6 @@ from pathlib import Path
 
 from lit_multiip import Personalizer
 from lit_multiip.data.photos import Photo
-from lit_multiip.data.split import select_people
-from lit_multiip.data.tasks import make_tasks
 from lit_multiip.evaluation.critic import SHIPPED, CriticExtractor
 from lit_multiip.evaluation.intervals import paired_difference, person_mean
 from lit_multiip.pretrained import load_pretrained
@@ -32,20 +30,21 @@ def main() -> None:
     parser.add_argument("--side", choices=("validation", "test"), default="validation")
     parser.add_argument("--steps", type=int, nargs="+", help="to choose among, a tuning each; not given: the default")
     parser.add_argument("--learning_rate", type=float, nargs="+", default=[None])
-    parser.add_argument("--seed", type=int, default=0, help="of people, photos and noise")
     parser.add_argument("--json", help="a file for every value")
     args = parser.parse_args()
     loaded = load_pretrained(args.run)
-    people = select_people(loaded.data._split().people_of(args.side), 2, args.people, args.seed)
-    tasks = make_tasks(people, held_out=args.held_out, seed=args.seed)
+    data = loaded.data
+    data.tested, data.tested_people, data.held_out = args.side, args.people, args.held_out
+    tasks = data.draw_tasks()
+    people = list(dict.fromkeys(task.person for task in tasks))
     base = Personalizer(loaded, [CriticExtractor(name) for name in SHIPPED])  # the first chooses among weights
     settings = [(n, rate) for n in args.steps or [None] for rate in args.learning_rate]
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     seconds = defaultdict(list)
     for person in people:
-        own = [task for task in tasks if task.person == person.name]
+        own = [task for task in tasks if task.person == person]
         references, targets = list(dict.fromkeys(own[0].references)), [task.held_out for task in own]
-        me = base.with_photos(references, person.name)
+        me = base.with_photos(references, person)
         own_prompts = [photo.prompt for photo in targets]
         real = me.score([photo.image() for photo in targets], targets, own_prompts)
         for score in ("nearest_reference", "prompt"):
@@ -53,23 +52,22 @@ def main() -> None:
                 values[REAL][f"{score}/{name}"].append(real[f"{score}/{name}"])
         _score(values[BEFORE], me, targets)
         for steps, rate in settings:
-            tuned = base.with_photos(references, person.name)
+            tuned = base.with_photos(references, person)
             start = time.perf_counter()
             tuned.tune(steps, rate)
             name = "" if len(settings) == 1 else f" ({steps} steps, {rate})"
             seconds[name].append(time.perf_counter() - start)
             _score(values[FEWER + name], tuned, targets)
-            _score(values[ALL + name], tuned.with_photos(references, person.name), targets)
+            _score(values[ALL + name], tuned.with_photos(references, person), targets)
         done = {name: found["identity_held_out_mean/critic"][-1:] for name, found in values.items() if name != REAL}
-        print(person.name, done, flush=True)
-    labels = [person.name for person in people]
+        print(person, done, flush=True)
     for name, scores in values.items():
-        print(f"\n{name}, {len(people)} people x {args.held_out}, seed {args.seed}")
+        print(f"\n{name}, {len(people)} people x {args.held_out}, seed {data.seed}")
         for score, found in scores.items():
-            s = person_mean(found, labels)
+            s = person_mean(found, people)
             line = [f"{s.value:.4f} [{s.low:.4f}, {s.high:.4f}]"]
             if name not in (REAL, BEFORE):
-                s = paired_difference(found, values[BEFORE][score], labels)
+                s = paired_difference(found, values[BEFORE][score], people)
                 line.append(f"minus untuned {s.value:+.4f} [{s.low:+.4f}, {s.high:+.4f}]")
             print(f"  {score:34}", *line)
     for name, found in seconds.items():

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -236,6 +237,9 @@ def test_a_variable_stands_in_options_at_any_depth_and_one_without_a_value_in_ro
     assert any('"net.onnx"' in argument for argument in step.arguments)
     with pytest.raises(CompareError, match=r"variable 'b' has no value: give --variables\.b <value>"):
         make_steps(plan.expand(), Inputs())
+    plan.check()
+    with pytest.raises(CompareError, match=r"variable 'plase' stands in no option .* are: network, place, b$"):
+        replace(plan, variables={**values, "plase": "mistyped"}).check()
 
 
 @pytest.mark.parametrize(

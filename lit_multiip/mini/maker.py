@@ -72,6 +72,8 @@ PIPELINE = {
     "vae": ["diffusers", "AutoencoderKL"],
 }
 
+ADAPTERS = {"image_encoder": "ip_adapter/ip-adapter_mini.safetensors", "face": "face_adapter/ip-adapter_face.safetensors"}
+
 Settings = Training | AdapterTraining
 Measured = dict[str, Any]
 
@@ -276,7 +278,6 @@ class Maker:
         _check_kinds("unet", settings.captions, data)
         vae: Any = AutoencoderKL.from_pretrained(self.out / "vae").float().eval()
         text = CLIPTextModel.from_pretrained(self.out / "text_encoder").float()
-        vision = CLIPVisionModelWithProjection.from_pretrained(self.out / "image_encoder").float().eval()
         scheduler: Any = DDPMScheduler(**self.start.scheduler())
         sizes = {
             "sample_size": self.side // 2 ** (len(vae.config.block_out_channels) - 1),
@@ -287,7 +288,7 @@ class Maker:
         config = self.start.config("unet", settings.network) | sizes
         unet: Any = UNet2DConditionModel(**config)
         self.start.fill(unet, "unet")
-        embeds = measured.image_embeds(vision, data) if settings.adapter else None
+        embeds = self._photo_embeds(settings.adapter, data)
         if embeds is not None:
             install_ip_adapter(unet, ip_adapter_from_text(unet, embeds.shape[1], seed=self.seed))
             unet.requires_grad_(True)
@@ -304,19 +305,32 @@ class Maker:
             embeds,
         )
         done = self._train("unet", stage, [{"index": i} for i in range(len(data))], settings, facts)
-        seen = measured.image_embeds(vision, unseen) if settings.adapter else None
+        seen = self._photo_embeds(settings.adapter, unseen)
         done |= measured.denoising(stage, _encode(vae, unseen, self.precision), unseen, seen)
         plain: Any = UNet2DConditionModel(**config)
         state = unet.state_dict()
         plain.load_state_dict({key: state[key] for key in plain.state_dict()})
         plain.half().save_pretrained(self.out / "unet")
-        if settings.adapter:
-            self._save_adapter(unet)
+        if settings.adapter is not None:
+            self._save_adapter(unet, ADAPTERS[settings.adapter])
         DDIMScheduler.from_config(scheduler.config, steps_offset=1, set_alpha_to_one=False).save_pretrained(
             self.out / "scheduler"
         )
         (self.out / "model_index.json").write_text(json.dumps(PIPELINE, indent=2) + "\n")
         return done
+
+    def _photo_embeds(self, adapter: str | None, data: Pictures) -> Tensor | None:
+        """Return what conditions the UNet beside captions, (P, D); None for nothing."""
+        if adapter is None:
+            return None
+        if adapter == "image_encoder":
+            vision = CLIPVisionModelWithProjection.from_pretrained(self.out / "image_encoder").float().eval()
+            return measured.image_embeds(vision, data)
+        clip = self.recipe.get("clip")
+        if not isinstance(clip, CLIPTraining) or clip.face is None:
+            raise RecipeError("unet.adapter is face, and clip.face names no face network: give its path, or image_encoder")
+        faces = measured.face_embeds(clip.face, data, self.work)
+        return faces.nan_to_num() * faces.shape[1] ** 0.5  # of mean square 1, as `backbone.face_encoder` conditions
 
     def _moments(self, vae: Any, data: Pictures, facts: Mapping[str, Any]) -> Tensor:
         """Return mean and logvar of all latents, (P, 2C, h, w); they are kept as long as the VAE stays."""
@@ -349,15 +363,14 @@ class Maker:
             check_same(last, then, facts)
         write_json(known, facts)
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(last) if last.exists() else None, weights_only=True)
-        self._save_adapter(cli.model.unet)
+        self._save_adapter(cli.model.unet, ADAPTERS["image_encoder"])
         logged = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
         return {"steps": cli.trainer.global_step, **logged}
 
-    def _save_adapter(self, unet: Any) -> None:
+    def _save_adapter(self, unet: Any, name: str) -> None:
         state = ip_adapter_state(unet)
         flat = {f"{part}.{key}": value.half() for part, values in state.items() for key, value in values.items()}
-        file = self.out / "ip_adapter" / "ip-adapter_mini.safetensors"
-        write_durably(file, lambda opened: opened.write(save(flat)))
+        write_durably(self.out / name, lambda opened: opened.write(save(flat)))
 
 
 @torch.inference_mode()

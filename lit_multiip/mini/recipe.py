@@ -106,13 +106,14 @@ class UNetTraining(Training):
     Args:
         network: of its configuration, what differs from that of `start_from`.
         captions: probabilities of the kinds of captions.
-        adapter: train a single-photo IP-Adapter with it, by the picture's own embedding, and write it to `ip_adapter/`.
-            A UNet whose captions do not tell people apart learns to draw them so.
+        adapter: train a single-photo IP-Adapter with it, by the picture's own embedding. A UNet whose captions do not
+            tell people apart learns to draw them so. `image_encoder` is the backbone's own, and the adapter goes to
+            `ip_adapter/`; `face` is the face network of the stage `clip`, and it goes to `face_adapter/`.
     """
 
     network: dict[str, Any] = field(default_factory=dict)
     captions: dict[str, float] = field(default_factory=lambda: {"bare": 0.9, "drop": 0.1})
-    adapter: bool = False
+    adapter: Literal["image_encoder", "face"] | None = None
 
 
 @dataclass

@@ -15,9 +15,12 @@ from pathlib import Path
 from lit_multiip import Personalizer
 from lit_multiip.data.photos import Photo
 from lit_multiip.evaluation.critic import SHIPPED, CriticExtractor
+from lit_multiip.evaluation.extractors import Extractor
+from lit_multiip.evaluation.faces import Dlib, FaceRecognition
 from lit_multiip.evaluation.intervals import paired_difference, person_mean
 from lit_multiip.pretrained import load_pretrained
 
+LFW_FACE = (0.5, 0.467, 0.747)  # the 112 px around LFW's faces, as shares of the cut photo
 REAL, BEFORE, FEWER, ALL = "real held-out photos", "untuned", "tuned, drawn by the tuned", "tuned, drawn by all"
 
 
@@ -30,6 +33,13 @@ def main() -> None:
     parser.add_argument("--side", choices=("validation", "test"), default="validation")
     parser.add_argument("--steps", type=int, nargs="+", help="to choose among, a tuning each; not given: the default")
     parser.add_argument("--learning_rate", type=float, nargs="+", default=[None])
+    parser.add_argument(
+        "--extractors",
+        nargs="+",
+        default=list(SHIPPED),
+        help="that score: critics, `dlib`, and ONNX files of face networks that see LFW's cut photos as MobileFaceNet "
+        "does; the first chooses among weights",
+    )
     parser.add_argument("--json", help="a file for every value")
     args = parser.parse_args()
     loaded = load_pretrained(args.run)
@@ -37,7 +47,8 @@ def main() -> None:
     data.tested, data.tested_people, data.held_out = args.side, args.people, args.held_out
     tasks = data.draw_tasks()
     people = list(dict.fromkeys(task.person for task in tasks))
-    base = Personalizer(loaded, [CriticExtractor(name) for name in SHIPPED])  # the first chooses among weights
+    extractors = [_extractor(name) for name in args.extractors]
+    base = Personalizer(loaded, extractors)
     settings = [(n, rate) for n in args.steps or [None] for rate in args.learning_rate]
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     seconds = defaultdict(list)
@@ -48,8 +59,9 @@ def main() -> None:
         own_prompts = [photo.prompt for photo in targets]
         real = me.score([photo.image() for photo in targets], targets, own_prompts)
         for score in ("nearest_reference", "prompt"):
-            for name in SHIPPED:
-                values[REAL][f"{score}/{name}"].append(real[f"{score}/{name}"])
+            for key in (f"{score}/{extractor.name}" for extractor in extractors):
+                if key in real:  # not every extractor reads prompts
+                    values[REAL][key].append(real[key])
         _score(values[BEFORE], me, targets)
         for steps, rate in settings:
             tuned = base.with_photos(references, person)
@@ -59,7 +71,8 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - start)
             _score(values[FEWER + name], tuned, targets)
             _score(values[ALL + name], tuned.with_photos(references, person), targets)
-        done = {name: found["identity_held_out_mean/critic"][-1:] for name, found in values.items() if name != REAL}
+        first = f"identity_held_out_mean/{extractors[0].name}"
+        done = {name: found[first][-1:] for name, found in values.items() if name != REAL}
         print(person, done, flush=True)
     for name, scores in values.items():
         print(f"\n{name}, {len(people)} people x {args.held_out}, seed {data.seed}")
@@ -74,6 +87,13 @@ def main() -> None:
         print(f"\nseconds a person{name}: {sum(found) / len(found):.1f}, at most {max(found):.1f}")
     if args.json:
         Path(args.json).write_text(json.dumps({"values": values, "seconds": seconds}), encoding="utf-8")
+
+
+def _extractor(name: str) -> Extractor:
+    """Return what a word of the command line names."""
+    if name == "dlib":
+        return Dlib()
+    return CriticExtractor(name) if name in SHIPPED else FaceRecognition(name, crop=LFW_FACE)
 
 
 def _score(into: dict[str, list[float]], me: Personalizer, targets: list[Photo]) -> None:

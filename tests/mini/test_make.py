@@ -39,7 +39,7 @@ RECIPE = {
     "clip": CLIPTraining(3, 8, 1e-3, image_steps=2, captions={"prompt": 0.8, "bare": 0.2}, varied=True),
     "vae": VAETraining(3, 4, 1e-3, ema=0.9, network={"latent_channels": 8}),
     "vae_decoder": Training(2, 4, 1e-3, ema=0.9),
-    "unet": UNetTraining(3, 4, 1e-3, 0.9, captions={"prompt": 0.7, "bare": 0.2, "drop": 0.1}, adapter=True),
+    "unet": UNetTraining(3, 4, 1e-3, 0.9, captions={"prompt": 0.7, "bare": 0.2, "drop": 0.1}, adapter="image_encoder"),
     "ip_adapter": AdapterTraining(
         2,
         {

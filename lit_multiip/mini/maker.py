@@ -72,7 +72,10 @@ PIPELINE = {
     "vae": ["diffusers", "AutoencoderKL"],
 }
 
-ADAPTERS = {"image_encoder": "ip_adapter/ip-adapter_mini.safetensors", "face": "face_adapter/ip-adapter_face.safetensors"}
+ADAPTERS = {
+    "image_encoder": "ip_adapter/ip-adapter_mini.safetensors",
+    "face": "face_adapter/ip-adapter_face.safetensors",
+}
 
 Settings = Training | AdapterTraining
 Measured = dict[str, Any]
@@ -328,7 +331,9 @@ class Maker:
             return measured.image_embeds(vision, data)
         clip = self.recipe.get("clip")
         if not isinstance(clip, CLIPTraining) or clip.face is None:
-            raise RecipeError("unet.adapter is face, and clip.face names no face network: give its path, or image_encoder")
+            raise RecipeError(
+                "unet.adapter is face, and clip.face names no face network: give its path, or image_encoder"
+            )
         faces = measured.face_embeds(clip.face, data, self.work)
         return faces.nan_to_num() * faces.shape[1] ** 0.5  # of mean square 1, as `backbone.face_encoder` conditions
 

@@ -16,6 +16,7 @@ from onnx_file import write_pooling
 from PIL import Image
 from safetensors.torch import load_file
 
+from lit_multiip.backbone.encoders import encode_faces
 from lit_multiip.backbone.face_crop import FaceCrop
 from lit_multiip.backbone.faces import FaceEncoder
 from lit_multiip.backbone.pipeline import Backbone
@@ -265,6 +266,23 @@ def test_an_encoder_learns_a_face_networks_embedding(tmp_path):
     assert measured["face_distance"] < 0.5
     config = json.loads((tmp_path / "out" / "image_encoder" / "config.json").read_text())
     assert config["projection_dim"] == 48  # 3 colours of 4 x 4 cells
+
+
+def test_a_unet_learns_an_adapter_of_the_face_network(made, tmp_path):
+    shutil.copytree(made / "out", tmp_path / "out")
+    start = json.loads(report(made, "unet"))["facts"]["start_from"]
+    unet = replace(RECIPE["unet"], adapter="face")
+    with pytest.raises(RecipeError, match=r"unet.adapter is face, and clip.face names no face network"):
+        maker(photos_of(made / "photos"), tmp_path, start, unet=unet).make("unet")
+    face = FaceEncoder(str(write_pooling(tmp_path / "face.onnx", side=32, cell=8)), detector=None)
+    clip = replace(RECIPE["clip"], face=face)
+    make = maker(photos_of(made / "photos"), tmp_path, start, unet=unet, clip=clip)
+    make.make("unet")
+    state = load_file(tmp_path / "out" / "face_adapter" / "ip-adapter_face.safetensors")
+    assert state["image_proj.proj.weight"].shape[1] == 48  # 3 colours of 4 x 4 cells
+    images = [Image.fromarray(pixels) for pixels in make.pictures.unseen.images]
+    seen = make._photo_embeds("face", make.pictures.unseen)
+    torch.testing.assert_close(seen[: len(images)], encode_faces(face.load(), images))  # as backbone.face_encoder
 
 
 def test_people_are_found_by_the_nearest_of_the_means():

@@ -13,7 +13,7 @@ from lit_multiip.mini.recipe import (
     AdapterTraining,
     CLIPTraining,
     CriticTraining,
-    DecoderTraining,
+    Training,
     UNetTraining,
     VAETraining,
 )
@@ -36,7 +36,7 @@ def make_mini(
     critic_b: CriticTraining | None = None,
     clip: CLIPTraining | None = None,
     vae: VAETraining | None = None,
-    vae_decoder: DecoderTraining | None = None,
+    vae_decoder: Training | None = None,
     unet: UNetTraining | None = None,
     ip_adapter: AdapterTraining | None = None,
 ) -> None:

@@ -45,7 +45,6 @@ from lit_multiip.mini.recipe import (
     AdapterTraining,
     CLIPTraining,
     CriticTraining,
-    DecoderTraining,
     Training,
     UNetTraining,
     VAETraining,
@@ -266,12 +265,12 @@ class Maker:
         vae.half().save_pretrained(self.out / "vae")
         return done | measured.round_trips(vae.float(), unseen)
 
-    def vae_decoder(self, settings: DecoderTraining, facts: Mapping[str, Any]) -> Measured:
+    def vae_decoder(self, settings: Training, facts: Mapping[str, Any]) -> Measured:
         """Train the autoencoder's decoder further; latents stay as they are."""
         vae: Any = AutoencoderKL.from_config(AutoencoderKL.load_config(self.out / "vae"))  # keeps no path in its config
         vae.load_state_dict(load_file(self.out / "vae" / "diffusion_pytorch_model.safetensors"))
         vision = CLIPVisionModelWithProjection.from_pretrained(self.out / "image_encoder").float()
-        stage = stages.VAEDecoderStage(vae, vision, settings.learning_rate, settings.latent_noise)
+        stage = stages.VAEDecoderStage(vae, vision, settings.learning_rate)
         done = self._train("vae_decoder", stage, self.pictures.training, settings, facts)
         vae.half().save_pretrained(self.out / "vae")
         return done | measured.round_trips(vae.float().eval(), self.pictures.unseen)

@@ -100,18 +100,6 @@ class VAETraining(Training):
 
 
 @dataclass
-class DecoderTraining(Training):
-    """The autoencoder's decoder alone, further.
-
-    Args:
-        latent_noise: standard deviation of noise on the latents, as a share of theirs, at most; each picture has a
-            share of its own. The decoder learns to forgive what a UNet gets wrong.
-    """
-
-    latent_noise: float = 0.0
-
-
-@dataclass
 class UNetTraining(Training):
     """The UNet, on latents of the VAE. Its sizes follow from VAE and text encoder.
 

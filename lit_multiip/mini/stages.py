@@ -113,15 +113,8 @@ class VAEDecoderStage(VAEStage):
     which measure what the autoencoder loses.
     """
 
-    def __init__(
-        self,
-        vae: Any,
-        vision: CLIPVisionModelWithProjection,
-        learning_rate: float = 5e-4,
-        latent_noise: float = 0.0,
-    ) -> None:
+    def __init__(self, vae: Any, vision: CLIPVisionModelWithProjection, learning_rate: float = 5e-4) -> None:
         super().__init__(vae, learning_rate)
-        self.noise = latent_noise / vae.config.scaling_factor
         vae.requires_grad_(False)
         vae.decoder.requires_grad_(True)
         vae.post_quant_conv.requires_grad_(True)
@@ -132,9 +125,6 @@ class VAEDecoderStage(VAEStage):
         x = to_signal(batch["image"])  # (B, 3, 64, 64)
         with torch.no_grad():
             latents = self.vae.encode(x).latent_dist.sample()
-            if self.noise:
-                share = torch.rand(len(x), 1, 1, 1, device=self.device)
-                latents = latents + self.noise * share * torch.randn_like(latents)
             seen = self._look(x)
         restored = self.vae.decode(latents).sample.float()
         perceptual = torch.stack([F.mse_loss(a, b) for a, b in zip(self._look(restored), seen, strict=True)]).mean()

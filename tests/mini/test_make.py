@@ -31,14 +31,7 @@ from lit_multiip.mini.maker import STAGES, Maker
 from lit_multiip.mini.measure import check_unseen, measure_people
 from lit_multiip.mini.measured import identify
 from lit_multiip.mini.photos import Prompted, RealPeople, check_apart, swap_sides
-from lit_multiip.mini.recipe import (
-    AdapterTraining,
-    CLIPTraining,
-    CriticTraining,
-    DecoderTraining,
-    UNetTraining,
-    VAETraining,
-)
+from lit_multiip.mini.recipe import AdapterTraining, CLIPTraining, CriticTraining, Training, UNetTraining, VAETraining
 from lit_multiip.mini.start import Start
 from lit_multiip.mini.training import RecipeError, ShuffledBatches
 
@@ -46,7 +39,7 @@ SIDE, PEOPLE, PHOTOS = 32, 9, 3
 RECIPE = {
     "clip": CLIPTraining(3, 8, 1e-3, image_steps=2, captions={"prompt": 0.8, "bare": 0.2}, varied=True),
     "vae": VAETraining(3, 4, 1e-3, ema=0.9, network={"latent_channels": 8}),
-    "vae_decoder": DecoderTraining(2, 4, 1e-3, ema=0.9, latent_noise=0.3),
+    "vae_decoder": Training(2, 4, 1e-3, ema=0.9),
     "unet": UNetTraining(3, 4, 1e-3, 0.9, captions={"prompt": 0.7, "bare": 0.2, "drop": 0.1}, adapter="image_encoder"),
     "ip_adapter": AdapterTraining(
         2,

@@ -13,6 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from lit_multiip import Personalizer
+from lit_multiip.comparison.tables import format_score
 from lit_multiip.data.photos import Photo
 from lit_multiip.evaluation.critic import SHIPPED, CriticExtractor
 from lit_multiip.evaluation.extractors import Extractor
@@ -78,10 +79,10 @@ def main() -> None:
         print(f"\n{name}, {len(people)} people x {args.held_out}, seed {data.seed}")
         for score, found in scores.items():
             s = person_mean(found, people)
-            line = [f"{s.value:.4f} [{s.low:.4f}, {s.high:.4f}]"]
+            line = [str(format_score(s))]
             if name not in (REAL, BEFORE):
                 s = paired_difference(found, values[BEFORE][score], people)
-                line.append(f"minus untuned {s.value:+.4f} [{s.low:+.4f}, {s.high:+.4f}]")
+                line.append(f"minus untuned {format_score(s, signed=True)}")
             print(f"  {score:34}", *line)
     for name, found in seconds.items():
         print(f"\nseconds a person{name}: {sum(found) / len(found):.1f}, at most {max(found):.1f}")

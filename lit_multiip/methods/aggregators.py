@@ -80,7 +80,7 @@ class Aggregator(nn.Module, ABC):
 
     def weigh(self, embeds: Tensor) -> Tensor:
         """Return the weights of checked embeddings, (B, N, D) -> (B, N), where `weights_are` says what they are."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}.weights_are says that photos have weights: give it `weigh`")
 
     def aggregate_tokens(self, tokens: Tensor) -> Tensor:
         """Map checked patch tokens (B, N, T, D) to (B, M, T, D): each of the T places by itself."""

@@ -31,6 +31,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from lit_multiip.backbone.faces import FaceEncoder
 from lit_multiip.backbone.ip_adapter import install_ip_adapter, ip_adapter_from_text, ip_adapter_state
 from lit_multiip.backbone.pipeline import TRAINED_ON
 from lit_multiip.cli import CLI
@@ -143,8 +144,11 @@ class Maker:
     def _facts(self, name: str) -> dict[str, Any]:
         """Return all that decides a stage's result, and the earlier stages by a digest of their own facts."""
         settings = asdict(self.recipe[name])
-        if isinstance(training := self.recipe[name], CLIPTraining) and training.face is not None:
+        training = self.recipe[name]
+        if isinstance(training, CLIPTraining) and training.face is not None:
             settings["face"] = training.face.fingerprint()
+        if isinstance(training, UNetTraining) and training.adapter == "face":
+            settings["face"] = self._face().fingerprint()
         earlier = {one: _read_json(self.out / "made" / f"{one}.json") for one in NEEDS.get(name, ())}
         facts = {
             "settings": settings,
@@ -329,13 +333,17 @@ class Maker:
         if adapter == "image_encoder":
             vision = CLIPVisionModelWithProjection.from_pretrained(self.out / "image_encoder").float().eval()
             return measured.image_embeds(vision, data)
+        faces = measured.face_embeds(self._face(), data, self.work)
+        return faces.nan_to_num() * faces.shape[1] ** 0.5  # of mean square 1, as `backbone.face_encoder` conditions
+
+    def _face(self) -> FaceEncoder:
+        """Return the face network that the UNet's adapter is of."""
         clip = self.recipe.get("clip")
         if not isinstance(clip, CLIPTraining) or clip.face is None:
             raise RecipeError(
                 "unet.adapter is face, and clip.face names no face network: give its path, or image_encoder"
             )
-        faces = measured.face_embeds(clip.face, data, self.work)
-        return faces.nan_to_num() * faces.shape[1] ** 0.5  # of mean square 1, as `backbone.face_encoder` conditions
+        return clip.face
 
     def _moments(self, vae: Any, data: Pictures, facts: Mapping[str, Any]) -> Tensor:
         """Return mean and logvar of all latents, (P, 2C, h, w); they are kept as long as the VAE stays."""

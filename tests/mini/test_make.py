@@ -283,6 +283,9 @@ def test_a_unet_learns_an_adapter_of_the_face_network(made, tmp_path):
     images = [Image.fromarray(pixels) for pixels in make.pictures.unseen.images]
     seen = make._photo_embeds("face", make.pictures.unseen)
     torch.testing.assert_close(seen[: len(images)], encode_faces(face.load(), images))  # as backbone.face_encoder
+    other = replace(RECIPE["clip"], face=replace(face, crop=(0.5, 0.5, 0.9)))
+    with pytest.raises(RecipeError, match=r"unet.ckpt' is of a training with other settings \(settings.face"):
+        maker(photos_of(made / "photos"), tmp_path, start, unet=unet, clip=other).make("unet")
 
 
 def test_people_are_found_by_the_nearest_of_the_means():
